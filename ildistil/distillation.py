@@ -1,0 +1,322 @@
+"""The engine: one teacher run, one student run, all objectives. A plain ``nn.Module`` that needs no Trainer."""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Iterator, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ildistil.capture import Activations, Capture, Layers, Sizes, Tap, separate_configs, unwrapped
+from ildistil.objectives.base import Objective, ObjectiveError
+
+__all__ = ["Distillation", "DryRun", "TermCheck", "Terms"]
+
+_NOTHING = Activations(Layers({}, 0, "hidden"), Layers({}, 0, "attention"), torch.empty(0, 0, dtype=torch.bool), None)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The terms of one step.
+
+    ``values`` are unweighted, ``total`` is ``sum(weight * value)``.
+    """
+
+    values: dict[str, Tensor]
+    weights: dict[str, float]
+
+    @property
+    def total(self) -> Tensor:
+        """The weighted sum, to call ``backward()`` on."""
+        weighted = [self.weights[name] * value for name, value in self.values.items()]
+        return sum(weighted[1:], start=weighted[0])
+
+    def shares(self) -> dict[str, Tensor]:
+        """Give each term's share of the total: ``|weight * value| / sum``; detached."""
+        sizes = {name: (self.weights[name] * value.detach()).abs() for name, value in self.values.items()}
+        whole = torch.stack(list(sizes.values())).sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return {name: size / whole for name, size in sizes.items()}
+
+    def logs(self, prefix: str) -> dict[str, Tensor]:
+        """Give what to log: the total, every term unweighted, and with several terms their shares; detached."""
+        logs = {f"{prefix}/loss": self.total.detach()}
+        logs |= {f"{prefix}/{name}": value.detach() for name, value in self.values.items()}
+        if len(self.values) > 1:
+            logs |= {f"{prefix}/share/{name}": share for name, share in self.shares().items()}
+        return logs
+
+    def not_finite(self) -> list[str]:
+        """Name the terms that are NaN or infinite; waits for the device."""
+        return [name for name, value in self.values.items() if not torch.isfinite(value)]
+
+
+@dataclass(frozen=True)
+class TermCheck:
+    """What a dry run found of one term: its value and the norm of its gradient."""
+
+    value: float
+    gradient: float
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run found: each term, and the parameters no term reaches."""
+
+    terms: dict[str, TermCheck]
+    unreached: list[nn.Parameter] = field(repr=False, default_factory=list)
+
+
+class Distillation(nn.Module):
+    """Runs a frozen teacher and a student on a batch and gives the objectives' terms.
+
+    Args:
+        student: the model to train; trainable parameters of this module are its own and the objectives' projections.
+        teacher: the frozen model, or ``None`` if no objective needs one. It is switched to eval mode and its
+            parameters' gradients off; it is not a registered child, so it is in no checkpoint, optimiser or DDP
+            bucket, but moves along with ``.to(...)``.
+        objectives: the terms; several, with different names. May be set later by :meth:`set_objectives`.
+
+    Raises:
+        ObjectiveError: no objective runs with these models; the message says why and what to do.
+
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> from ildistil import init_student, objectives
+    >>> tiny = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 11}
+    >>> teacher = BertForSequenceClassification(BertConfig(num_hidden_layers=4, **tiny))
+    >>> student = init_student(teacher, layers=[2, 4])
+    >>> distill = Distillation(student, teacher, [objectives.HiddenMSE(), objectives.TaskLoss(weight=0.5)])
+    >>> batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([1])}
+    >>> terms = distill(batch)
+    >>> terms.total.backward()
+    >>> sorted(terms.values)
+    ['hidden_mse', 'task_loss']
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        objectives: Iterable[Objective] | Mapping[str, Objective] = (),
+    ) -> None:
+        super().__init__()
+        if teacher is not None:
+            _check_two_models(student, teacher)
+            separate_configs(unwrapped(student), unwrapped(teacher))
+            teacher.requires_grad_(False).eval()
+        # from_pretrained returns eval mode, and Lightning keeps the mode it finds: start as this module is, in train.
+        self.student = student.train(self.training)
+        self._teacher = (teacher,)  # inside a tuple it is no registered child
+        self.projections = nn.ModuleDict()
+        self.objectives: dict[str, Objective] = {}
+        self._student_capture: Capture | None = None
+        self._teacher_capture: Capture | None = None
+        if objectives:
+            self.set_objectives(objectives)
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    def set_objectives(self, objectives: Iterable[Objective] | Mapping[str, Objective]) -> None:
+        """Set the terms: check them, make their projections, and prepare the capture. Nothing is run.
+
+        Calling it again with the same objects changes nothing, so that projections keep what they learned.
+        """
+        named = _named(objectives)
+        if named == self.objectives:
+            return
+        self.release()
+        student = Sizes.of(self.student)
+        teacher = student if self.teacher is None else Sizes.of(self.teacher)
+        wanted_student, wanted_teacher = set[Tap](), set[Tap]()
+        for name, objective in named.items():
+            if objective.needs_teacher and self.teacher is None:
+                raise ObjectiveError(f"{name} ({type(objective).__name__}) needs a teacher, and there is none.")
+            objective.projections = nn.ModuleDict()
+            objective.build(student, teacher)
+            wanted_student |= objective.student_wants(student)
+            if objective.needs_teacher:
+                wanted_teacher |= objective.teacher_wants(teacher)
+        reference = next(self.student.parameters(), torch.empty(0))
+        self.projections = nn.ModuleDict(
+            {name: objective.projections for name, objective in named.items() if len(objective.projections)}
+        ).to(reference.device, reference.dtype)
+        self.objectives = named
+        self._student_capture = Capture(self.student, wanted_student, "student")
+        if self.teacher is not None and wanted_teacher:
+            self._teacher_capture = Capture(self.teacher, wanted_teacher, "teacher")
+
+    def release(self) -> None:
+        """Take the hooks off both models and forget the objectives."""
+        for capture in (self._student_capture, self._teacher_capture):
+            if capture is not None:
+                capture.close()
+        self._student_capture = self._teacher_capture = None
+        self.projections, self.objectives = nn.ModuleDict(), {}
+
+    def forward(self, batch: Mapping[str, Any], *, verify: bool = False) -> Terms:
+        """Run both models on a batch and give the terms.
+
+        Args:
+            batch: a mapping; each model gets the keys its ``forward`` names.
+            verify: also check the attention masks, as a dry run does.
+        """
+        if self._student_capture is None:
+            raise ObjectiveError(
+                "There is no objective. Give at least one, such as objectives.LogitsKL(), as a callback of the Trainer, "
+                "in the YAML file under 'objectives:', or to Distillation(...)."
+            )
+        teacher = _NOTHING
+        if self._teacher_capture is not None:
+            with torch.no_grad():
+                teacher = self._teacher_capture(batch, verify=verify)
+        student = self._student_capture(batch, verify=verify)
+        active = {name: objective for name, objective in self.objectives.items() if objective.weight > 0}
+        values = {name: objective.loss(student, teacher, batch) for name, objective in active.items()}
+        for name, value in values.items():
+            if value.ndim:
+                raise ObjectiveError(f"The loss of {name} must be a scalar, got the shape {tuple(value.shape)}.")
+        return Terms(values, {name: objective.weight for name, objective in active.items()})
+
+    def dry_run(self, batch: Mapping[str, Any]) -> DryRun:
+        """Run one step without a trace, and check that each term is finite and has finite gradients.
+
+        Random state, buffers, gradients and modes are afterwards what they were.
+
+        Raises:
+            ObjectiveError: a term is not finite, or reaches no trainable parameter.
+        """
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        checks: dict[str, TermCheck] = {}
+        reached = [False] * len(parameters)
+        with _without_trace(self), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            terms = self(batch, verify=True)
+            for name, value in terms.values.items():
+                gradients = _gradients(name, value, parameters)
+                checks[name] = TermCheck(value.item(), _norm(gradients))
+                reached = [r or g is not None for r, g in zip(reached, gradients, strict=True)]
+                _check_term(name, checks[name])
+        return DryRun(checks, [p for p, r in zip(parameters, reached, strict=True) if not r])
+
+    def synthetic_batch(self) -> dict[str, Tensor] | None:
+        """Make two short sequences of unequal length, or ``None`` where the models' inputs aren't known."""
+        return synthetic_batch(unwrapped(self.student))
+
+    @property
+    def captured(self) -> dict[str, list[Tap]]:
+        """What is recorded of each model."""
+        captures = {"student": self._student_capture, "teacher": self._teacher_capture}
+        order: Callable[[Tap], tuple[str, int]] = lambda tap: (tap.name, tap.layer or 0)  # noqa: E731
+        return {role: sorted(c.wanted, key=order) for role, c in captures.items() if c is not None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the teacher along."""
+        super()._apply(fn, recurse)
+        if self.teacher is not None:
+            self.teacher._apply(fn, recurse)
+        return self
+
+
+def _named(objectives: Iterable[Objective] | Mapping[str, Objective]) -> dict[str, Objective]:
+    if isinstance(objectives, Mapping):
+        for name, objective in objectives.items():
+            objective.name = name
+        objectives = objectives.values()
+    named: dict[str, Objective] = {}
+    for objective in objectives:
+        name = objective.name
+        if not name or "." in name or "/" in name or name == "loss":
+            raise ObjectiveError(f"An objective can't be named {name!r}: a name has no '.' or '/' and isn't 'loss'.")
+        if name in named:
+            raise ObjectiveError(
+                f"Two objectives are named {name!r}. Name one of them: {type(objective).__name__}(..., name='...')."
+            )
+        named[name] = objective
+    if not named:
+        raise ObjectiveError("There is no objective. Give at least one, such as objectives.LogitsKL().")
+    if all(objective.weight == 0 for objective in named.values()):
+        raise ObjectiveError("All objectives have weight 0: nothing would be learned.")
+    return named
+
+
+def _check_two_models(student: nn.Module, teacher: nn.Module) -> None:
+    theirs = {id(p) for p in teacher.parameters()}
+    if any(id(p) in theirs for p in student.parameters()):
+        raise ValueError(
+            "Student and teacher share parameters, so training the student would change the teacher. Make the student "
+            "with init_student(teacher, ...) or copy.deepcopy(teacher)."
+        )
+    s, t = Sizes.of(student), Sizes.of(teacher)
+    if None not in (s.vocabulary, t.vocabulary) and s.vocabulary != t.vocabulary:
+        raise ValueError(
+            f"The student's vocabulary has {s.vocabulary} entries, the teacher's {t.vocabulary}: the same token ids "
+            "would mean different words. Student and teacher must share one tokenizer."
+        )
+
+
+@contextmanager
+def _without_trace(module: nn.Module) -> Iterator[None]:
+    """Run something and put random state, buffers and training modes back."""
+    modes = {m: m.training for m in module.modules()}
+    buffers = [(b, b.clone()) for b in module.buffers()]
+    devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for m, mode in modes.items():
+                m.training = mode
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+
+def _gradients(name: str, value: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+    if not value.requires_grad:
+        raise ObjectiveError(f"The term {name} reaches no trainable parameter. Is the student frozen?")
+    return list(torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True))
+
+
+def _norm(gradients: list[Tensor | None]) -> float:
+    norms = [g.detach().float().norm() for g in gradients if g is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+def _check_term(name: str, check: TermCheck) -> None:
+    for what, number in (("value", check.value), ("gradient", check.gradient)):
+        if not number < float("inf"):
+            raise ObjectiveError(
+                f"The {what} of the term {name} is {number} in the dry run. Look for NaN in the models' weights, for "
+                "an unfit precision, or for a loss that divides by zero."
+            )
+
+
+def synthetic_batch(model: nn.Module, tokens: int = 8) -> dict[str, Tensor] | None:
+    """Make a ragged batch of two for a transformers text model; ``None`` for any other."""
+    sizes = Sizes.of(model)
+    if not isinstance(model, PreTrainedModel) or sizes.vocabulary is None or model.config.is_encoder_decoder:
+        return None
+    if model.main_input_name != "input_ids":
+        return None
+    special = {getattr(model.config, f"{k}_token_id", None) for k in ("pad", "bos", "eos", "cls", "sep", "mask")}
+    ordinary = [i for i in range(min(sizes.vocabulary, 64)) if i not in special] or [0]
+    ids = torch.tensor([[ordinary[(3 * r + 5 * c) % len(ordinary)] for c in range(tokens)] for r in range(2)])
+    mask = torch.ones_like(ids)
+    mask[1, tokens - 3 :] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if sizes.labels is not None:
+        batch["labels"] = _synthetic_labels(sizes)
+    elif "Model" not in sizes.name:
+        batch["labels"] = ids
+    return {key: value.to(model.device) for key, value in batch.items()}
+
+
+def _synthetic_labels(sizes: Sizes) -> Tensor:
+    if sizes.problem_type == "multi_label_classification":
+        return torch.zeros(2, sizes.labels or 1)
+    if sizes.labels == 1 or sizes.problem_type == "regression":
+        return torch.zeros(2)
+    return torch.zeros(2, dtype=torch.long)

@@ -1,0 +1,168 @@
+"""Layer mappings: which student layer learns from which teacher layer.
+
+Layers are numbered ``1..L``. ``0`` is the embedding output (hidden states only); negative numbers count from the end,
+so ``-1`` is the last layer. A mapping is a rule ``(student depth, teacher depth) -> [(student layer, teacher layer)]``;
+subclass :class:`LayerMapping` to add one.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ildistil.capture import Sizes
+
+__all__ = ["Explicit", "First", "FromInit", "Last", "LayerMapping", "Uniform"]
+
+Pairs = list[tuple[int, int]]
+
+
+class LayerMapping(ABC):
+    """A rule from the depths of both models to (student layer, teacher layer) pairs."""
+
+    @abstractmethod
+    def __call__(self, student: int, teacher: int) -> Pairs:
+        """Give the pairs for a student of depth ``student`` and a teacher of depth ``teacher``."""
+
+    def pairs(self, student: Sizes, teacher: Sizes, lowest: int = 1) -> Pairs:
+        """Give the checked pairs for two models, negative numbers resolved.
+
+        Args:
+            student: sizes of the student.
+            teacher: sizes of the teacher.
+            lowest: the first valid layer number: 0 where the embedding output counts, else 1.
+
+        Raises:
+            ValueError: a layer is out of range, a pair occurs twice, or there is no pair at all.
+        """
+        pairs = [
+            (_resolve(s, student.depth, "student", lowest, self), _resolve(t, teacher.depth, "teacher", lowest, self))
+            for s, t in self.raw_pairs(student, teacher)
+        ]
+        if not pairs:
+            raise ValueError(
+                f"{self} gives no pair of layers for {student.depth} student and {teacher.depth} teacher layers."
+            )
+        if len(set(pairs)) < len(pairs):
+            raise ValueError(f"{self} gives a pair of layers more than once: {pairs}. Name each pair once.")
+        return pairs
+
+    def raw_pairs(self, student: Sizes, teacher: Sizes) -> Pairs:
+        """Give the unchecked pairs; override where depths alone don't decide."""
+        return self(student.depth, teacher.depth)
+
+
+def _resolve(layer: int, depth: int, role: str, lowest: int, mapping: LayerMapping) -> int:
+    resolved = layer + depth + 1 if layer < 0 else layer
+    if lowest <= resolved <= depth:
+        return resolved
+    zero = " (0 is the embedding output, which only hidden states have)" if resolved == 0 and lowest == 1 else ""
+    raise ValueError(
+        f"{mapping}: {role} layer {layer} is out of range{zero}; the {role} has layers {lowest}..{depth}, "
+        f"or -1..{-depth} counted from the end."
+    )
+
+
+@dataclass(frozen=True)
+class Uniform(LayerMapping):
+    """Spread the student evenly over the teacher: layer ``i`` of ``S`` learns from layer ``ceil(i T / S)`` of ``T``.
+
+    The last layers always meet. Source: Jiao et al., "TinyBERT", 2020.
+
+    >>> Uniform()(3, 12)
+    [(1, 4), (2, 8), (3, 12)]
+    """
+
+    def __call__(self, student: int, teacher: int) -> Pairs:
+        """Give one pair for each student layer."""
+        return [(i, -(-i * teacher // student)) for i in range(1, student + 1)]
+
+
+@dataclass(frozen=True)
+class Last(LayerMapping):
+    """Pair the last ``count`` layers, counted from the end.
+
+    ``count = 1`` is the rule of Wang et al., "MiniLM", 2020.
+
+    >>> Last()(3, 12)
+    [(3, 12)]
+    >>> Last(2)(3, 12)
+    [(2, 11), (3, 12)]
+    """
+
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        _check_count(self.count, "Last")
+
+    def __call__(self, student: int, teacher: int) -> Pairs:
+        """Give ``count`` pairs."""
+        return [(student - k, teacher - k) for k in reversed(range(self.count))]
+
+
+@dataclass(frozen=True)
+class First(LayerMapping):
+    """Pair layer ``i`` with layer ``i``, for the first ``count`` layers (all of the student's by default).
+
+    >>> First()(3, 12)
+    [(1, 1), (2, 2), (3, 3)]
+    """
+
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.count is not None:
+            _check_count(self.count, "First")
+
+    def __call__(self, student: int, teacher: int) -> Pairs:
+        """Give ``count`` pairs."""
+        return [(i, i) for i in range(1, (self.count or student) + 1)]
+
+
+def _check_count(count: int, name: str) -> None:
+    if count < 1:
+        raise ValueError(f"{name}: count must be at least 1, got {count}.")
+
+
+@dataclass(frozen=True)
+class Explicit(LayerMapping):
+    """Pairs as listed; many-to-one and one-to-many are fine.
+
+    >>> Explicit([[1, 4], [-1, -1]])(3, 12)
+    [(1, 4), (-1, -1)]
+    """
+
+    layers: Sequence[Sequence[int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        bad = [pair for pair in self.layers if len(pair) != 2]
+        if bad or not self.layers:
+            got = f"{bad[0]}" if bad else "none"
+            raise ValueError(
+                f"Explicit: expected pairs [student layer, teacher layer] such as [[1, 4], [2, 8]], got {got}."
+            )
+
+    def __call__(self, student: int, teacher: int) -> Pairs:
+        """Give the pairs as they were listed."""
+        return [(s, t) for s, t in self.layers]
+
+
+@dataclass(frozen=True)
+class FromInit(LayerMapping):
+    """Each student layer learns from the teacher layer whose weights it started from.
+
+    Needs a student made by ``init_student(teacher, layers=[...])``. This is what the text of Wang et al., "How to
+    Distill your BERT", 2023, describes.
+    """
+
+    def __call__(self, student: int, teacher: int) -> Pairs:
+        """Depths alone don't tell: see :meth:`raw_pairs`."""
+        raise TypeError("FromInit needs the student's own record of its initialisation; call pairs(student, teacher).")
+
+    def raw_pairs(self, student: Sizes, teacher: Sizes) -> Pairs:
+        """Read the layers that the student was initialised from."""
+        if student.init_layers is None:
+            raise ValueError(
+                "FromInit: this student does not say which teacher layers it was initialised from. Make it with "
+                "init_student(teacher, layers=[...]), or name the pairs with Explicit."
+            )
+        return list(enumerate(student.init_layers, start=1))
