@@ -16,9 +16,10 @@ any final norm of the model), ``attention[i]`` belongs to layer ``i``.
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["Activations", "Attention", "Capture", "CaptureError", "Layers", "Sizes", "Tap", "separate_configs"]
+__all__ = ["Activations", "Attention", "Capture", "CaptureError", "Layers", "Sizes", "Tap"]
 
 Role = Literal["student", "teacher"]
 T = TypeVar("T")
@@ -57,7 +58,8 @@ class Tap(NamedTuple):
 class Sizes:
     """What objectives may know of a model before it runs. ``None``: the model's config doesn't say.
 
-    ``init_layers`` are the teacher layers that a student was initialised from.
+    ``positions`` is the longest input that learned position embeddings allow; ``init_layers`` are the teacher layers
+    that a student was initialised from.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Sizes:
     vocabulary: int | None = None
     labels: int | None = None
     problem_type: str | None = None
+    positions: int | None = None
     init_layers: tuple[int, ...] | None = None
 
     @classmethod
@@ -94,8 +97,17 @@ class Sizes:
             vocabulary=getattr(text, "vocab_size", None),
             labels=config.num_labels if has_classes else None,
             problem_type=getattr(config, "problem_type", None),
+            positions=_positions(model),
             init_layers=None if init_layers is None else tuple(init_layers),
         )
+
+
+def _positions(model: nn.Module) -> int | None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in ("position_embeddings", "wpe"):
+            # RoBERTa counts positions from behind the padding index.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
 
 
 def _is_classifier(model: nn.Module) -> bool:
@@ -249,10 +261,9 @@ class Capture:
         self.model, self.role = model, role
         self.sizes = Sizes.of(model)
         self.wanted = frozenset(wanted)
-        self._inputs = _input_names(unwrapped(model))
         self._recorder = _Recorder(
-            {tap.layer for tap in self.wanted if tap.name == "hidden"},
-            {tap.layer for tap in self.wanted if tap.name == "attention"},
+            {tap.layer for tap in self.wanted if tap.name == "hidden" and tap.layer is not None},
+            {tap.layer for tap in self.wanted if tap.name == "attention" and tap.layer is not None},
         )
         self._layers: list[nn.Module] = []
         self._handles: list[Any] = []
@@ -297,11 +308,9 @@ class Capture:
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Select what the model's ``forward`` knows; labels only where the model's own loss is wanted."""
-        inputs = {k: v for k, v in batch.items() if k != "row_id" and (self._inputs is None or k in self._inputs)}
+        inputs = model_inputs(unwrapped(self.model), batch)
         if Tap("loss") not in self.wanted:
             inputs.pop("labels", None)
-        if self._inputs is not None and "use_cache" in self._inputs:
-            inputs["use_cache"] = False
         return inputs
 
     def close(self) -> None:
@@ -333,7 +342,7 @@ class Capture:
             if path not in modules:
                 raise CaptureError(
                     f"The {self.role} {self.sizes.name} has no module {path!r}. A tap is 'hidden', 'attention', "
-                    f"'logits', 'loss' or the path of a module; modules at the top: {[n for n, _ in model.named_children()]}."
+                    f"'logits', 'loss' or a module's path; at the top are {[n for n, _ in model.named_children()]}."
                 )
             self._handles.append(modules[path].register_forward_hook(recorder.module_hook(path)))
 
@@ -397,7 +406,7 @@ class Capture:
 class _Recorder:
     """The records of one model's runs. Plain ints, dicts and a flag, which torch.compile can trace through."""
 
-    def __init__(self, wanted_hidden: set[int | None], wanted_attention: set[int | None]) -> None:
+    def __init__(self, wanted_hidden: set[int], wanted_attention: set[int]) -> None:
         self.wanted_hidden, self.wanted_attention = wanted_hidden, wanted_attention
         self.paths: set[str] = set()
         self.active = self.verify = False
@@ -548,11 +557,19 @@ def separate_configs(student: nn.Module, teacher: nn.Module) -> None:
             module.config = copies.setdefault(id(config), copy.deepcopy(config))
 
 
-def _input_names(model: nn.Module) -> frozenset[str] | None:
-    """The names that ``forward`` takes; ``None`` if it takes anything."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    named = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-    return named or None
+def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Select what a model's ``forward`` names; everything but ``row_id`` if it takes anything."""
+    names = _input_names(type(model))
+    inputs = {k: v for k, v in batch.items() if k != "row_id" and (not names or k in names)}
+    if "use_cache" in names:
+        inputs["use_cache"] = False
+    return inputs
+
+
+@lru_cache
+def _input_names(model: Hashable) -> frozenset[str]:
+    parameters = list(inspect.signature(cast(type[nn.Module], model).forward).parameters.values())[1:]
+    return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
 
 
 def _full_mask(batch: Mapping[str, Any], hidden: dict[int, Tensor], attention: dict[int, Attention]) -> Tensor:

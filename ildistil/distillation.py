@@ -1,20 +1,25 @@
 """The engine: one teacher run, one student run, all objectives. A plain ``nn.Module`` that needs no Trainer."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Iterator, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ildistil.capture import Activations, Capture, Layers, Sizes, Tap, separate_configs, unwrapped
+from ildistil.capture import Activations, Capture, Layers, Sizes, Tap, model_inputs, separate_configs, unwrapped
 from ildistil.objectives.base import Objective, ObjectiveError
 
 __all__ = ["Distillation", "DryRun", "TermCheck", "Terms"]
 
 _NOTHING = Activations(Layers({}, 0, "hidden"), Layers({}, 0, "attention"), torch.empty(0, 0, dtype=torch.bool), None)
+
+_NO_OBJECTIVE = (
+    "There is no objective. Give at least one, such as objectives.LogitsKL(): as a callback of the Trainer, in a YAML "
+    "file under 'objectives:', or to Distillation(...)."
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ class Distillation(nn.Module):
         self.objectives: dict[str, Objective] = {}
         self._student_capture: Capture | None = None
         self._teacher_capture: Capture | None = None
+        self._positions: int | None = None
         if objectives:
             self.set_objectives(objectives)
 
@@ -131,6 +137,7 @@ class Distillation(nn.Module):
         self.release()
         student = Sizes.of(self.student)
         teacher = student if self.teacher is None else Sizes.of(self.teacher)
+        self._positions = min((s.positions for s in (student, teacher) if s.positions is not None), default=None)
         wanted_student, wanted_teacher = set[Tap](), set[Tap]()
         for name, objective in named.items():
             if objective.needs_teacher and self.teacher is None:
@@ -165,10 +172,8 @@ class Distillation(nn.Module):
             verify: also check the attention masks, as a dry run does.
         """
         if self._student_capture is None:
-            raise ObjectiveError(
-                "There is no objective. Give at least one, such as objectives.LogitsKL(), as a callback of the Trainer, "
-                "in the YAML file under 'objectives:', or to Distillation(...)."
-            )
+            raise ObjectiveError(_NO_OBJECTIVE)
+        _check_length(batch, self._positions)
         teacher = _NOTHING
         if self._teacher_capture is not None:
             with torch.no_grad():
@@ -180,6 +185,10 @@ class Distillation(nn.Module):
             if value.ndim:
                 raise ObjectiveError(f"The loss of {name} must be a scalar, got the shape {tuple(value.shape)}.")
         return Terms(values, {name: objective.weight for name, objective in active.items()})
+
+    def student_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Select what the student's ``forward`` names, labels included: for evaluation."""
+        return model_inputs(unwrapped(self.student), batch)
 
     def dry_run(self, batch: Mapping[str, Any]) -> DryRun:
         """Run one step without a trace, and check that each term is finite and has finite gradients.
@@ -214,9 +223,9 @@ class Distillation(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the teacher along."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.teacher is not None:
-            self.teacher._apply(fn, recurse)
+            self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -236,10 +245,19 @@ def _named(objectives: Iterable[Objective] | Mapping[str, Objective]) -> dict[st
             )
         named[name] = objective
     if not named:
-        raise ObjectiveError("There is no objective. Give at least one, such as objectives.LogitsKL().")
+        raise ObjectiveError(_NO_OBJECTIVE)
     if all(objective.weight == 0 for objective in named.values()):
         raise ObjectiveError("All objectives have weight 0: nothing would be learned.")
     return named
+
+
+def _check_length(batch: Mapping[str, Any], positions: int | None) -> None:
+    tokens = batch.get("input_ids")
+    if positions is not None and isinstance(tokens, Tensor) and tokens.shape[1] > positions:
+        raise ValueError(
+            f"A sequence of {tokens.shape[1]} tokens is longer than the models' {positions} positions. Cut the texts "
+            f"at {positions} tokens (max_length={positions} in the data module, truncation in your tokenizer)."
+        )
 
 
 def _check_two_models(student: nn.Module, teacher: nn.Module) -> None:

@@ -59,9 +59,10 @@ def init_student(
 
 
 def _random(teacher: PreTrainedModel, config: PreTrainedConfig | Mapping[str, Any] | None) -> PreTrainedModel:
-    if not isinstance(config, PreTrainedConfig):
+    if isinstance(config, PreTrainedConfig):
+        config = _changed(config, {})
+    else:
         config = _changed(teacher.config, config or {})
-    config = copy.deepcopy(config)
     config.init_layers = None
     for key, what in (("vocab_size", "vocabulary"), ("num_labels", "number of labels")):
         mine, theirs = getattr(config, key, None), getattr(teacher.config, key, None)

@@ -1,7 +1,6 @@
 """Objectives on attention: head by head, before or after the softmax."""
 
-from collections.abc import Callable
-from typing import ClassVar
+from abc import abstractmethod
 
 from torch import Tensor
 
@@ -11,12 +10,9 @@ from ildistil.objectives.base import LayerObjective, ObjectiveError, same_tokens
 
 __all__ = ["AttentionKL", "AttentionMSE"]
 
-_Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
 
 class _AttentionObjective(LayerObjective):
     taps = ("attention",)
-    _loss: ClassVar[_Loss]
 
     def build(self, student: Sizes, teacher: Sizes) -> None:
         """Resolve the mapping and check that heads can be paired."""
@@ -24,8 +20,8 @@ class _AttentionObjective(LayerObjective):
         if student.heads != teacher.heads:
             raise ObjectiveError(
                 f"{type(self).__name__} compares attention head by head; the student has {student.heads} heads, the "
-                f"teacher {teacher.heads}. Give the student {teacher.heads} heads, or use HiddenMSE, which doesn't need "
-                "equal heads."
+                f"teacher {teacher.heads}. Give the student {teacher.heads} heads, or use HiddenMSE, which "
+                "doesn't need equal heads."
             )
 
     def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
@@ -37,8 +33,12 @@ class _AttentionObjective(LayerObjective):
         if (s.causal, s.window) != (t.causal, t.window):
             allowed = allowed & t.allowed()
         queries = s.real_queries()
-        values = type(self)._loss(s.scores(), t.scores(), allowed, queries)
+        values = self.compare(s.scores(), t.scores(), allowed, queries)
         return functional.example_mean(values, queries.sum(1))
+
+    @abstractmethod
+    def compare(self, student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor) -> Tensor:
+        """Compare the scores of two layers: one value per example."""
 
 
 class AttentionMSE(_AttentionObjective):
@@ -58,7 +58,9 @@ class AttentionMSE(_AttentionObjective):
     Source: Jiao et al., "TinyBERT", 2020; Wang et al., "How to Distill your BERT", 2023.
     """
 
-    _loss = staticmethod(functional.attention_mse)
+    def compare(self, student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor) -> Tensor:
+        """Give the squared error of each example."""
+        return functional.attention_mse(student, teacher, allowed, query_mask)
 
 
 class AttentionKL(_AttentionObjective):
@@ -78,4 +80,6 @@ class AttentionKL(_AttentionObjective):
     Source: Wang et al., "MiniLM", 2020; Wang et al., "How to Distill your BERT", 2023.
     """
 
-    _loss = staticmethod(functional.attention_kl)
+    def compare(self, student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor) -> Tensor:
+        """Give the divergence of each example."""
+        return functional.attention_kl(student, teacher, allowed, query_mask)

@@ -60,7 +60,7 @@ class Objective(Callback, ABC):
         """Tell whether the teacher has to run for this term."""
         return bool(self.taps if self.teacher_taps is None else self.teacher_taps)
 
-    def build(self, student: Sizes, teacher: Sizes) -> None:  # noqa: B027 (most objectives learn nothing)
+    def build(self, student: Sizes, teacher: Sizes) -> None:
         """Check the sizes of both models and make the projections; called once, before training.
 
         Raises:

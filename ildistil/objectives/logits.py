@@ -62,7 +62,7 @@ class LogitsKL(_LogitsObjective):
             raise ObjectiveError("LogitsKL compares class distributions; a regression has none. Use LogitsMSE.")
         if "multi_label_classification" in (student.problem_type, teacher.problem_type):
             raise ObjectiveError(
-                "LogitsKL compares one distribution over exclusive classes; a multi-label problem has none. Use LogitsMSE."
+                "LogitsKL compares distributions over exclusive classes; a multi-label problem has none. Use LogitsMSE."
             )
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:

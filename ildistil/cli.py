@@ -1,0 +1,337 @@
+"""The command ``ildistil``: fit, validate, test, predict, finetune, export, quickstart."""
+
+import csv
+import difflib
+import inspect
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import ildistil
+from ildistil import data, mappings, objectives
+from ildistil.distiller import Distiller
+from ildistil.export import export
+from ildistil.mappings import LayerMapping
+from ildistil.models import ModelSource, StudentOptions, load
+from ildistil.monitor import Throughput
+from ildistil.objectives import Objective, TaskLoss
+
+__all__ = ["finetuner", "main", "make_distiller"]
+
+_HELP = """\
+usage: ildistil COMMAND [options]
+
+Distil a Transformer into a smaller one.
+
+  quickstart   the whole story in three minutes, without any download
+  finetune     fine-tune a pretrained model on a task: the teacher
+  fit          distil a student from a teacher
+  validate     measure a student on the validation set
+  test         measure a student on the test set
+  predict      write a student's predictions to a file
+  export       write the student of a checkpoint as a plain transformers folder
+
+'ildistil COMMAND --help' shows the options of a command; '--print_config' with any of the first
+five prints its whole configuration as YAML, to edit and give back with '--config FILE'.
+"""
+_TRAINING = ("fit", "validate", "test", "predict")
+
+
+def make_distiller(
+    teacher: ModelSource,
+    student: StudentOptions,
+    learning_rate: float = 5e-5,
+    weight_decay: float = 0.01,
+    warmup: float = 0.06,
+    schedule: str = "linear",
+    compile: bool = False,
+    tokenizer: str | None = None,
+) -> Distiller:
+    """Distil a student from a teacher.
+
+    Args:
+        teacher: Where the frozen model comes from, usually ``pretrained`` with a path.
+        student: Where the student comes from: layers of the teacher, a config, or another model's path.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Of all parameters but biases and norms.
+        warmup: Share of all steps in which the learning rate rises.
+        schedule: What it does then: linear, cosine or constant.
+        compile: Compile the student with torch.compile.
+        tokenizer: Name or folder of the tokenizer; by default the teacher's.
+    """
+    loaded = teacher.load()
+    return Distiller(
+        student.make(loaded, teacher),
+        loaded,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        schedule=schedule,  # type: ignore[arg-type]
+        compile=compile,
+        tokenizer=tokenizer or teacher.tokenizer,
+    )
+
+
+def finetuner(
+    path: str,
+    labels: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
+    learning_rate: float = 5e-5,
+    weight_decay: float = 0.01,
+    warmup: float = 0.06,
+    schedule: str = "linear",
+    compile: bool = False,
+    tokenizer: str | None = None,
+) -> Distiller:
+    """Fine-tune a pretrained model on a task.
+
+    Args:
+        path: Name on the hub, or a folder, of the pretrained model.
+        labels: What the data module says of its labels.
+        config: Values to change in the model's config, such as a dropout.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Of all parameters but biases and norms.
+        warmup: Share of all steps in which the learning rate rises.
+        schedule: What it does then: linear, cosine or constant.
+        compile: Compile the model with torch.compile.
+        tokenizer: Name or folder of the tokenizer; by default the model's.
+    """
+    model = load(path, config=(labels or {}) | (config or {}), new_head=True)
+    return Distiller(
+        model,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        schedule=schedule,  # type: ignore[arg-type]
+        compile=compile,
+        tokenizer=tokenizer or path,
+    )
+
+
+class _Parser(LightningArgumentParser):
+    """A parser that suggests the word one may have meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with the message and close matches of the words it doesn't know."""
+        hint = suggestion(message, self._known_words())
+        super().error(f"{message}\n{hint}" if hint else message, ex)
+
+    def _known_words(self) -> set[str]:
+        words = {option.lstrip("-") for action in self._actions for option in action.option_strings}
+        words |= {part for word in set(words) for part in word.split(".")}
+        for base in (Objective, LayerMapping, ModelSource, L.LightningDataModule):
+            for cls in _subclasses(base):
+                words |= {cls.__name__, *inspect.signature(cls).parameters}
+        return words
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {s for direct in cls.__subclasses__() for s in (direct, *_subclasses(direct))}
+
+
+def suggestion(message: str, known: set[str]) -> str:
+    """Find the words of an error message that are close to a known word, but aren't one.
+
+    >>> suggestion("Option 'wieght' is not accepted", {"weight", "name"})
+    "Did you mean 'weight' instead of 'wieght'?"
+    """
+    quoted = re.findall(r"'([\w.]+)'|--([\w.]+)|: (\w+)$|\"([\w.]+)\"", message)
+    for word in (w for groups in quoted for w in groups if w):
+        for candidate in (word, word.rsplit(".", 1)[-1]):
+            close = difflib.get_close_matches(candidate, known, n=2, cutoff=0.75)
+            if candidate not in known and close:
+                return f"Did you mean {' or '.join(map(repr, close))} instead of {candidate!r}?"
+    return ""
+
+
+class _CLI(LightningCLI):
+    """Lightning's CLI with named objectives, and a checkpoint of the best student."""
+
+    def __init__(self, model: Callable[..., Distiller], kind: str, **kwargs: Any) -> None:
+        super().__init__(
+            model_class=model,
+            datamodule_class=L.LightningDataModule,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            parser_class=_Parser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            trainer_defaults={
+                "max_epochs": 3,
+                "enable_model_summary": False,
+                "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": kind}},
+            },
+            **kwargs,
+        )
+
+    def objectives(self) -> dict[str, Objective]:
+        """Give the named objectives of this run."""
+        named: dict[str, Objective] = self._get(self.config_init, "objectives") or {}
+        return named
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Add the objectives and the usual callbacks."""
+        named = self.objectives()
+        for name, objective in named.items():
+            objective.name = name
+        config = self._get(self.config_init, "trainer")
+        configured = list(config.get("callbacks") or [])
+        usual: list[L.Callback] = [Throughput()]
+        if config.get("logger") is not False:
+            usual.append(LearningRateMonitor("step"))
+        if not any(isinstance(c, ModelCheckpoint) for c in configured) and config.get("enable_checkpointing") is not False:
+            usual.append(self._best())
+        return super().instantiate_trainer(callbacks=[*configured, *named.values(), *usual], **kwargs)
+
+    def _best(self) -> ModelCheckpoint:
+        first = (getattr(self.datamodule, "validation_names", None) or ["val"])[0]
+        primary = getattr(self.datamodule, "primary_metric", None)
+        if primary is None:
+            return ModelCheckpoint(filename="last", enable_version_counter=False)
+        return ModelCheckpoint(
+            monitor=f"{first}/{primary}", mode="max", filename="best", save_last="link", enable_version_counter=False
+        )
+
+
+class _DistillCLI(_CLI):
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--objectives",
+            type=dict[str, Objective] | None,
+            default=None,
+            help="The terms of the loss: a name for each, and its class_path and init_args.",
+        )
+
+    def before_fit(self) -> None:
+        """Refuse a run without objectives before any data is prepared."""
+        self.model.distillation.set_objectives(self.objectives())
+
+    def after_fit(self) -> None:
+        _say_what_next(self.trainer)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Write the predictions to a file."""
+        results = self.trainer.predict(**kwargs)
+        folder = Path(self.trainer.log_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "predictions.tsv"
+        _write_predictions(results or [], getattr(self.datamodule, "label_names", None), path)
+        print(f"Predictions: {path}")
+
+
+class _FinetuneCLI(_CLI):
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="A checkpoint to go on from.")
+        parser.link_arguments("data", "model.labels", compute_fn=_labels, apply_on="instantiate")
+
+    def objectives(self) -> dict[str, Objective]:
+        return {"task_loss": TaskLoss()}
+
+
+def _labels(module: Any) -> dict[str, Any]:
+    """The values of a model's config that say what a data module's labels are."""
+    described = getattr(module, "describe", None)
+    if described is not None:
+        described()
+    if getattr(module, "regression", False):
+        return {"num_labels": 1, "problem_type": "regression"}
+    names = getattr(module, "label_names", None)
+    if not names:
+        return {}
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def _write_predictions(results: Sequence[Any], names: Sequence[str] | None, path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        for number, batch in enumerate(results):
+            logits = batch["logits"].float()
+            classes = logits.shape[-1]
+            header = [] if classes == 1 else [f"p_{n}" for n in (names or range(classes))]
+            if number == 0:
+                writer.writerow(["row_id", "prediction", *header])
+            probabilities = [[]] * len(logits) if classes == 1 else logits.softmax(-1).tolist()
+            for row, value, p in zip(batch["row_id"].tolist(), batch["prediction"].tolist(), probabilities, strict=True):
+                label = names[value] if names and classes > 1 else value
+                writer.writerow([row, label, *(f"{x:.6f}" for x in p)])
+
+
+def _say_what_next(trainer: L.Trainer) -> None:
+    checkpoint = trainer.checkpoint_callback
+    if not trainer.is_global_zero or not isinstance(checkpoint, ModelCheckpoint) or not checkpoint.best_model_path:
+        return
+    best = os.path.relpath(checkpoint.best_model_path)
+    score = "" if checkpoint.best_model_score is None else f" ({checkpoint.monitor} = {checkpoint.best_model_score:.4f})"
+    print(f"Best student: {best}{score}\nExport it:    ildistil export {best} FOLDER")
+
+
+def _finetune(arguments: list[str]) -> None:
+    cli = _FinetuneCLI(finetuner, "finetune", args=arguments, run=False)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.get("ckpt_path"))
+    _say_what_next(cli.trainer)
+
+
+def _distill(arguments: list[str]) -> None:
+    _DistillCLI(make_distiller, arguments[0], args=arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; wrong input ends with a message and exit code 2, not with a traceback."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    _quieten()
+    command = words[0] if words else "--help"
+    try:
+        if command in ("--help", "-h"):
+            print(_HELP, end="")
+        elif command == "--version":
+            print(f"ildistil {ildistil.__version__}, torch {torch.__version__}, lightning {L.__version__}")
+        elif command in _TRAINING:
+            _distill(words)
+        elif command == "finetune":
+            _finetune(words[1:])
+        elif command in ("export", "quickstart"):
+            from ildistil.quickstart import quickstart
+            function = {"export": export, "quickstart": quickstart}[command]
+            jsonargparse.CLI(function, args=words[1:], prog=f"ildistil {command}", as_positional=True)
+        else:
+            commands = [*_TRAINING, "finetune", "export", "quickstart"]
+            close = difflib.get_close_matches(command, commands, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" Commands: {', '.join(commands)}."
+            raise ValueError(f"There is no command {command!r}.{hint}")
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if os.environ.get("ILDISTIL_TRACEBACK"):
+            raise
+        print(f"ildistil {command}: error: {error}\n(ILDISTIL_TRACEBACK=1 shows where.)", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _quieten() -> None:
+    """Silence what users can do nothing about: other libraries' tips and deprecations."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
+
+
+if __name__ == "__main__":
+    main()

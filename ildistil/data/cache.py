@@ -1,0 +1,60 @@
+"""Tokenised data on disk, found by what it was made of; several processes may write the same entry at once."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+# Part of every key; to be raised when the same input would be stored in another way.
+CACHE_VERSION = 1
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Return the folder of the cache: the argument, else ``$ILDISTIL_CACHE``, else ``~/.cache/ildistil``."""
+    return Path(cache_dir or os.environ.get("ILDISTIL_CACHE") or "~/.cache/ildistil").expanduser()
+
+
+def cache_entry(cache_dir: str | None, **made_of: Any) -> Path:
+    """Return the folder of one entry; its name is a hash of everything that the entry is made of."""
+    content = json.dumps({"version": CACHE_VERSION} | made_of, sort_keys=True)
+    return cache_folder(cache_dir) / "tokenized" / hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def store(rows: datasets.Dataset, entry: Path) -> None:
+    """Write an entry as Arrow files; it appears at once and complete, or not at all.
+
+    The rename is atomic. Where another process was faster, its entry is kept: both were made of the same.
+    """
+    draft = entry.with_name(f".{entry.name}-{uuid.uuid4().hex}")
+    try:
+        rows.save_to_disk(draft)
+        draft.rename(entry)
+    except OSError:
+        if not entry.is_dir():
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def load(entry: Path) -> datasets.Dataset:
+    """Open an entry, mapped into memory rather than read.
+
+    Raises:
+        FileNotFoundError: There is no such entry.
+        ValueError: The entry is damaged.
+    """
+    if not entry.is_dir():
+        raise FileNotFoundError(
+            f"No tokenised data in {entry}. Call prepare_data() before setup(); a Trainer does both."
+        )
+    try:
+        return datasets.load_from_disk(entry)
+    except Exception as error:  # pyarrow, json or datasets: whatever a damaged file makes them raise
+        raise ValueError(
+            f"The tokenised data in {entry} is damaged ({error}). Delete this folder and run again."
+        ) from error

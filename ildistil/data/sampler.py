@@ -1,0 +1,141 @@
+"""The order of rows in an epoch: shuffled, grouped by length, and a function of (seed, epoch) only.
+
+All samplers are `DistributedSampler` with a fixed batch size, also for one process: Lightning leaves those alone, wraps
+and reshuffles any other sampler under ddp, and refuses custom batch samplers there.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data.distributed import DistributedSampler
+
+# Rows are sorted by length within this many batches: enough for little padding (measured at 32 rows a batch: 4.6 % of
+# what the model processes on SST-2, against 67 % in random batches), few enough for epochs that differ.
+BATCHES_PER_CHUNK = 50
+
+
+class EpochSampler(DistributedSampler[int]):
+    """Rows in an order that depends on the seed and the epoch only; no process group is needed.
+
+    Rank ``r`` takes every ``num_replicas``-th row, from the ``r``-th on. For training the order is repeated from its
+    start until it divides evenly (at most ``num_replicas - 1`` rows are seen twice), so that all ranks have batches of
+    the same size. For evaluation nothing is repeated, and every epoch has the same order.
+
+    Args:
+        rows: Number of rows.
+        num_replicas: Number of processes that share the rows.
+        rank: Number of this process.
+        shuffle: Shuffle; otherwise the rows come in the file's order.
+        seed: Seed of the order, not negative.
+        evaluation: Repeat nothing and ignore the epoch.
+
+    Raises:
+        ValueError: The seed is negative, or the rank does not exist.
+
+    >>> sampler = EpochSampler(5, shuffle=False, num_replicas=2, rank=1)
+    >>> list(sampler), list(EpochSampler(5, shuffle=False, num_replicas=2, rank=1, evaluation=True))
+    ([1, 3, 0], [1, 3])
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+        shuffle: bool = True,
+        seed: int = 0,
+        evaluation: bool = False,
+    ) -> None:
+        if seed < 0:
+            raise ValueError(f"The seed of the order of rows is {seed}; it must not be negative.")
+        # The base class only asks a data set for its length.
+        super().__init__(range(rows), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        self.rows = rows
+        self.evaluation = evaluation
+        if evaluation:
+            self.num_samples = len(range(rank, rows, num_replicas))
+            self.total_size = rows
+
+    def order(self) -> torch.Tensor:
+        """Return all row numbers in this epoch's order, before they are shared among the ranks."""
+        return torch.randperm(self.rows, generator=self.generator()) if self.shuffle else torch.arange(self.rows)
+
+    def generator(self) -> torch.Generator:
+        """Return a generator seeded from (seed, epoch); seed + epoch would give seed 1 the epochs of seed 0 again."""
+        epoch = 0 if self.evaluation else self.epoch
+        state = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+    def __iter__(self) -> Iterator[int]:
+        # resize repeats the order from its start, and changes nothing in evaluation.
+        order = np.resize(self.order().numpy(), self.total_size)
+        return iter(order[self.rank :: self.num_replicas].tolist())
+
+
+class LengthGroupedSampler(EpochSampler):
+    """Batches of rows of similar length, over all ranks, in random order.
+
+    The rows are shuffled, cut into chunks of 50 batches, sorted by length within a chunk, cut into batches, and the
+    batches are shuffled. The batch with the longest row comes first, so that a lack of memory shows at once. An
+    incomplete batch comes last.
+
+    Args:
+        lengths: Number of tokens of every row.
+        batch_size: Rows per batch and rank; must be the data loader's.
+        num_replicas: Number of processes that share the rows.
+        rank: Number of this process.
+        seed: Seed of the order, not negative.
+        evaluation: Repeat nothing and ignore the epoch.
+
+    >>> lengths = [3, 9, 3, 9, 3, 9, 3]
+    >>> [lengths[row] for row in LengthGroupedSampler(lengths, batch_size=3)]
+    [9, 9, 9, 3, 3, 3, 3]
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | torch.Tensor,
+        batch_size: int,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        evaluation: bool = False,
+    ) -> None:
+        super().__init__(len(lengths), num_replicas, rank, seed=seed, evaluation=evaluation)
+        self.lengths = torch.as_tensor(lengths)
+        self.global_batch = batch_size * num_replicas
+
+    def order(self) -> torch.Tensor:
+        """Return all row numbers in this epoch's order, before they are shared among the ranks."""
+        generator = self.generator()
+        shuffled = torch.randperm(self.rows, generator=generator)
+        chunks = torch.split(shuffled, BATCHES_PER_CHUNK * self.global_batch)
+        order = torch.cat([chunk[self.lengths[chunk].argsort(descending=True, stable=True)] for chunk in chunks])
+        whole = self.rows - self.rows % self.global_batch
+        batches = order[:whole].view(-1, self.global_batch)
+        batches = batches[torch.randperm(len(batches), generator=generator)]
+        return torch.cat([self._longest_first(batches).flatten(), order[whole:]])
+
+    def _longest_first(self, batches: torch.Tensor) -> torch.Tensor:
+        if len(batches) == 0:
+            return batches
+        longest = int(self.lengths[batches].amax(dim=1).argmax())
+        return torch.cat([batches[longest : longest + 1], batches[:longest], batches[longest + 1 :]])
+
+
+def even_batch_size(rows: int, batch_size: int, num_replicas: int) -> int:
+    """Return a batch size, at most ``batch_size`` if possible, with which all ranks have equally many batches.
+
+    In evaluation no row is repeated, so ranks may differ by one row. Were that row alone in a last batch, its rank
+    would run one step more than the others, and anything gathered in each step would wait forever.
+
+    >>> even_batch_size(rows=64, batch_size=32, num_replicas=2), even_batch_size(rows=65, batch_size=32, num_replicas=2)
+    (32, 31)
+    """
+    fewest, extra = divmod(rows, num_replicas)
+    if not extra or not fewest:
+        return batch_size
+    sizes = [*range(batch_size, 1, -1), fewest + 1]
+    size: int = next(size for size in sizes if fewest % size)
+    return size

@@ -1,0 +1,359 @@
+"""The LightningModule around the engine: optimiser, logging, metrics, checkpoints, the plan."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
+from transformers import PreTrainedModel
+
+from ildistil.capture import Sizes, unwrapped
+from ildistil.distillation import Distillation, DryRun, Terms
+from ildistil.objectives.base import Objective
+from ildistil.plan import describe
+
+__all__ = ["Distiller"]
+
+_PROJECTIONS = "distillation.projections."
+
+
+class Distiller(L.LightningModule):
+    """Trains a student by the objectives among the Trainer's callbacks.
+
+    Args:
+        student: the model to train, for instance ``init_student(teacher, layers=[1, 2, 3])``.
+        teacher: the frozen model; ``None`` when no objective needs one (plain fine-tuning with ``TaskLoss``).
+        learning_rate: peak learning rate of AdamW.
+        weight_decay: of all parameters but biases and norms.
+        warmup: share of all steps in which the learning rate rises linearly from 0.
+        schedule: what it does then: fall to 0 (``"linear"``, ``"cosine"``) or stay (``"constant"``).
+        compile: compile the student with ``torch.compile``.
+        tokenizer: name or folder of the tokenizer; the data module falls back to it, and the exported student gets
+            it. Default: the teacher's, else the student's ``name_or_path``.
+
+    Before training starts, the plan is printed and a dry run of one batch proves every term finite. Validation and
+    test report the data module's metrics (``val/accuracy`` ...); without a data module, accuracy or the correlations.
+    Checkpoints hold the student and the projections, never the teacher.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        *,
+        learning_rate: float = 5e-5,
+        weight_decay: float = 0.01,
+        warmup: float = 0.06,
+        schedule: Literal["linear", "cosine", "constant"] = "linear",
+        compile: bool = False,
+        tokenizer: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not learning_rate > 0 or weight_decay < 0 or not 0 <= warmup < 1:
+            raise ValueError(
+                "learning_rate must be > 0, weight_decay >= 0 and warmup a share of all steps in [0, 1); got "
+                f"{learning_rate}, {weight_decay} and {warmup}."
+            )
+        if schedule not in _SCHEDULES:
+            raise ValueError(f"schedule must be one of {sorted(_SCHEDULES)}, got {schedule!r}.")
+        self.distillation = Distillation(student, teacher)
+        self.learning_rate, self.weight_decay, self.warmup, self.schedule = (
+            learning_rate, weight_decay, warmup, schedule,
+        )  # fmt: skip
+        self.compile_student = compile
+        self.tokenizer_source = tokenizer or _source(teacher) or _source(student)
+        self.metrics = nn.ModuleDict()
+        self._frozen: list[nn.Parameter] = []
+        self._structural: DryRun | None = None
+
+    @property
+    def student(self) -> nn.Module:
+        """The model being trained."""
+        return self.distillation.student
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The frozen model."""
+        return self.distillation.teacher
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        """Run the student."""
+        known = self.distillation.student_inputs(batch)
+        return self.student(**known)
+
+    # Before training
+
+    def setup(self, stage: str) -> None:
+        """Check that data and student fit, and make the metrics."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            _check_data(data, unwrapped(self.student))
+        names = getattr(data, "validation_names", None) or ["val"]
+        make = getattr(data, "metrics", None) or _default_metrics(unwrapped(self.student))
+        self._names = {"val": list(names), "test": [n.replace("val", "test", 1) for n in names]}
+        for name in (*self._names["val"], *self._names["test"]):
+            if name not in self.metrics and make is not None:
+                self.metrics[name] = make()
+
+    def configure_model(self) -> None:
+        """Take the objectives from the Trainer's callbacks; quiet without a Trainer, and repeatable."""
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        self.distillation.set_objectives([c for c in callbacks if isinstance(c, Objective)])
+        batch = self.distillation.synthetic_batch()
+        if batch is not None:
+            self._structural = self.distillation.dry_run(batch)
+            self._freeze(self._structural.unreached)
+        if self.compile_student and not getattr(self.student, "_compiled_call_impl", None):
+            self.student.compile()
+
+    def _freeze(self, parameters: list[nn.Parameter]) -> None:
+        # DDP waits for the gradient of every parameter that requires one, so what no term reaches must not. This has
+        # to happen before DDP wraps the module; it is undone only when training is over.
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        self._frozen += parameters
+
+    def on_train_start(self) -> None:
+        """Dry-run the first batch and print the plan."""
+        self.distillation.train()
+        batch = self._first_batch()
+        found = self._structural if batch is None else self.distillation.dry_run(batch)
+        if found is not None and self._structural is not None:
+            found = DryRun(found.terms, self._structural.unreached)
+        rank_zero_info(describe(self.distillation, found))
+
+    def _first_batch(self) -> Any | None:
+        loader = self.trainer.train_dataloader
+        sampler = getattr(loader, "batch_sampler", None)
+        if loader is None or sampler is None or not hasattr(loader.dataset, "__getitem__"):
+            return None  # a stream: taking a batch would lose it
+        # Not through the loader: it would start its workers and draw from the random state.
+        rng = torch.get_rng_state()
+        rows = next(iter(sampler))[:8]
+        torch.set_rng_state(rng)
+        batch = loader.collate_fn([loader.dataset[row] for row in rows])
+        return self.trainer.strategy.batch_to_device(batch, self.device)
+
+    def teardown(self, stage: str) -> None:
+        """Give the student its frozen parameters and plain attention back."""
+        if stage == "fit":
+            for parameter in self._frozen:
+                parameter.requires_grad_(True)
+            self._frozen.clear()
+
+    # Training
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Give the weighted sum of the terms."""
+        terms: Terms = self.distillation(batch)
+        self._check_finite(terms, batch)
+        self.log_dict(terms.logs("train"), batch_size=_batch_size(batch))
+        return terms.total
+
+    def _check_finite(self, terms: Terms, batch: Mapping[str, Any]) -> None:
+        bad = terms.not_finite()
+        if not bad:
+            return
+        rows = batch.get("row_id")
+        where = f", row ids {rows.tolist()}" if isinstance(rows, Tensor) else ""
+        values = ", ".join(f"{name} = {terms.values[name].item()}" for name in bad)
+        raise FloatingPointError(
+            f"The loss is not finite at step {self.global_step} (epoch {self.current_epoch}{where}): {values}. "
+            "Nothing of this step was applied. Try a lower learning rate, gradient clipping, or bf16 instead of fp16."
+        )
+
+    def configure_optimizers(self) -> Any:
+        """AdamW, its learning rate set at every step; biases and norms don't decay."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.learning_rate)
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps) and self.schedule != "constant":
+            raise ValueError(
+                f"schedule={self.schedule!r} needs to know the number of steps. Set the Trainer's max_epochs or "
+                "max_steps, or use schedule='constant'."
+            )
+        factor = _factor(self.schedule, self.warmup, steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Evaluation: the student alone
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update the metrics of one validation set."""
+        self._evaluate("val", batch, dataloader_idx)
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Update the metrics of one test set."""
+        self._evaluate("test", batch, dataloader_idx)
+
+    def _evaluate(self, stage: str, batch: Mapping[str, Any], dataloader_idx: int) -> None:
+        names = self._names[stage]
+        name = names[dataloader_idx] if dataloader_idx < len(names) else f"{stage}_{dataloader_idx}"
+        if "labels" not in batch:
+            raise ValueError(
+                f"The {name} set has no labels, so there is nothing to measure. Use 'predict' for unlabelled rows."
+            )
+        output = self(batch)
+        size = _batch_size(batch)
+        options: dict[str, Any] = {"batch_size": size, "add_dataloader_idx": False, "on_step": False, "on_epoch": True}
+        if getattr(output, "loss", None) is not None:
+            self.log(f"{name}/loss", output.loss, sync_dist=True, **options)
+        if name in self.metrics:
+            metrics = self.metrics[name]
+            assert isinstance(metrics, MetricCollection)
+            metrics.update(_predictions(output.logits), batch["labels"])
+            # Each by itself: Lightning then computes and resets them at the epoch's end, over all ranks.
+            for key, metric in metrics.items(keep_base=True):
+                self.log(f"{name}/{key}", metric, prog_bar=stage == "val", **options)
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Give row ids, logits and predictions (a class index, or a number for regression)."""
+        logits = self({key: value for key, value in batch.items() if key != "labels"}).logits
+        prediction = {"logits": logits, "prediction": _predictions(logits)}
+        return {"row_id": batch["row_id"], **prediction} if "row_id" in batch else prediction
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the projections apart from the student, and note what makes the student loadable by itself."""
+        weights = checkpoint["state_dict"]
+        projections = {key: weights.pop(key) for key in list(weights) if key.startswith(_PROJECTIONS)}
+        for key in [key for key in weights if key.startswith("metrics.")]:
+            del weights[key]
+        checkpoint["ildistil"] = {
+            "projections": projections,
+            "objectives": {name: _specification(o) for name, o in self.distillation.objectives.items()},
+            "student": _recipe(unwrapped(self.student)),
+            "tokenizer": self.tokenizer_source,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the projections that this run has, and name differences when training goes on."""
+        saved = checkpoint.get("ildistil", {})
+        own = {key: value for key, value in self.state_dict().items() if key.startswith(_PROJECTIONS)}
+        projections = saved.get("projections", {})
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            _compare(
+                saved.get("objectives", {}), {n: _specification(o) for n, o in self.distillation.objectives.items()}
+            )
+            if projections.keys() != own.keys():
+                raise ValueError(
+                    "This checkpoint was made with other projections, so its optimiser state doesn't fit: it has "
+                    f"{_names_of(projections)}, this run {_names_of(own)}. Resume with the same objectives, or start a "
+                    "new run from its student (ildistil export)."
+                )
+        checkpoint["state_dict"] |= {key: projections.get(key, value) for key, value in own.items()}
+
+
+def _source(model: nn.Module | None) -> str | None:
+    return getattr(model, "name_or_path", None) or None
+
+
+def _batch_size(batch: Mapping[str, Any]) -> int:
+    return next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+
+
+def _predictions(logits: Tensor) -> Tensor:
+    return logits.squeeze(-1).float() if logits.shape[-1] == 1 else logits.argmax(-1)
+
+
+def _default_metrics(student: nn.Module) -> Callable[[], MetricCollection] | None:
+    labels = Sizes.of(student).labels
+    if labels is None:
+        return None
+    if labels == 1:
+        return lambda: MetricCollection({"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()})
+    return lambda: MetricCollection({"accuracy": MulticlassAccuracy(labels, average="micro")})
+
+
+def _linear(progress: float) -> float:
+    return max(0.0, 1.0 - progress)
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+_SCHEDULES: dict[str, Callable[[float], float]] = {"linear": _linear, "cosine": _cosine, "constant": lambda _: 1.0}
+
+
+def _factor(schedule: str, warmup: float, steps: float) -> Callable[[int], float]:
+    """The learning rate at a step, as a factor of its peak; a pure function of the step."""
+    if not math.isfinite(steps):
+        return lambda step: 1.0
+    rise = round(warmup * steps)
+    fall = max(1, steps - rise)
+    after = _SCHEDULES[schedule]
+    # step + 1: the very first step must not be lost to a learning rate of zero.
+    return lambda step: (step + 1) / (rise + 1) if step < rise else after((step - rise) / fall)
+
+
+def _check_data(data: Any, student: nn.Module) -> None:
+    """Compare what the data module says of itself with the student."""
+    sizes = Sizes.of(student)
+    labels = 1 if getattr(data, "regression", False) else getattr(data, "num_labels", None)
+    if labels is not None and sizes.labels is not None and labels != sizes.labels:
+        raise ValueError(
+            f"The data has {labels} labels, the models have {sizes.labels}. Fine-tune a teacher for this task first "
+            "(ildistil finetune), or choose the data it was trained for."
+        )
+    _check_label_order(getattr(data, "label_names", None), student)
+    longest, positions = getattr(data, "max_length", None), sizes.positions
+    if longest is not None and positions is not None and longest > positions:
+        raise ValueError(
+            f"The data cuts texts at max_length={longest} tokens, the student has {positions} positions. Set "
+            f"max_length={positions} or less."
+        )
+
+
+def _check_label_order(names: list[str] | None, student: nn.Module) -> None:
+    id2label = getattr(getattr(student, "config", None), "id2label", None)
+    if not names or not id2label:
+        return
+    theirs = [str(id2label[i]).lower() for i in sorted(id2label)]
+    ours = [name.lower() for name in names]
+    if theirs != ours and sorted(theirs) == sorted(ours):
+        raise ValueError(
+            f"The models number their labels {theirs}, the data {ours}. List the data's labels in the models' order."
+        )
+
+
+def _specification(objective: Objective) -> str:
+    settings = {k: v for k, v in vars(objective).items() if k not in ("projections", "pairs", "name")}
+    return f"{type(objective).__name__}({', '.join(f'{k}={v}' for k, v in sorted(settings.items()))})"
+
+
+def _compare(saved: dict[str, str], now: dict[str, str]) -> None:
+    lines = [
+        f"  {name}: {saved.get(name, 'not there')} in the checkpoint, {now.get(name, 'not there')} now"
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name) != now.get(name)
+    ]
+    if lines:
+        rank_zero_warn("Training goes on with other objectives than the checkpoint's:\n" + "\n".join(lines))
+
+
+def _names_of(projections: Mapping[str, Tensor]) -> list[str]:
+    return sorted({key.removeprefix(_PROJECTIONS).split(".")[0] for key in projections}) or ["none"]
+
+
+def _recipe(student: nn.Module) -> dict[str, Any] | None:
+    """What rebuilds a transformers student without its teacher, in plain values."""
+    if not isinstance(student, PreTrainedModel):
+        return None
+    return {"architecture": type(student).__name__, "config": json.loads(student.config.to_json_string(use_diff=False))}

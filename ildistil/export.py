@@ -1,0 +1,117 @@
+"""Take the student out of a checkpoint: a plain transformers folder that needs nothing of this library."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["export", "load_student", "save_student"]
+
+_STUDENT = "distillation.student."
+
+
+def load_student(checkpoint: str | Path) -> PreTrainedModel:
+    """Rebuild the student of a checkpoint, without its teacher, in eval mode.
+
+    Args:
+        checkpoint: a ``.ckpt`` file that a Trainer with a :class:`~ildistil.Distiller` wrote.
+
+    Raises:
+        ValueError: the file is not such a checkpoint.
+    """
+    return _rebuild(_read(checkpoint), checkpoint)
+
+
+def export(checkpoint: str, output: str, tokenizer: str | None = None, overwrite: bool = False) -> None:
+    """Write the student of a checkpoint as a plain transformers folder, with tokenizer, label names and model card.
+
+    Args:
+        checkpoint: the .ckpt file.
+        output: the folder to write.
+        tokenizer: name or folder of the tokenizer; by default the one the run used.
+        overwrite: write into a folder that has files already.
+    """
+    target = Path(output)
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"The folder {output!r} is not empty. Name another one, or add --overwrite=true.")
+    content = _read(checkpoint)
+    student = _rebuild(content, checkpoint)
+    source = tokenizer or content["ildistil"].get("tokenizer")
+    if source is None:
+        raise ValueError("The checkpoint doesn't say which tokenizer belongs to the student. Name it: --tokenizer=NAME.")
+    try:
+        loaded = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The tokenizer {source!r} could not be loaded. Name another one: --tokenizer=NAME.") from error
+    save_student(student, target, loaded, _card(student, content))
+
+
+def save_student(
+    student: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase, card: str | None = None
+) -> None:
+    """Save a student with its tokenizer, and a model card if given.
+
+    Args:
+        student: the model; a recording attention is switched back to the plain one in what is written.
+        folder: the folder to write.
+        tokenizer: its tokenizer.
+        card: the text of ``README.md``.
+    """
+    student.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if card is not None:
+        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+
+
+def _read(checkpoint: str | Path) -> dict[str, Any]:
+    path = Path(checkpoint)
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        raise ValueError(f"There is no file {str(path)!r}. Checkpoints beside it: {', '.join(near) or 'none'}.")
+    # Tensors and plain values only: a foreign file must not be able to run code.
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if not content.get("ildistil", {}).get("student"):
+        raise ValueError(f"{str(path)!r} holds no transformers student that an ildistil Distiller saved.")
+    return content
+
+
+def _rebuild(content: Mapping[str, Any], checkpoint: str | Path) -> PreTrainedModel:
+    recipe = content["ildistil"]["student"]
+    architecture = getattr(transformers, recipe["architecture"], None)
+    if architecture is None:
+        raise ValueError(
+            f"The student in {str(checkpoint)!r} is a {recipe['architecture']}, which this version of transformers "
+            f"({transformers.__version__}) doesn't have."
+        )
+    student = architecture(architecture.config_class.from_dict(recipe["config"]))
+    assert isinstance(student, PreTrainedModel)
+    weights: dict[str, Tensor] = {
+        key.removeprefix(_STUDENT).removeprefix("_orig_mod."): value
+        for key, value in content["state_dict"].items()
+        if key.startswith(_STUDENT)
+    }
+    student.load_state_dict(weights)
+    return student.eval()
+
+
+def _card(student: PreTrainedModel, content: Mapping[str, Any]) -> str:
+    saved, config = content["ildistil"], student.config
+    text = config.get_text_config()
+    parameters = sum(p.numel() for p in student.parameters()) / 1e6
+    lines = ["---", "library_name: transformers", "tags: [distillation, ildistil]", "---", "", "# Distilled student", ""]
+    lines += [f"{type(student).__name__}, {text.num_hidden_layers} layers, width {text.hidden_size}, {parameters:.1f} M parameters."]
+    if saved.get("teacher"):
+        lines += ["", f"Teacher: `{saved['teacher']}`."]
+    if getattr(config, "init_layers", None):
+        lines += ["", f"Initialised from the teacher's layers {', '.join(map(str, config.init_layers))}."]
+    lines += ["", "## Objectives", "", *(f"- `{name}`: `{spec}`" for name, spec in saved["objectives"].items())]
+    if saved.get("metrics"):
+        lines += ["", "## Evaluation", "", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in saved["metrics"].items()]
+    lines += ["", "## Use", "", "```python", "from transformers import pipeline", "", 'pipeline("text-classification", model="PATH")', "```", ""]
+    lines += [f"Trained for {content['global_step']} steps with [ildistil](https://pypi.org/project/ildistil)."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,112 @@
+"""The plan: what a run will do, printed before it starts."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from ildistil.capture import Sizes, Tap, unwrapped
+from ildistil.distillation import Distillation, DryRun
+
+__all__ = ["describe", "table"]
+
+
+def describe(distillation: Distillation, dry_run: DryRun | None = None) -> str:
+    """Say what a run will do: models, objectives with their layer pairs, what is captured, what the dry run found.
+
+    Args:
+        distillation: the engine, its objectives set.
+        dry_run: what :meth:`~ildistil.Distillation.dry_run` found, if it ran.
+    """
+    parts = ["Distillation plan", _indent(_models(distillation)), "  terms (student layer<-teacher layer)"]
+    parts.append(_indent(_terms(distillation, dry_run), 4))
+    parts.append("  captured")
+    parts += [f"    {role}: {_taps(taps)}" for role, taps in distillation.captured.items()]
+    parts += [f"  note: {note}" for note in _notes(distillation, dry_run)]
+    return "\n".join(parts)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Align columns: the first to the left, numbers to the right.
+
+    >>> print(table(("name", "value"), [("a", "1.0"), ("long", "-22.5")]))
+    name  value
+    a       1.0
+    long  -22.5
+    """
+    lines = [tuple(header), *(tuple(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    right = [i > 0 and all(_is_number(line[i]) for line in lines[1:]) for i in range(len(header))]
+    aligned = ("  ".join(_pad(*cell) for cell in zip(line, widths, right, strict=True)) for line in lines)
+    return "\n".join(line.rstrip() for line in aligned)
+
+
+def _models(distillation: Distillation) -> str:
+    models = {"teacher": distillation.teacher, "student": distillation.student}
+    rows = [_model(role, model) for role, model in models.items() if model is not None]
+    return table(("", "model", "layers", "width", "heads", "parameters", ""), rows)
+
+
+def _model(role: str, model: nn.Module) -> tuple[str, ...]:
+    sizes = Sizes.of(model)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    remark = "frozen" if role == "teacher" else f"{_millions(trained)} trained"
+    if role == "student" and sizes.init_layers is not None:
+        remark += f", from teacher layers {' '.join(map(str, sizes.init_layers))}"
+    numbers = [str(n) if n is not None else "?" for n in (sizes.depth, sizes.width, sizes.heads)]
+    return (role, sizes.name, *numbers, _millions(total), remark)
+
+
+def _terms(distillation: Distillation, dry_run: DryRun | None) -> str:
+    header = ["name", "objective", "weight", "compares", "projections"]
+    checks = {} if dry_run is None else dry_run.terms
+    if checks:
+        header += ["value", "gradient"]
+    rows = []
+    for name, objective in distillation.objectives.items():
+        learned = sum(p.numel() for p in objective.projections.parameters())
+        row = [name, type(objective).__name__, f"{objective.weight:g}", objective.describe()]
+        row.append(_millions(learned) if learned else "none")
+        if checks:
+            row += [f"{checks[name].value:.4g}", f"{checks[name].gradient:.4g}"] if name in checks else ["off", "off"]
+        rows.append(row)
+    return table(header, rows)
+
+
+def _taps(taps: list[Tap]) -> str:
+    by_name: dict[str, list[str]] = {}
+    for tap in taps:
+        by_name.setdefault(tap.name, []).extend([] if tap.layer is None else [str(tap.layer)])
+    return ", ".join(f"{name} {' '.join(layers)}".strip() for name, layers in by_name.items())
+
+
+def _notes(distillation: Distillation, dry_run: DryRun | None) -> list[str]:
+    notes = []
+    student = unwrapped(distillation.student)
+    if dry_run is not None and dry_run.unreached:
+        count = sum(p.numel() for p in dry_run.unreached)
+        notes.append(f"{_millions(count)} student parameters are reached by no term, and stay as they are")
+    config = getattr(student, "config", None)
+    dropout = getattr(config, "attention_probs_dropout_prob", None) or getattr(config, "attention_dropout", None)
+    on_cpu = all(p.device.type == "cpu" for p in student.parameters())
+    if dropout and on_cpu and "sdpa" in (getattr(config, "_attn_implementation", None) or ""):
+        notes.append(
+            f"attention dropout is {dropout:g}: on CPU, sdpa then falls back to its slow kernel; 0 would be faster"
+        )
+    return notes
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(",", "").removesuffix(" M").removesuffix(" %").lstrip("-+").replace(".", "", 1).isdigit()
+
+
+def _pad(text: str, width: int, right: bool) -> str:
+    return text.rjust(width) if right else text.ljust(width)
+
+
+def _indent(text: str, by: int = 2) -> str:
+    return "\n".join(" " * by + line for line in text.splitlines())
