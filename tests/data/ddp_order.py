@@ -21,8 +21,6 @@ class Recorder(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(1, 1)
-            "buffer", torch.zeros(1)
-        )  # ddp sends buffers around in every step: uneven steps would hang
         self.seen: dict[str, Any] = {"train": defaultdict(list), "val": defaultdict(list), "predict": []}
 
     def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
@@ -31,7 +29,9 @@ class Recorder(L.LightningModule):
         return self.layer(batch["labels"].float()[:, None]).mean()
 
     def validation_step(self, batch: dict[str, torch.Tensor], _: int) -> None:
-        self.all_gather(batch["row_id"].sum())  # what a metric synchronised in each step does: uneven steps would hang
+        torch.distributed.all_reduce(
+            batch["row_id"].sum()
+        )  # as a metric synchronised in each step: no rank may do more
         self.seen["val"][self.current_epoch] += batch["row_id"].tolist()
 
     def predict_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:

@@ -1,0 +1,30 @@
+import os
+
+# Before transformers is imported: nothing in the tests may ask the hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# LightningCLI calls jsonargparse's instantiate by its old name.
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from pytest import Config
+
+
+def pytest_configure(config: Config) -> None:
+    # Two workers on two cores: one thread each.
+    torch.set_num_threads(1)
+    for ignored in (
+        # Lightning 2.6 asks torch 2.13's pytree in a way it deprecates.
+        r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated",
+        # Ten batches a run are what tests are made of.
+        r"ignore:The number of training batches .* is smaller than the logging interval",
+        r"ignore:The '.*_dataloader' does not have many workers",
+        r"ignore:LightningCLI's args parameter is intended",
+    ):
+        config.addinivalue_line("filterwarnings", ignored)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
