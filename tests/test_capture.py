@@ -1,0 +1,273 @@
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import tiny
+from ildistil import Distillation, objectives
+from ildistil.capture import Capture, CaptureError, Tap
+from ildistil.objectives import ObjectiveError
+
+ALL = {Tap("hidden", i) for i in range(5)} | {Tap("attention", i) for i in range(1, 5)} | {Tap("logits")}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 50}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "BERT": lambda: tf.BertForSequenceClassification(tf.BertConfig(**SMALL)),
+    "RoBERTa": lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**SMALL)),
+    "ELECTRA": lambda: tf.ElectraForSequenceClassification(tf.ElectraConfig(**SMALL)),
+    "ALBERT": lambda: tf.AlbertForSequenceClassification(tf.AlbertConfig(**SMALL, embedding_size=16)),
+    "DistilBERT": lambda: tf.DistilBertForSequenceClassification(
+        tf.DistilBertConfig(dim=32, n_layers=4, n_heads=4, hidden_dim=64, vocab_size=50)
+    ),
+    "ModernBERT": lambda: tf.ModernBertForSequenceClassification(
+        tf.ModernBertConfig(**SMALL, **SPECIAL, cls_token_id=1, sep_token_id=2, local_attention=4)
+    ),
+    "GPT-2": lambda: tf.GPT2ForSequenceClassification(
+        tf.GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=50, **SPECIAL)
+    ),
+    "Llama": lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**SMALL, **SPECIAL, num_key_value_heads=2)),
+    "Gemma 2": lambda: tf.Gemma2ForSequenceClassification(
+        tf.Gemma2Config(**SMALL, **SPECIAL, num_key_value_heads=2, head_dim=8, sliding_window=3)
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_what_the_model_attends_with(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """softmax(scores) v, under the understood masks, is what the model's implementation gives, in every layer."""
+    model, outputs = FAMILIES[family]().eval(), []
+    batch = {k: v for k, v in tiny.batch((7, 4, 6)).items() if k != "position_ids"}
+    with torch.no_grad():
+        plain = model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits
+        capture = Capture(model, ALL)
+        recording = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+
+        def keep_output(*args: Any, **kwargs: Any) -> Any:
+            result = recording(*args, **kwargs)
+            outputs.append(result[0])
+            return result
+
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, model.config._attn_implementation, keep_output)
+        seen = capture(batch, verify=True)
+    assert torch.equal(seen.logits, plain)
+    assert sorted(seen.attention) == [1, 2, 3, 4]
+    for layer, output in enumerate(outputs, start=1):
+        attention = seen.attention[layer]
+        weights = attention.scores().masked_fill(~attention.allowed(), -1e9).softmax(-1)
+        value = attention.value.repeat_interleave(attention.heads // attention.value.shape[1], dim=1)
+        expected = (weights @ value).transpose(1, 2).reshape(output.shape)
+        torch.testing.assert_close(expected[seen.mask], output[seen.mask], rtol=1e-4, atol=1e-5)
+
+
+def test_hidden_states_are_those_of_transformers() -> None:
+    model, batch = tiny.bert(4).eval(), tiny.batch()
+    expected = model(**{k: v for k, v in batch.items() if k != "row_id"}, output_hidden_states=True).hidden_states
+    seen = Capture(model, ALL)(batch)
+    for layer in range(5):
+        assert torch.equal(seen.hidden[layer], expected[layer])
+    assert torch.equal(seen.hidden[-1], expected[4])
+    assert torch.equal(seen.hidden[-5], expected[0])
+
+
+def test_only_wanted_layers_are_kept() -> None:
+    seen = Capture(tiny.bert(4), {Tap("hidden", 2), Tap("attention", 3), Tap("bert.pooler")})(tiny.batch())
+    assert list(seen.hidden) == [2]
+    assert list(seen.attention) == [3]
+    assert seen.modules["bert.pooler"].shape == (3, 32)
+    with pytest.raises(CaptureError, match=r"hidden\[1\] was not captured; captured: \[2\]"):
+        seen.hidden[1]
+
+
+def test_attention_loss_with_dropout_equals_a_loop_over_scores_before_dropout() -> None:
+    dropout = {"attention_probs_dropout_prob": 0.5, "hidden_dropout_prob": 0.0}
+    student, teacher = tiny.bert(2, **dropout).double(), tiny.bert(2, seed=5, **dropout).double()
+    engine = Distillation(student, teacher, [objectives.AttentionKL()])
+    rows: dict[tuple[int, str], torch.Tensor] = {}
+    for role, model in enumerate((student, teacher)):
+        for layer, block in enumerate(model.bert.encoder.layer):
+            for part in ("query", "key"):
+                def keep(m: nn.Module, a: object, out: torch.Tensor, key: tuple[int, str] = (10 * role + layer, part)) -> None:
+                    rows[key] = out.detach().unflatten(-1, (4, 8))
+
+                getattr(block.attention.self, part).register_forward_hook(keep)
+    batch = tiny.batch()
+    term = engine(batch).total.item()
+    expected = 0.0
+    for layer in range(2):
+        for b, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            for h in range(4):
+                for i in range(length):
+                    p, q = (
+                        torch.softmax(rows[r + layer, "key"][b, :length, h] @ rows[r + layer, "query"][b, i, h] / 8**0.5, 0)
+                        for r in (10, 0)
+                    )
+                    expected += float((p * (p / q).log()).sum()) / (2 * 3 * 4 * length)
+    assert term == pytest.approx(expected, rel=1e-10)
+
+
+def enable_checkpointing(model: PreTrainedModel, *options: dict[str, bool]) -> None:
+    """transformers 5.23 calls it activation checkpointing, and warns of the old name."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(*options)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointing_and_compile_give_the_same_gradients(checkpointing: bool, compiled: bool) -> None:
+    def gradients(change: bool) -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        student = tiny.bert(2).double()
+        engine = Distillation(
+            student, tiny.bert(4, seed=1).double(), [objectives.AttentionKL(), objectives.HiddenMSE(), objectives.LogitsKL()]
+        )
+        if change and checkpointing:
+            enable_checkpointing(student)
+        if change and compiled:
+            student.compile(backend="aot_eager", fullgraph=not checkpointing)
+        for _ in range(2):  # the second run of a compiled model must record too
+            student.zero_grad()
+            engine(tiny.batch()).total.backward()
+        return [p.grad for p in student.parameters()]
+
+    for plain, changed in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(plain, changed, rtol=1e-9, atol=1e-12)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    student = tiny.bert(2)
+    enable_checkpointing(student, {"use_reentrant": True})
+    with pytest.raises(CaptureError, match="reentrant gradient checkpointing"):
+        Distillation(student, tiny.bert(4), [objectives.AttentionKL()])(tiny.batch())
+
+
+def test_a_shared_config_is_separated() -> None:
+    teacher = tiny.bert(4)
+    student = tf.BertForSequenceClassification(teacher.config)
+    assert student.config is teacher.config
+    engine = Distillation(student, teacher, [objectives.AttentionKL()])
+    configs = {id(m.config) for m in student.modules() if hasattr(m, "config")}
+    assert configs.isdisjoint({id(m.config) for m in teacher.modules() if hasattr(m, "config")})
+    engine.release()
+    student.set_attn_implementation("eager")
+    assert teacher.config._attn_implementation == "sdpa"
+
+
+def test_release_gives_the_models_back() -> None:
+    student, teacher = tiny.bert(2), tiny.bert(4)
+    engine = Distillation(student, teacher, [objectives.AttentionKL(), objectives.HiddenMSE()])
+    assert student.config._attn_implementation == "ildistil_sdpa"
+    engine.release()
+    for model in (student, teacher):
+        assert model.config._attn_implementation == "sdpa"
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_recording_outlives_a_copy_of_the_model(tmp_path: object) -> None:
+    student = tiny.bert(2)
+    engine = Distillation(student, tiny.bert(4), [objectives.AttentionKL()])
+    twin = copy.deepcopy(student)
+    twin(**{k: v for k, v in tiny.batch().items() if k != "row_id"})
+    engine(tiny.batch()).total.backward()
+    assert student.bert.encoder.layer[0].attention.self.query.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            lambda: tf.DebertaV2ForSequenceClassification(
+                tf.DebertaV2Config(**SMALL, pos_att_type=["c2p"], relative_attention=True)
+            ),
+            "can't be captured: it does not go through transformers' AttentionInterface",
+        ),
+        (
+            lambda: tf.BartForSequenceClassification(
+                tf.BartConfig(
+                    d_model=32, encoder_layers=4, decoder_layers=4, encoder_attention_heads=4, decoder_attention_heads=4,
+                    encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=50,
+                )
+            ),
+            "no single stack of layers",
+        ),
+    ],
+    ids=["DeBERTa", "BART"],
+)  # fmt: skip
+def test_what_cannot_be_captured_is_refused_with_the_reason(model: Callable[[], PreTrainedModel], message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        Capture(model(), {Tap("attention", 1)})
+
+
+def test_an_unknown_path_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"no module 'bert.poler'.*at the top are \['bert', 'dropout', 'classifier'\]"):
+        Capture(tiny.bert(2), {Tap("bert.poler")})
+
+
+def test_a_layer_that_does_not_run_is_an_error() -> None:
+    model = tiny.bert(4)
+    capture = Capture(model, {Tap("hidden", 4)}, "teacher")
+    del model.bert.encoder.layer[3]
+    with pytest.raises(CaptureError, match="ran 3 layers, its depth is 4"):
+        capture(tiny.batch())
+
+
+def test_a_mask_that_is_not_understood_is_refused() -> None:
+    batch = tiny.batch()
+    batch["attention_mask"] = batch["attention_mask"][:, None, None, :].expand(-1, 1, 7, -1)
+    with pytest.raises(CaptureError, match=r"must have the shape \(batch, tokens\), got \(3, 1, 7, 7\)"):
+        Capture(tiny.bert(2), {Tap("attention", 1)})(batch)
+
+
+def test_a_model_that_masks_otherwise_is_refused_in_the_dry_run() -> None:
+    decoder = tiny.bert(2, is_decoder=True)
+    for layer in decoder.bert.encoder.layer:
+        layer.attention.self.is_causal = False  # what the record will say; the mask that arrives is causal
+    capture = Capture(decoder, {Tap("attention", 1)})
+    with pytest.raises(CaptureError, match="uses a mask that is not its padding mask"):
+        capture(tiny.batch(), verify=True)
+
+
+def test_missing_logits_and_loss_name_the_remedy() -> None:
+    base = tiny.bert(2).bert
+    with pytest.raises(CaptureError, match="has no 'logits'. Use a model with a head"):
+        Distillation(base, tiny.bert(4), [objectives.LogitsMSE()])(tiny.batch())
+    unlabelled = {k: v for k, v in tiny.batch().items() if k != "labels"}
+    with pytest.raises(CaptureError, match="Give the batch 'labels'"):
+        Distillation(tiny.bert(2), None, [objectives.TaskLoss()])(unlabelled)
+
+
+def test_a_module_path_can_be_distilled() -> None:
+    class PoolerMSE(objectives.Objective):
+        taps = ("bert.pooler",)
+
+        def loss(self, student, teacher, batch):  # type: ignore[no-untyped-def]
+            return (student.modules["bert.pooler"] - teacher.modules["bert.pooler"]).square().mean()
+
+    engine = Distillation(tiny.bert(2), tiny.bert(4, seed=1), [PoolerMSE()])
+    assert engine(tiny.batch()).total > 0
+
+
+def test_a_plain_transformer_gives_hidden_states() -> None:
+    def plain(depth: int) -> nn.Module:
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        return nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+
+    engine = Distillation(plain(2), plain(4), [objectives.HiddenMSE()])
+    engine({"src": torch.randn(2, 5, 16)}).total.backward()
+    assert all(p.grad is not None for p in engine.student.parameters())
+
+
+def test_a_term_must_be_a_scalar() -> None:
+    class Vector(objectives.Objective):
+        taps = ("logits",)
+
+        def loss(self, student, teacher, batch):  # type: ignore[no-untyped-def]
+            return student.logits
+
+    with pytest.raises(ObjectiveError, match=r"must be a scalar, got the shape \(3, 3\)"):
+        Distillation(tiny.bert(2), tiny.bert(4), [Vector()])(tiny.batch())
