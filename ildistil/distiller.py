@@ -1,5 +1,6 @@
 """The LightningModule around the engine: optimiser, logging, metrics, checkpoints, the plan."""
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -12,12 +13,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
-from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 from transformers import PreTrainedModel
 
 from ildistil.capture import Sizes, unwrapped
 from ildistil.distillation import Distillation, DryRun, Terms
+from ildistil.metrics import metric_collection
 from ildistil.objectives.base import Objective
 from ildistil.plan import describe
 
@@ -276,9 +276,7 @@ def _default_metrics(student: nn.Module) -> Callable[[], MetricCollection] | Non
     labels = Sizes.of(student).labels
     if labels is None:
         return None
-    if labels == 1:
-        return lambda: MetricCollection({"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()})
-    return lambda: MetricCollection({"accuracy": MulticlassAccuracy(labels, average="micro")})
+    return lambda: metric_collection(("pearson", "spearman") if labels == 1 else ("accuracy",), labels)
 
 
 def _linear(progress: float) -> float:
@@ -334,8 +332,8 @@ def _check_label_order(names: list[str] | None, student: nn.Module) -> None:
 
 
 def _specification(objective: Objective) -> str:
-    settings = {k: v for k, v in vars(objective).items() if k not in ("projections", "pairs", "name")}
-    return f"{type(objective).__name__}({', '.join(f'{k}={v}' for k, v in sorted(settings.items()))})"
+    names = [n for n in inspect.signature(type(objective)).parameters if n != "name" and hasattr(objective, n)]
+    return f"{type(objective).__name__}({', '.join(f'{n}={getattr(objective, n)}' for n in sorted(names))})"
 
 
 def _compare(saved: dict[str, str], now: dict[str, str]) -> None:

@@ -153,8 +153,9 @@ def _load(student: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     wrong += [name for name in weights if name not in own]
     if wrong:
         raise ValueError(
-            f"These weights of the teacher don't fit the student: {wrong[:3]}. The config must not change any shape "
-            "when layers are copied; use layers=None for a student of another shape."
+            f"These weights of the teacher don't fit the student: {wrong[:3]}. Either the config changes a shape, which "
+            "copied layers can't follow (use layers=None), or a layer differs in kind from the one whose place it "
+            "takes (ModernBERT's first layer has no norm: it must stay the first)."
         )
     student.load_state_dict(weights)
 

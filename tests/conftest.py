@@ -19,6 +19,7 @@ def pytest_configure(config: Config) -> None:
         r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated",
         # Ten batches a run are what tests are made of.
         r"ignore:The number of training batches .* is smaller than the logging interval",
+        r"ignore:You defined a `validation_step` but have no `val_dataloader`",
         r"ignore:The '.*_dataloader' does not have many workers",
         r"ignore:LightningCLI's args parameter is intended",
     ):

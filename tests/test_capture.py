@@ -117,6 +117,7 @@ def enable_checkpointing(model: PreTrainedModel, *options: dict[str, bool]) -> N
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(*options)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo hides it from users, not from pytest
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_checkpointing_and_compile_give_the_same_gradients(checkpointing: bool, compiled: bool) -> None:

@@ -1,9 +1,8 @@
 """Data modules that a YAML file can name: GLUE, and the user's own texts."""
 
 from ildistil.data.glue import Glue
-from ildistil.data.metrics import METRICS, metric_collection
 from ildistil.data.module import TextDataModule
 from ildistil.data.sampler import LengthGroupedSampler
 from ildistil.data.text import TextData
 
-__all__ = ["METRICS", "Glue", "LengthGroupedSampler", "TextData", "TextDataModule", "metric_collection"]
+__all__ = ["Glue", "LengthGroupedSampler", "TextData", "TextDataModule"]

@@ -5,7 +5,8 @@ import pytest
 import scipy.stats
 import torch
 
-from ildistil.data import Glue, TextData, metric_collection
+from ildistil.data import Glue, TextData
+from ildistil.metrics import metric_collection
 
 GENERATOR = torch.Generator().manual_seed(0)
 

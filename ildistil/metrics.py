@@ -31,7 +31,8 @@ def metric_collection(names: tuple[str, ...], num_labels: int) -> MetricCollecti
     >>> {k: float(v) for k, v in metrics(torch.tensor([1, 1, 0, 0]), torch.tensor([1, 0, 0, 0])).items()}
     {'accuracy': 0.75, 'f1': 0.6666666865348816}
     """
-    return MetricCollection({name: _metric(name, num_labels) for name in names})
+    # No compute groups: Lightning logs each metric by itself, and must find its own state in it.
+    return MetricCollection({name: _metric(name, num_labels) for name in names}, compute_groups=False)
 
 
 def _metric(name: str, num_labels: int) -> Metric:

@@ -1,0 +1,67 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ildistil.capture import Sizes
+from ildistil.mappings import Explicit, First, FromInit, Last, LayerMapping, Uniform
+
+
+def sizes(depth: int, init_layers: tuple[int, ...] | None = None) -> Sizes:
+    return Sizes("model", depth, init_layers=init_layers)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "student", "teacher", "pairs"),
+    [
+        (Uniform(), 3, 12, [(1, 4), (2, 8), (3, 12)]),
+        (Uniform(), 5, 12, [(1, 3), (2, 5), (3, 8), (4, 10), (5, 12)]),
+        (Uniform(), 4, 4, [(1, 1), (2, 2), (3, 3), (4, 4)]),
+        (Last(), 3, 12, [(3, 12)]),
+        (Last(2), 3, 12, [(2, 11), (3, 12)]),
+        (First(), 3, 12, [(1, 1), (2, 2), (3, 3)]),
+        (First(1), 3, 12, [(1, 1)]),
+        (Explicit([[1, 4], [1, 8], [-1, -1]]), 3, 12, [(1, 4), (1, 8), (3, 12)]),
+    ],
+)
+def test_rules(mapping: LayerMapping, student: int, teacher: int, pairs: list[tuple[int, int]]) -> None:
+    assert mapping.pairs(sizes(student), sizes(teacher)) == pairs
+
+
+@given(st.integers(1, 24), st.integers(0, 24))
+def test_uniform_is_increasing_and_ends_at_the_last_layer(student: int, more: int) -> None:
+    pairs = Uniform().pairs(sizes(student), sizes(student + more))
+    targets = [t for _, t in pairs]
+    assert [s for s, _ in pairs] == list(range(1, student + 1))
+    assert targets == sorted(set(targets))
+    assert targets[-1] == student + more
+
+
+def test_from_init_reads_where_the_student_started() -> None:
+    assert FromInit().pairs(sizes(3, (2, 4, 6)), sizes(6)) == [(1, 2), (2, 4), (3, 6)]
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        (Explicit([[1, 13]]), r"teacher layer 13 is out of range; the teacher has layers 1..12, or -1..-12"),
+        (Explicit([[0, 1]]), r"student layer 0 is out of range \(0 is the embedding output, which only hidden states"),
+        (Explicit([[-4, 1]]), "student layer -4 is out of range|student layer 0 is out of range"),
+        (Explicit([[1, 2], [1, -11]]), "more than once"),
+        (Last(4), "student layer 0 is out of range"),
+        (First(4), "student layer 4 is out of range"),
+        (FromInit(), "does not say which teacher layers"),
+    ],
+)
+def test_bad_pairs_are_refused(mapping: LayerMapping, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mapping.pairs(sizes(3), sizes(12))
+
+
+@pytest.mark.parametrize("make", [lambda: Last(0), lambda: First(0), lambda: Explicit([]), lambda: Explicit([[1]])])
+def test_bad_settings_are_refused(make: object) -> None:
+    with pytest.raises(ValueError, match="must be at least 1|expected pairs"):
+        make()  # type: ignore[operator]
+
+
+def test_the_embedding_output_counts_for_hidden_states() -> None:
+    assert Explicit([[0, 0]]).pairs(sizes(3), sizes(12), lowest=0) == [(0, 0)]
