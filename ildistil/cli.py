@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import jsonargparse
 import lightning as L
 import torch
+import transformers
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -241,9 +242,6 @@ class _FinetuneCLI(_CLI):
 
 def _labels(module: Any) -> dict[str, Any]:
     """The values of a model's config that say what a data module's labels are."""
-    described = getattr(module, "describe", None)
-    if described is not None:
-        described()
     if getattr(module, "regression", False):
         return {"num_labels": 1, "problem_type": "regression"}
     names = getattr(module, "label_names", None)
@@ -325,6 +323,7 @@ def _quieten() -> None:
     """Silence what users can do nothing about: other libraries' tips and deprecations."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

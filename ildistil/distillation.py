@@ -22,11 +22,11 @@ _NO_OBJECTIVE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Terms:
     """The terms of one step.
 
-    ``values`` are unweighted, ``total`` is ``sum(weight * value)``.
+    ``values`` are unweighted, ``total`` is ``sum(weight * value)``. Not frozen: Fabric converts what a module returns.
     """
 
     values: dict[str, Tensor]
