@@ -129,8 +129,9 @@ class _Parser(LightningArgumentParser):
         super().error(f"{message}\n{hint}" if hint else message, ex)
 
     def _known_words(self) -> set[str]:
-        words = {option.lstrip("-") for action in self._actions for option in action.option_strings}
-        words |= {part for word in set(words) for part in word.split(".")}
+        parsers = [self, *(p for a in self._actions for p in (getattr(a, "_name_parser_map", None) or {}).values())]
+        options = [option.lstrip("-") for p in parsers for action in p._actions for option in action.option_strings]
+        words = {part for option in options for part in option.split(".")}
         for base in (Objective, LayerMapping, ModelSource, L.LightningDataModule):
             for cls in _subclasses(base):
                 words |= {cls.__name__, *inspect.signature(cls).parameters}
@@ -147,12 +148,12 @@ def suggestion(message: str, known: set[str]) -> str:
     >>> suggestion("Option 'wieght' is not accepted", {"weight", "name"})
     "Did you mean 'weight' instead of 'wieght'?"
     """
-    quoted = re.findall(r"'([\w.]+)'|--([\w.]+)|: (\w+)$|\"([\w.]+)\"", message)
-    for word in (w for groups in quoted for w in groups if w):
-        for candidate in (word, word.rsplit(".", 1)[-1]):
-            close = difflib.get_close_matches(candidate, known, n=2, cutoff=0.75)
-            if candidate not in known and close:
-                return f"Did you mean {' or '.join(map(repr, close))} instead of {candidate!r}?"
+    unknown = re.findall(r"'([\w.]+)'|\"([\w.]+)\"|--([\w.]+)|: (\w+)$", message)
+    parts = [part for groups in unknown for word in groups for part in word.split(".") if part and part not in known]
+    for part in reversed(parts):  # what was given stands behind what it was given to
+        close = difflib.get_close_matches(part, known, n=2, cutoff=0.75)
+        if close:
+            return f"Did you mean {' or '.join(map(repr, close))} instead of {part!r}?"
     return ""
 
 
@@ -191,18 +192,30 @@ class _CLI(LightningCLI):
         usual: list[L.Callback] = [Throughput()]
         if config.get("logger") is not False:
             usual.append(LearningRateMonitor("step"))
-        if not any(isinstance(c, ModelCheckpoint) for c in configured) and config.get("enable_checkpointing") is not False:
+        trains = self.subcommand in (None, "fit") and config.get("enable_checkpointing") is not False
+        if trains and not any(isinstance(c, ModelCheckpoint) for c in configured):
             usual.append(self._best())
         return super().instantiate_trainer(callbacks=[*configured, *named.values(), *usual], **kwargs)
 
     def _best(self) -> ModelCheckpoint:
         first = (getattr(self.datamodule, "validation_names", None) or ["val"])[0]
         primary = getattr(self.datamodule, "primary_metric", None)
-        if primary is None:
-            return ModelCheckpoint(filename="last", enable_version_counter=False)
-        return ModelCheckpoint(
-            monitor=f"{first}/{primary}", mode="max", filename="best", save_last="link", enable_version_counter=False
-        )
+        best: dict[str, Any] = {"monitor": f"{first}/{primary}", "mode": "max", "filename": "best", "save_last": "link"}
+        checkpoint = ModelCheckpoint(enable_version_counter=False, **(best if primary else {"filename": "last"}))
+        path = self._get(self.config, "ckpt_path")
+        if path and Path(path).is_file():
+            # A run that goes on keeps its folder of checkpoints, and so what was best before.
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            checkpoint.dirpath = _folder_of(path)
+        return checkpoint
+
+
+def _folder_of(checkpoint: str) -> str:
+    """The folder of a checkpoint, spelled as when it was written: Lightning compares the words."""
+    callbacks = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("callbacks", {})
+    folder = str(Path(checkpoint).parent)
+    spelled = (state.get("dirpath") for key, state in callbacks.items() if key.startswith("ModelCheckpoint"))
+    return next((s for s in spelled if s and Path(s).resolve() == Path(folder).resolve()), folder)
 
 
 class _DistillCLI(_CLI):
@@ -304,9 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif command == "finetune":
             _finetune(words[1:])
         elif command in ("export", "quickstart"):
-            from ildistil.quickstart import quickstart
-            function = {"export": export, "quickstart": quickstart}[command]
-            jsonargparse.CLI(function, args=words[1:], prog=f"ildistil {command}", as_positional=True)
+            jsonargparse.CLI(_function(command), args=words[1:], prog=f"ildistil {command}")
         else:
             commands = [*_TRAINING, "finetune", "export", "quickstart"]
             close = difflib.get_close_matches(command, commands, n=1)
@@ -317,6 +328,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"ildistil {command}: error: {error}\n(ILDISTIL_TRACEBACK=1 shows where.)", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _function(command: str) -> Callable[..., object]:
+    if command == "export":
+        return export
+    from ildistil.quickstart import quickstart
+
+    return quickstart
 
 
 def _quieten() -> None:

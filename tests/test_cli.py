@@ -1,0 +1,174 @@
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import tiny
+from ildistil import cli
+
+FIT = """
+model:
+  teacher: {class_path: pretrained, init_args: {path: ./teacher}}
+  student: {layers: [1, 2]}
+  learning_rate: 0.001
+objectives:
+  attention: {class_path: AttentionKL}
+  task: {class_path: TaskLoss, init_args: {weight: 0.5}}
+data: {class_path: Glue, init_args: {task: sst2, path: glue, batch_size: 8, cache_dir: cache}}
+trainer: {max_epochs: 1, accelerator: cpu, enable_progress_bar: false}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a teacher, data, and a run's YAML file."""
+    monkeypatch.chdir(tmp_path)
+    tiny.save_teacher(Path("teacher"), layers=4)
+    tiny.save_data(Path("glue/sst2"))
+    Path("run.yaml").write_text(FIT)
+    return tmp_path
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_from_a_pretrained_model_to_an_exported_student(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """finetune, export the teacher, fit, validate, predict, export the student."""
+    data = ("--data.path=glue", "--data.batch_size=8", "--data.cache_dir=cache")
+    quick = ("--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false")
+    base = transformers.AutoModel.from_pretrained("teacher")
+    base.save_pretrained("base")  # no head, as pretrained encoders come
+    tiny.tokenizer().save_pretrained("base")
+    cli.main(["finetune", "--model.path=./base", "--data=Glue", "--data.task=sst2", *data, *quick])
+    assert "Best student: runs/finetune/version_0/checkpoints/best.ckpt (val/accuracy = " in capsys.readouterr().out
+    cli.main(["export", "runs/finetune/version_0/checkpoints/best.ckpt", "tuned"])
+    assert transformers.AutoConfig.from_pretrained("tuned").id2label == {0: "negative", 1: "positive"}
+
+    cli.main(["fit", "--config=run.yaml", "--model.teacher.path=./tuned"])
+    best = "runs/fit/version_0/checkpoints/best.ckpt"
+    cli.main(["validate", "--config=run.yaml", "--ckpt_path", best])
+    cli.main(["predict", "--config=run.yaml", "--ckpt_path", best])
+    predictions = next(Path("runs/fit").rglob("predictions.tsv")).read_text().splitlines()
+    cli.main(["export", best, "student"])
+
+    model, info = transformers.AutoModelForSequenceClassification.from_pretrained("student", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.num_hidden_layers == 2
+    tokenizer = transformers.AutoTokenizer.from_pretrained("student")
+    rows = [line.split("\t")[0] for line in Path("glue/sst2/validation.tsv").read_text().splitlines()[1:]]
+    assert predictions[0].split("\t") == ["row_id", "prediction", "p_negative", "p_positive"]
+    for number, (text, line) in enumerate(zip(rows, predictions[1:], strict=True)):
+        with torch.no_grad():
+            p = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
+        row, label, *probabilities = line.split("\t")
+        assert int(row) == number
+        assert label == model.config.id2label[int(p.argmax())]
+        assert [float(x) for x in probabilities] == pytest.approx(p.tolist(), abs=1e-4)
+    card = Path("student/README.md").read_text()
+    assert "Initialised from the teacher's layers 1, 2" in card
+    assert "AttentionKL(mapping=Uniform(), weight=1.0)" in card
+    assert "not empty" in fails(capsys, "export", best, "student")
+
+
+def test_resuming_from_the_last_checkpoint(folder: Path) -> None:
+    cli.main(["fit", "--config=run.yaml"])
+    last = "runs/fit/version_0/checkpoints/last.ckpt"
+    cli.main(["fit", "--config=run.yaml", "--trainer.max_epochs=2", f"--ckpt_path={last}"])
+    assert torch.load(last, weights_only=True)["epoch"] == 1
+
+
+def test_a_regression_task(folder: Path) -> None:
+    tiny.save_teacher(Path("scorer"), layers=4, labels=1)
+    lines = ["a\tb\tscore", *(f"good film\tfilm is {w}\t{i / 4}" for i, w in enumerate(tiny.WORDS))]
+    for split in ("train", "validation"):
+        Path(f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    Path("score.yaml").write_text(
+        """
+model: {teacher: {class_path: pretrained, init_args: {path: ./scorer}}, student: {config: {num_hidden_layers: 2}}}
+objectives: {logits: {class_path: LogitsMSE}, hidden: {class_path: HiddenMSE}}
+data:
+  class_path: TextData
+  init_args:
+    {train_file: train.tsv, validation_file: validation.tsv, text_column: a, text_pair_column: b, label_column: score,
+     regression: true, batch_size: 4, cache_dir: cache}
+trainer: {max_epochs: 1, accelerator: cpu, enable_progress_bar: false}
+"""
+    )
+    cli.main(["fit", "--config=score.yaml"])
+    metrics = Path("runs/fit/version_0/metrics.csv").read_text()
+    assert "val/pearson" in metrics
+    assert "val/spearman" in metrics
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--objectives.attention.wieght=1", "Did you mean 'weight' instead of 'wieght'?"),
+        ("--objectives.attention=AtentionKL", "Did you mean 'AttentionKL'"),
+        ("--objectives.attention.mapping=Unifrom", "Did you mean 'Uniform'"),
+        ("--model.learnign_rate=1", "Did you mean 'learning_rate' instead of 'learnign_rate'?"),
+        ("--data.bacth_size=1", "Did you mean 'batch_size'"),
+        ("--model.teacher.path=./taecher", "There is no folder './taecher'. Folders beside it: cache, glue, teacher"),
+        ("--model.student.layers=[1,9]", "layers must be teacher layers 1..4"),
+        ("--objectives.attention.mapping={class_path: Explicit, init_args: {layers: [[1, 9]]}}", "out of range"),
+        ("--data.task=sst", "sst2"),
+        ("--objectives=null", "There is no objective"),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(
+    folder: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    Path("cache").mkdir()
+    assert message in fails(capsys, "fit", "--config=run.yaml", override)
+    assert not Path("runs").exists()
+
+
+def test_a_typo_in_the_yaml_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.yaml").write_text(FIT.replace("objectives:", "objctives:"))
+    assert "Did you mean 'objectives' instead of 'objctives'?" in fails(capsys, "fit", "--config=run.yaml")
+
+
+def test_a_teacher_without_a_trained_head_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    transformers.AutoModel.from_pretrained("teacher").save_pretrained("base")
+    error = fails(capsys, "fit", "--config=run.yaml", "--model.teacher.path=./base")
+    assert "has no weights for classifier.bias, classifier.weight: its head would be random. Fine-tune it" in error
+
+
+def test_a_teacher_of_another_task_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.save_teacher(Path("three"), layers=4, labels=3)
+    error = fails(capsys, "fit", "--config=run.yaml", "--model.teacher.path=./three")
+    assert "The data has 2 labels, the models have 3" in error
+
+
+def test_a_student_with_another_tokenizer_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.save_teacher(Path("other"), layers=2)
+    other = tiny.tokenizer().backend_tokenizer.to_str().replace('"good"', '"goood"')
+    Path("other/tokenizer.json").write_text(other)
+    student = "--model.student={layers: null, path: ./other}"
+    assert "The tokenizers of student (./other) and teacher" in fails(capsys, "fit", "--config=run.yaml", student)
+
+
+def test_commands_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--help"])
+    assert "quickstart   the whole story" in capsys.readouterr().out
+    cli.main(["--version"])
+    assert capsys.readouterr().out.startswith("ildistil 0.1.0, torch ")
+    assert "There is no command 'fitt'. Did you mean 'fit'?" in fails(capsys, "fitt")
+
+
+def test_export_of_what_is_no_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "There is no file 'x.ckpt'" in fails(capsys, "export", "x.ckpt", "out")
+    torch.save({"state_dict": {}}, "other.ckpt")
+    assert "holds no transformers student" in fails(capsys, "export", "other.ckpt", "out")
+
+
+def test_printing_the_configuration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", "--config=run.yaml", "--print_config"])
+    assert stop.value.code == 0
+    assert "class_path: ildistil.objectives.AttentionKL" in capsys.readouterr().out
