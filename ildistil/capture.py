@@ -16,10 +16,9 @@ any final norm of the model), ``attention[i]`` belongs to layer ``i``.
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -318,8 +317,9 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._previous_attention is not None:
-            unwrapped(self.model).set_attn_implementation(self._previous_attention)
+        model = unwrapped(self.model)
+        if self._previous_attention is not None and isinstance(model, PreTrainedModel):
+            model.set_attn_implementation(self._previous_attention)
             self._previous_attention = None
 
     def _attach(self) -> None:
@@ -559,16 +559,15 @@ def separate_configs(student: nn.Module, teacher: nn.Module) -> None:
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Select what a model's ``forward`` names; everything but ``row_id`` if it takes anything."""
-    names = _input_names(type(model))
+    names = _input_names(model)
     inputs = {k: v for k, v in batch.items() if k != "row_id" and (not names or k in names)}
     if "use_cache" in names:
         inputs["use_cache"] = False
     return inputs
 
 
-@lru_cache
-def _input_names(model: Hashable) -> frozenset[str]:
-    parameters = list(inspect.signature(cast(type[nn.Module], model).forward).parameters.values())[1:]
+def _input_names(model: nn.Module) -> frozenset[str]:
+    parameters = inspect.signature(model.forward).parameters.values()
     return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
 
 

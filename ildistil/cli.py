@@ -20,7 +20,6 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import ildistil
-from ildistil import data, mappings, objectives
 from ildistil.distiller import Distiller
 from ildistil.export import export
 from ildistil.mappings import LayerMapping
@@ -138,7 +137,7 @@ class _Parser(LightningArgumentParser):
         return words
 
 
-def _subclasses(cls: type) -> set[type]:
+def _subclasses(cls: type[Any]) -> set[type[Any]]:
     return {s for direct in cls.__subclasses__() for s in (direct, *_subclasses(direct))}
 
 
@@ -278,7 +277,9 @@ def _write_predictions(results: Sequence[Any], names: Sequence[str] | None, path
             if number == 0:
                 writer.writerow(["row_id", "prediction", *header])
             probabilities = [[]] * len(logits) if classes == 1 else logits.softmax(-1).tolist()
-            for row, value, p in zip(batch["row_id"].tolist(), batch["prediction"].tolist(), probabilities, strict=True):
+            for row, value, p in zip(
+                batch["row_id"].tolist(), batch["prediction"].tolist(), probabilities, strict=True
+            ):
                 label = names[value] if names and classes > 1 else value
                 writer.writerow([row, label, *(f"{x:.6f}" for x in p)])
 
@@ -288,7 +289,9 @@ def _say_what_next(trainer: L.Trainer) -> None:
     if not trainer.is_global_zero or not isinstance(checkpoint, ModelCheckpoint) or not checkpoint.best_model_path:
         return
     best = os.path.relpath(checkpoint.best_model_path)
-    score = "" if checkpoint.best_model_score is None else f" ({checkpoint.monitor} = {checkpoint.best_model_score:.4f})"
+    score = (
+        "" if checkpoint.best_model_score is None else f" ({checkpoint.monitor} = {checkpoint.best_model_score:.4f})"
+    )
     print(f"Best student: {best}{score}\nExport it:    ildistil export {best} FOLDER")
 
 
@@ -317,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif command == "finetune":
             _finetune(words[1:])
         elif command in ("export", "quickstart"):
-            jsonargparse.CLI(_function(command), args=words[1:], prog=f"ildistil {command}")
+            jsonargparse.auto_cli(_function(command), args=words[1:], prog=f"ildistil {command}")
         else:
             commands = [*_TRAINING, "finetune", "export", "quickstart"]
             close = difflib.get_close_matches(command, commands, n=1)
@@ -344,6 +347,7 @@ def _quieten() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from transformers import PreTrainedModel
@@ -72,6 +71,7 @@ class Distiller(L.LightningModule):
         self.compile_student = compile
         self.tokenizer_source = tokenizer or _source(teacher) or _source(student)
         self.metrics = nn.ModuleDict()
+        self._names: dict[str, list[str]] = {"val": [], "test": []}
         self._frozen: list[nn.Parameter] = []
         self._structural: DryRun | None = None
 
@@ -240,7 +240,13 @@ class Distiller(L.LightningModule):
             "objectives": {name: _specification(o) for name, o in self.distillation.objectives.items()},
             "student": _recipe(unwrapped(self.student)),
             "tokenizer": self.tokenizer_source,
+            "teacher": _source(self.teacher),
+            "metrics": self._evaluated(),
         }
+
+    def _evaluated(self) -> dict[str, float]:
+        seen = {} if self._trainer is None else self.trainer.callback_metrics
+        return {key: float(value) for key, value in seen.items() if key.split("/")[0] in self._names["val"]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the projections that this run has, and name differences when training goes on."""

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 __all__ = ["export", "load_student", "save_student"]
 
 _STUDENT = "distillation.student."
+_FRONT_MATTER = "---\nlibrary_name: transformers\ntags: [distillation, ildistil]\n---"
 
 
 def load_student(checkpoint: str | Path) -> PreTrainedModel:
@@ -42,11 +43,15 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None, overwrite
     student = _rebuild(content, checkpoint)
     source = tokenizer or content["ildistil"].get("tokenizer")
     if source is None:
-        raise ValueError("The checkpoint doesn't say which tokenizer belongs to the student. Name it: --tokenizer=NAME.")
+        raise ValueError(
+            "The checkpoint doesn't say which tokenizer belongs to the student. Name it: --tokenizer=NAME."
+        )
     try:
         loaded = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"The tokenizer {source!r} could not be loaded. Name another one: --tokenizer=NAME.") from error
+        raise ValueError(
+            f"The tokenizer {source!r} could not be loaded. Name another one: --tokenizer=NAME."
+        ) from error
     save_student(student, target, loaded, _card(student, content))
 
 
@@ -101,17 +106,17 @@ def _rebuild(content: Mapping[str, Any], checkpoint: str | Path) -> PreTrainedMo
 def _card(student: PreTrainedModel, content: Mapping[str, Any]) -> str:
     saved, config = content["ildistil"], student.config
     text = config.get_text_config()
-    parameters = sum(p.numel() for p in student.parameters()) / 1e6
-    lines = ["---", "library_name: transformers", "tags: [distillation, ildistil]", "---", "", "# Distilled student", ""]
-    lines += [f"{type(student).__name__}, {text.num_hidden_layers} layers, width {text.hidden_size}, {parameters:.1f} M parameters."]
+    size = (
+        f"{text.num_hidden_layers} layers, width {text.hidden_size}, {student.num_parameters() / 1e6:.1f} M parameters"
+    )
+    parts = [_FRONT_MATTER, f"# Distilled student\n\n{type(student).__name__}, {size}."]
     if saved.get("teacher"):
-        lines += ["", f"Teacher: `{saved['teacher']}`."]
+        parts.append(f"Teacher: `{saved['teacher']}`.")
     if getattr(config, "init_layers", None):
-        lines += ["", f"Initialised from the teacher's layers {', '.join(map(str, config.init_layers))}."]
-    lines += ["", "## Objectives", "", *(f"- `{name}`: `{spec}`" for name, spec in saved["objectives"].items())]
+        parts.append(f"Initialised from the teacher's layers {', '.join(map(str, config.init_layers))}.")
+    parts.append("## Objectives\n\n" + "\n".join(f"- `{n}`: `{spec}`" for n, spec in saved["objectives"].items()))
     if saved.get("metrics"):
-        lines += ["", "## Evaluation", "", "| metric | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4f} |" for name, value in saved["metrics"].items()]
-    lines += ["", "## Use", "", "```python", "from transformers import pipeline", "", 'pipeline("text-classification", model="PATH")', "```", ""]
-    lines += [f"Trained for {content['global_step']} steps with [ildistil](https://pypi.org/project/ildistil)."]
-    return "\n".join(lines) + "\n"
+        rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in saved["metrics"].items())
+        parts.append(f"## Evaluation\n\n| metric | value |\n|---|---|\n{rows}")
+    parts.append(f"Trained for {content['global_step']} steps with ildistil.")
+    return "\n\n".join(parts) + "\n"

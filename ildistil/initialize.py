@@ -59,24 +59,21 @@ def init_student(
 
 
 def _random(teacher: PreTrainedModel, config: PreTrainedConfig | Mapping[str, Any] | None) -> PreTrainedModel:
-    if isinstance(config, PreTrainedConfig):
-        config = _changed(config, {})
-    else:
-        config = _changed(teacher.config, config or {})
-    config.init_layers = None
+    own = _changed(config, {}) if isinstance(config, PreTrainedConfig) else _changed(teacher.config, config or {})
+    own.init_layers = None
     for key, what in (("vocab_size", "vocabulary"), ("num_labels", "number of labels")):
-        mine, theirs = getattr(config, key, None), getattr(teacher.config, key, None)
+        mine, theirs = getattr(own, key, None), getattr(teacher.config, key, None)
         if mine != theirs:
             raise ValueError(
                 f"The student's {what} is {mine}, the teacher's {theirs}. Both must agree: set {key}={theirs} in the "
                 "student's config."
             )
-    if type(config) is not type(teacher.config):
+    if type(own) is not type(teacher.config):
         raise ValueError(
-            f"init_student makes a {type(teacher).__name__}; got a {type(config).__name__}. For a student of another "
+            f"init_student makes a {type(teacher).__name__}; got a {type(own).__name__}. For a student of another "
             "family build it yourself, and pass it to Distiller."
         )
-    return _finished(type(teacher)(config), teacher)
+    return _finished(type(teacher)(own), teacher)
 
 
 def _from_layers(teacher: PreTrainedModel, layers: list[int], changes: Mapping[str, Any]) -> PreTrainedModel:
@@ -153,9 +150,9 @@ def _load(student: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     wrong += [name for name in weights if name not in own]
     if wrong:
         raise ValueError(
-            f"These weights of the teacher don't fit the student: {wrong[:3]}. Either the config changes a shape, which "
-            "copied layers can't follow (use layers=None), or a layer differs in kind from the one whose place it "
-            "takes (ModernBERT's first layer has no norm: it must stay the first)."
+            f"These weights of the teacher don't fit the student: {wrong[:3]}. Either the config changes a shape, "
+            "which copied layers can't follow (use layers=None), or a layer differs in kind from the one whose place "
+            "it takes (ModernBERT's first layer has no norm: it must stay the first)."
         )
     student.load_state_dict(weights)
 

@@ -15,7 +15,7 @@ from ildistil.initialize import init_student
 __all__ = ["ModelSource", "StudentOptions", "load", "pretrained"]
 
 Head = Literal["sequence-classification", "masked-lm", "causal-lm", "none"]
-_AUTO = {
+_AUTO: dict[Head, str] = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "masked-lm": "AutoModelForMaskedLM",
     "causal-lm": "AutoModelForCausalLM",
@@ -151,6 +151,6 @@ def _check_tokenizers(student: str, teacher: str) -> None:
         example = next((w for w in theirs if mine.get(w) != theirs[w]), next(iter(mine)))
         raise ValueError(
             f"The tokenizers of student ({student}) and teacher ({teacher}) differ: {example!r} is {mine.get(example)} "
-            f"in one and {theirs.get(example)} in the other. Both models must read the same token ids; choose a student "
-            "with the teacher's tokenizer."
+            f"in one and {theirs.get(example)} in the other. Both models must read the same token ids; choose a "
+            "student with the teacher's tokenizer."
         )

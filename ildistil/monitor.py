@@ -25,7 +25,9 @@ class Throughput(Callback):
         self._seconds = 0.0
         self._start = time.perf_counter()
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Note when the step begins."""
         self._start = time.perf_counter()
 
@@ -40,7 +42,9 @@ class Throughput(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log both."""
         if self._seconds:
-            pl_module.log("train/tokens_per_second", float(self._tokens) / self._seconds, sync_dist=True, reduce_fx="sum")
+            pl_module.log(
+                "train/tokens_per_second", float(self._tokens) / self._seconds, sync_dist=True, reduce_fx="sum"
+            )
         pl_module.log("train/peak_memory_gib", peak_memory(pl_module.device))
 
 

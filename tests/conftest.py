@@ -8,10 +8,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from pytest import Config
 
 
-def pytest_configure(config: Config) -> None:
+def pytest_configure(config: pytest.Config) -> None:
     # Two workers on two cores: one thread each.
     torch.set_num_threads(1)
     for ignored in (

@@ -4,11 +4,11 @@ import sys
 import warnings
 from pathlib import Path
 
-import torch
-
 import tiny
-from ildistil import Distiller, init_student, objectives
+import torch
 from test_distiller import loader, trainer
+
+from ildistil import Distiller, init_student, objectives
 
 
 def main(folder: str) -> None:

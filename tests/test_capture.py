@@ -3,13 +3,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers as tf
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import tiny
 from ildistil import Distillation, objectives
 from ildistil.capture import Capture, CaptureError, Tap
 from ildistil.objectives import ObjectiveError
@@ -93,7 +93,10 @@ def test_attention_loss_with_dropout_equals_a_loop_over_scores_before_dropout() 
     for role, model in enumerate((student, teacher)):
         for layer, block in enumerate(model.bert.encoder.layer):
             for part in ("query", "key"):
-                def keep(m: nn.Module, a: object, out: torch.Tensor, key: tuple[int, str] = (10 * role + layer, part)) -> None:
+
+                def keep(
+                    m: nn.Module, a: object, out: torch.Tensor, key: tuple[int, str] = (10 * role + layer, part)
+                ) -> None:
                     rows[key] = out.detach().unflatten(-1, (4, 8))
 
                 getattr(block.attention.self, part).register_forward_hook(keep)
@@ -105,7 +108,9 @@ def test_attention_loss_with_dropout_equals_a_loop_over_scores_before_dropout() 
             for h in range(4):
                 for i in range(length):
                     p, q = (
-                        torch.softmax(rows[r + layer, "key"][b, :length, h] @ rows[r + layer, "query"][b, i, h] / 8**0.5, 0)
+                        torch.softmax(
+                            rows[r + layer, "key"][b, :length, h] @ rows[r + layer, "query"][b, i, h] / 8**0.5, 0
+                        )
                         for r in (10, 0)
                     )
                     expected += float((p * (p / q).log()).sum()) / (2 * 3 * 4 * length)
@@ -125,7 +130,9 @@ def test_checkpointing_and_compile_give_the_same_gradients(checkpointing: bool, 
         torch._dynamo.reset()
         student = tiny.bert(2).double()
         engine = Distillation(
-            student, tiny.bert(4, seed=1).double(), [objectives.AttentionKL(), objectives.HiddenMSE(), objectives.LogitsKL()]
+            student,
+            tiny.bert(4, seed=1).double(),
+            [objectives.AttentionKL(), objectives.HiddenMSE(), objectives.LogitsKL()],
         )
         if change and checkpointing:
             enable_checkpointing(student)
@@ -190,8 +197,8 @@ def test_recording_outlives_a_copy_of_the_model(tmp_path: object) -> None:
         (
             lambda: tf.BartForSequenceClassification(
                 tf.BartConfig(
-                    d_model=32, encoder_layers=4, decoder_layers=4, encoder_attention_heads=4, decoder_attention_heads=4,
-                    encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=50,
+                    d_model=32, encoder_layers=4, decoder_layers=4,
+                    encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=50,
                 )
             ),
             "no single stack of layers",
@@ -205,7 +212,9 @@ def test_what_cannot_be_captured_is_refused_with_the_reason(model: Callable[[], 
 
 
 def test_an_unknown_path_is_refused() -> None:
-    with pytest.raises(CaptureError, match=r"no module 'bert.poler'.*at the top are \['bert', 'dropout', 'classifier'\]"):
+    with pytest.raises(
+        CaptureError, match=r"no module 'bert.poler'.*at the top are \['bert', 'dropout', 'classifier'\]"
+    ):
         Capture(tiny.bert(2), {Tap("bert.poler")})
 
 

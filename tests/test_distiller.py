@@ -5,13 +5,13 @@ from typing import Any
 
 import lightning as L
 import pytest
+import tiny
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-import tiny
 from ildistil import Distillation, Distiller, init_student, mappings, objectives
 from ildistil.capture import Activations
 from ildistil.export import load_student
@@ -24,7 +24,12 @@ def loader(rows: int = 16, batch_size: int = 4, labels: int = 3, shuffle: bool =
 
 
 def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return L.Trainer(**{"max_epochs": 2, "accelerator": "cpu"} | quiet | options, callbacks=list(callbacks))
 
 
@@ -47,7 +52,9 @@ class Watch(L.Callback):
         self.modes: list[tuple[bool, bool]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Distiller, *args: object) -> None:  # type: ignore[override]
-        self.modes.append((all(m.training for m in module.student.modules()), any(m.training for m in module.teacher.modules())))
+        self.modes.append(
+            (all(m.training for m in module.student.modules()), any(m.training for m in module.teacher.modules()))
+        )
 
 
 def test_the_teacher_stays_and_the_student_trains() -> None:
@@ -80,7 +87,11 @@ def test_validation_measures_the_student() -> None:
     student, teacher = pair()
     run = trainer()
     run.validate(Distiller(student, teacher), loader(), verbose=False)
-    rows = [row for batch in loader() for row in zip(*(batch[k] for k in ("input_ids", "attention_mask", "position_ids", "labels")), strict=True)]
+    rows = [
+        row
+        for batch in loader()
+        for row in zip(*(batch[k] for k in ("input_ids", "attention_mask", "position_ids", "labels")), strict=True)
+    ]
     student.eval()
     hits = [
         student(input_ids=i[None], attention_mask=m[None], position_ids=p[None]).logits.argmax().item() == y.item()
@@ -93,7 +104,9 @@ def test_the_plan_is_printed(caplog: pytest.LogCaptureFixture) -> None:
     student, teacher = pair()
     student.config.attention_probs_dropout_prob = 0.1
     with caplog.at_level(logging.INFO):
-        trainer(objectives.AttentionKL(mapping=mappings.FromInit()), max_epochs=1).fit(Distiller(student, teacher), loader())
+        trainer(objectives.AttentionKL(mapping=mappings.FromInit()), max_epochs=1).fit(
+            Distiller(student, teacher), loader()
+        )
     plan = next(r.getMessage() for r in caplog.records if "Distillation plan" in r.getMessage())
     for part in (
         "BertForSequenceClassification", "frozen", "from teacher layers 1 2", "AttentionKL", "1<-1 2<-2",
@@ -189,8 +202,8 @@ def test_resuming_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
 def test_resuming_with_other_objectives_names_the_differences(tmp_path: Path) -> None:
     _, path, _ = fitted(tmp_path)
     student, teacher = pair()
+    terms = [*every_kind()[:2], objectives.LogitsKL(temperature=4.0), objectives.TaskLoss(weight=0.5)]
     with pytest.warns(UserWarning, match=r"logits_kl: LogitsKL\(temperature=2.0, weight=0.5\).*temperature=4.0"):
-        terms = [*every_kind()[:2], objectives.LogitsKL(temperature=4.0), objectives.TaskLoss(weight=0.5)]
         trainer(*terms, max_epochs=2).fit(Distiller(student, teacher), loader(), ckpt_path=path, weights_only=True)
     student, teacher = pair()
     with (
@@ -285,7 +298,10 @@ def test_models_that_do_not_fit_the_objectives(
 
 def test_two_objectives_of_a_class_coexist_under_two_names() -> None:
     student, teacher = pair()
-    terms = [objectives.HiddenMSE(mapping=mappings.Last()), objectives.HiddenMSE(mapping=mappings.First(1), name="first")]
+    terms = [
+        objectives.HiddenMSE(mapping=mappings.Last()),
+        objectives.HiddenMSE(mapping=mappings.First(1), name="first"),
+    ]
     run = trainer(*terms, max_epochs=1)
     run.fit(Distiller(student, teacher), loader())
     assert {"train/hidden_mse", "train/first"} <= run.callback_metrics.keys()
@@ -327,7 +343,9 @@ def test_an_objective_without_its_teacher_is_refused() -> None:
         trainer(objectives.LogitsKL()).fit(Distiller(tiny.bert(2)), loader())
 
 
-@pytest.mark.parametrize("options", [{"learning_rate": 0.0}, {"warmup": 1.0}, {"weight_decay": -1.0}, {"schedule": "step"}])
+@pytest.mark.parametrize(
+    "options", [{"learning_rate": 0.0}, {"warmup": 1.0}, {"weight_decay": -1.0}, {"schedule": "step"}]
+)
 def test_bad_optimiser_settings_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         Distiller(tiny.bert(2), **options)

@@ -1,9 +1,9 @@
 import pytest
+import tiny
 import torch
 import transformers as tf
 from torch import nn
 
-import tiny
 from ildistil import init_student
 
 
@@ -53,7 +53,9 @@ def test_random_from_changed_values_or_a_whole_config() -> None:
 
 
 def test_tied_embeddings_stay_tied() -> None:
-    teacher = tf.BertForMaskedLM(tf.BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=3, vocab_size=50))
+    teacher = tf.BertForMaskedLM(
+        tf.BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=3, vocab_size=50)
+    )
     student = init_student(teacher, layers=[1, 3])
     assert student.cls.predictions.decoder.weight is student.bert.embeddings.word_embeddings.weight
     assert torch.equal(student.bert.embeddings.word_embeddings.weight, teacher.bert.embeddings.word_embeddings.weight)

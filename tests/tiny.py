@@ -14,9 +14,16 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 VOCABULARY = 50
 
 
-def bert(layers: int = 4, *, heads: int = 4, width: int = 32, labels: int = 3, seed: int = 0, **config: Any) -> PreTrainedModel:
+def bert(
+    layers: int = 4, *, heads: int = 4, width: int = 32, labels: int = 3, seed: int = 0, **config: Any
+) -> PreTrainedModel:
     """A BERT classifier whose random attention is far from uniform."""
-    config = {"max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3} | config
+    config = {
+        "max_position_embeddings": 32,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.3,
+    } | config
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return BertForSequenceClassification(
@@ -33,7 +40,9 @@ def bert(layers: int = 4, *, heads: int = 4, width: int = 32, labels: int = 3, s
         )
 
 
-def batch(lengths: tuple[int, ...] = (7, 4, 6), *, left: int = 0, right: int = 0, seed: int = 0, labels: int = 3) -> dict[str, Tensor]:
+def batch(
+    lengths: tuple[int, ...] = (7, 4, 6), *, left: int = 0, right: int = 0, seed: int = 0, labels: int = 3
+) -> dict[str, Tensor]:
     """A ragged batch, with any number of further padding columns on either side."""
     generator = torch.Generator().manual_seed(seed)
     width = left + max(lengths) + right

@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from ildistil.data.cache import cache_entry, load, store
 from ildistil.data.files import ROWS_FROM_ZERO, Table, check_file, file_digest, read_table, table_column
 from ildistil.data.labels import all_hidden, encode_classes, encode_numbers
-from ildistil.metrics import metric_collection
 from ildistil.data.sampler import EpochSampler, LengthGroupedSampler, even_batch_size
 from ildistil.data.tokenizing import Collate, check_tokenizer, load_tokenizer, tokenize, tokenizer_digest
+from ildistil.metrics import metric_collection
 
 Batch = dict[str, torch.Tensor]
 

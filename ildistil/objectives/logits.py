@@ -67,7 +67,9 @@ class LogitsKL(_LogitsObjective):
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the mean over examples."""
-        return functional.example_mean(functional.logits_kl(*self._checked(student, teacher), self.temperature), student.mask.sum(1))
+        return functional.example_mean(
+            functional.logits_kl(*self._checked(student, teacher), self.temperature), student.mask.sum(1)
+        )
 
     def describe(self) -> str:
         """Say the temperature."""

@@ -70,9 +70,9 @@ def attention_mse(pairs: list[tuple[int, int]]) -> Reference:
     def reference(s: Run, t: Run, mask: Tensor, labels: Tensor) -> Tensor:
         def value(b: int, tokens: list[int], pair: tuple[int, int]) -> Tensor:
             a, c = s.scores[pair[0] - 1][b], t.scores[pair[1] - 1][b]
-            return sum(
-                (a[h, i, j] - c[h, i, j]) ** 2 for h in range(a.shape[0]) for i in tokens for j in tokens
-            ) / (a.shape[0] * len(tokens) ** 2)
+            return sum((a[h, i, j] - c[h, i, j]) ** 2 for h in range(a.shape[0]) for i in tokens for j in tokens) / (
+                a.shape[0] * len(tokens) ** 2
+            )
 
         return sum(_examples(lambda b, n, p=p: value(b, n, p), mask) for p in pairs) / len(pairs)
 

@@ -4,13 +4,13 @@ import copy
 from collections.abc import Iterator
 
 import pytest
+import tiny
 import torch
 from table import CASES, Case, run_by_hand
 from torch import Tensor
 from torch.autograd import gradcheck
 from transformers import PreTrainedModel
 
-import tiny
 from ildistil import Distillation, mappings, objectives
 from ildistil.capture import Activations, Attention, Layers, Sizes
 
@@ -37,7 +37,9 @@ def step(case: Case, models: Models, batch: dict[str, Tensor]) -> tuple[Tensor, 
     return term.detach(), {n: p.grad for n, p in engine.named_parameters() if p.grad is not None}
 
 
-def assert_same(left: tuple[Tensor, dict[str, Tensor]], right: tuple[Tensor, dict[str, Tensor]], tolerance: float) -> None:
+def assert_same(
+    left: tuple[Tensor, dict[str, Tensor]], right: tuple[Tensor, dict[str, Tensor]], tolerance: float
+) -> None:
     torch.testing.assert_close(left[0], right[0], rtol=tolerance, atol=tolerance)
     assert left[1].keys() == right[1].keys()
     for name in left[1]:
