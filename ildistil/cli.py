@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import ildistil
+import ildistil.data  # noqa: F401 (so that a YAML file can name Glue and TextData)
 from ildistil.distiller import Distiller
 from ildistil.export import export
 from ildistil.mappings import LayerMapping
@@ -123,9 +124,11 @@ class _Parser(LightningArgumentParser):
     """A parser that suggests the word one may have meant."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with the message and close matches of the words it doesn't know."""
+        """Exit with the message and close matches of the words it doesn't know, without 60 lines of usage."""
         hint = suggestion(message, self._known_words())
-        super().error(f"{message}\n{hint}" if hint else message, ex)
+        lines = [f"error: {message}", *([hint] if hint else []), "All options: ildistil COMMAND --help"]
+        sys.stderr.write("\n".join(lines) + "\n")
+        raise SystemExit(2) from ex
 
     def _known_words(self) -> set[str]:
         parsers = [self, *(p for a in self._actions for p in (getattr(a, "_name_parser_map", None) or {}).values())]

@@ -206,6 +206,7 @@ def test_recording_outlives_a_copy_of_the_model(tmp_path: object) -> None:
     ],
     ids=["DeBERTa", "BART"],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # DeBERTa's file, before transformers 5.20
 def test_what_cannot_be_captured_is_refused_with_the_reason(model: Callable[[], PreTrainedModel], message: str) -> None:
     with pytest.raises(CaptureError, match=message):
         Capture(model(), {Tap("attention", 1)})

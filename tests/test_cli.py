@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,6 +153,14 @@ def test_a_student_with_another_tokenizer_is_refused(folder: Path, capsys: pytes
     Path("other/tokenizer.json").write_text(other)
     student = "--model.student={layers: null, path: ./other}"
     assert "The tokenizers of student (./other) and teacher" in fails(capsys, "fit", "--config=run.yaml", student)
+
+
+def test_the_installed_command_knows_all_short_names(folder: Path) -> None:
+    """In a process of its own, where nothing else has imported the classes."""
+    command = [sys.executable, "-m", "ildistil.cli", "fit", "--config=run.yaml", "--print_config"]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert printed.returncode == 0, printed.stderr
+    assert "class_path: ildistil.data.Glue" in printed.stdout
 
 
 def test_commands_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
