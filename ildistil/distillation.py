@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -32,7 +33,7 @@ class Terms:
     values: dict[str, Tensor]
     weights: dict[str, float]
 
-    @property
+    @cached_property
     def total(self) -> Tensor:
         """The weighted sum, to call ``backward()`` on."""
         weighted = [self.weights[name] * value for name, value in self.values.items()]

@@ -99,7 +99,7 @@ class Distiller(L.LightningModule):
             _check_data(data, unwrapped(self.student))
         names = getattr(data, "validation_names", None) or ["val"]
         make = getattr(data, "metrics", None) or _default_metrics(unwrapped(self.student))
-        self._names = {"val": list(names), "test": [n.replace("val", "test", 1) for n in names]}
+        self._names = {"val": list(names), "test": list(getattr(data, "test_names", None) or ["test"])}
         for name in (*self._names["val"], *self._names["test"]):
             if name not in self.metrics and make is not None:
                 self.metrics[name] = make()
@@ -128,7 +128,8 @@ class Distiller(L.LightningModule):
         """Dry-run the first batch and print the plan."""
         self.distillation.train()
         batch = self._first_batch()
-        found = self._structural if batch is None else self.distillation.dry_run(batch)
+        with self.trainer.precision_plugin.train_step_context():
+            found = self._structural if batch is None else self.distillation.dry_run(batch)
         if found is not None and self._structural is not None:
             found = DryRun(found.terms, self._structural.unreached)
         rank_zero_info(describe(self.distillation, found))
@@ -139,14 +140,12 @@ class Distiller(L.LightningModule):
         if loader is None or sampler is None or not hasattr(loader.dataset, "__getitem__"):
             return None  # a stream: taking a batch would lose it
         # Not through the loader: it would start its workers and draw from the random state.
-        rng = torch.get_rng_state()
-        rows = next(iter(sampler))[:8]
-        torch.set_rng_state(rng)
-        batch = loader.collate_fn([loader.dataset[row] for row in rows])
+        with torch.random.fork_rng(devices=[]):
+            batch = loader.collate_fn([loader.dataset[row] for row in next(iter(sampler))[:8]])
         return self.trainer.strategy.batch_to_device(batch, self.device)
 
     def teardown(self, stage: str) -> None:
-        """Give the student its frozen parameters and plain attention back."""
+        """Make what was frozen for this run trainable again."""
         if stage == "fit":
             for parameter in self._frozen:
                 parameter.requires_grad_(True)
@@ -162,9 +161,9 @@ class Distiller(L.LightningModule):
         return terms.total
 
     def _check_finite(self, terms: Terms, batch: Mapping[str, Any]) -> None:
+        if torch.isfinite(terms.total):
+            return  # one look at the total, not one for each term: every look waits for the device
         bad = terms.not_finite()
-        if not bad:
-            return
         rows = batch.get("row_id")
         where = f", row ids {rows.tolist()}" if isinstance(rows, Tensor) else ""
         values = ", ".join(f"{name} = {terms.values[name].item()}" for name in bad)
