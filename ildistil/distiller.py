@@ -97,9 +97,11 @@ class Distiller(L.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             _check_data(data, unwrapped(self.student))
-        names = getattr(data, "validation_names", None) or ["val"]
+        if stage == "test":
+            self._names["test"] = list(getattr(data, "test_names", None) or ["test"])
+        elif stage in ("fit", "validate"):
+            self._names["val"] = list(getattr(data, "validation_names", None) or ["val"])
         make = getattr(data, "metrics", None) or _default_metrics(unwrapped(self.student))
-        self._names = {"val": list(names), "test": list(getattr(data, "test_names", None) or ["test"])}
         for name in (*self._names["val"], *self._names["test"]):
             if name not in self.metrics and make is not None:
                 self.metrics[name] = make()
