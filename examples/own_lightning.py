@@ -2,7 +2,7 @@
 
 import lightning as L
 import torch
-from python_api import make_loader, make_teacher
+from python_api import QUIET, make_loader, make_teacher
 from torch import Tensor, nn
 
 from ildistil import Distillation, init_student, objectives
@@ -25,21 +25,15 @@ class Mine(L.LightningModule):
         self.log("val/accuracy", (output.logits.argmax(-1) == batch["labels"]).float().mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
 def main() -> None:
     L.seed_everything(0)
     teacher = make_teacher()
-    train, validation = make_loader(teacher, 512, shuffle=True), make_loader(teacher, 128)
-    module = Mine(init_student(teacher, layers=[2, 4, 6]), teacher)
-    trainer = L.Trainer(
-        max_epochs=3,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    train, validation = make_loader(512, shuffle=True), make_loader(256)
+    module = Mine(init_student(teacher, layers=[2, 4]), teacher)
+    trainer = L.Trainer(max_epochs=3, **QUIET)
     trainer.fit(module, train, validation)
     print({name: round(value.item(), 4) for name, value in trainer.callback_metrics.items()})
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch.nn.functional as F
-from python_api import make_loader, make_teacher
+from python_api import QUIET, make_loader, make_teacher
 from torch import Tensor, nn
 
 from ildistil import Distiller, init_student, objectives
@@ -42,17 +42,11 @@ class HiddenCosine(Objective):
 def main() -> None:
     L.seed_everything(0)
     teacher = make_teacher()
-    train, validation = make_loader(teacher, 512, shuffle=True), make_loader(teacher, 128)
+    train, validation = make_loader(512, shuffle=True), make_loader(256)
     # Half as wide as the teacher, so both objectives need a projection.
-    student = init_student(teacher, config={"num_hidden_layers": 3, "hidden_size": 16})
+    student = init_student(teacher, config={"num_hidden_layers": 2, "hidden_size": 16})
     terms = [HiddenCosine(weight=0.5), objectives.HiddenMSE(mapping=Skip(every=2)), objectives.TaskLoss()]
-    trainer = L.Trainer(
-        max_epochs=3,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        callbacks=terms,
-    )
+    trainer = L.Trainer(max_epochs=3, callbacks=terms, **QUIET)
     trainer.fit(Distiller(student, teacher, learning_rate=3e-3), train, validation)
     print({name: round(value.item(), 4) for name, value in trainer.callback_metrics.items()})
 

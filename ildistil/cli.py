@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import ildistil
-import ildistil.data  # noqa: F401 (so that a YAML file can name Glue and TextData)
+import ildistil.data  # so that a YAML file can name Glue and TextData
 from ildistil.distiller import Distiller
 from ildistil.export import export
 from ildistil.mappings import LayerMapping
@@ -339,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _function(command: str) -> Callable[..., object]:
     if command == "export":
         return export
-    from ildistil.quickstart import quickstart
+    from ildistil.quickstart import quickstart  # it needs none of its parts loaded for other commands
 
     return quickstart
 

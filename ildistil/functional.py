@@ -21,8 +21,10 @@ from torch import Tensor
 __all__ = [
     "attention_kl",
     "attention_mse",
+    "cls_mse",
     "example_mean",
     "full_precision",
+    "hidden_cosine",
     "hidden_mse",
     "logits_kl",
     "logits_mse",
@@ -142,6 +144,57 @@ def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """
     with full_precision(student, teacher) as (s, t):
         return _within((s - t).square().mean(-1), mask)[0]
+
+
+def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Cosine distance of hidden states over tokens.
+
+    ``1/n sum_i (1 - cos(h_S,i, h_T,i))`` over the ``n`` unmasked tokens of each example; the distance to a zero vector
+    is 1.
+
+    Args:
+        student: ``(batch, tokens, width)``.
+        teacher: ``(batch, tokens, width)``.
+        mask: boolean ``(batch, tokens)``, true where a token is real.
+
+    Returns:
+        ``(batch,)``, between 0 and 2.
+
+    Source: Sanh et al., "DistilBERT", 2019.
+
+    >>> hidden_cosine(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]]), torch.tensor([[True]]))
+    tensor([1.])
+    """
+    with full_precision(student, teacher) as (s, t):
+        return _within(1 - F.cosine_similarity(s, t, dim=-1), mask)[0]
+
+
+def cls_mse(student: Tensor, teacher: Tensor, mask: Tensor, normalize: bool = False) -> Tensor:
+    """Squared error of the first real token's hidden state.
+
+    ``1/d ||h_S,1 - h_T,1||^2``; with ``normalize`` ``||h_S,1 / ||h_S,1|| - h_T,1 / ||h_T,1|| ||^2``.
+
+    Args:
+        student: ``(batch, tokens, width)``.
+        teacher: ``(batch, tokens, width)``.
+        mask: boolean ``(batch, tokens)``; the first true column is the first token, wherever the padding stands.
+        normalize: compare directions.
+
+    Returns:
+        ``(batch,)``.
+
+    Source: Sun et al., "Patient Knowledge Distillation", 2019 (normalised).
+
+    >>> states = torch.tensor([[[9.0, 9.0], [1.0, 3.0]]])
+    >>> cls_mse(torch.zeros(1, 2, 2), states, torch.tensor([[False, True]]))
+    tensor([5.])
+    """
+    with full_precision(student, teacher) as (s, t):
+        rows, first = torch.arange(len(mask), device=mask.device), mask.int().argmax(1)
+        s, t = s[rows, first], t[rows, first]
+        if normalize:
+            return (F.normalize(s, dim=-1) - F.normalize(t, dim=-1)).square().sum(-1)
+        return (s - t).square().mean(-1)
 
 
 def attention_mse(student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor) -> Tensor:

@@ -4,11 +4,11 @@ import sys
 import warnings
 from pathlib import Path
 
-import tiny
 import torch
-from test_distiller import loader, trainer
 
+import tiny
 from ildistil import Distiller, init_student, objectives
+from test_distiller import loader, trainer
 
 
 def main(folder: str) -> None:

@@ -3,13 +3,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers as tf
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import tiny
 from ildistil import Distillation, objectives
 from ildistil.capture import Capture, CaptureError, Tap
 from ildistil.objectives import ObjectiveError
@@ -198,7 +198,8 @@ def test_recording_outlives_a_copy_of_the_model(tmp_path: object) -> None:
             lambda: tf.BartForSequenceClassification(
                 tf.BartConfig(
                     d_model=32, encoder_layers=4, decoder_layers=4,
-                    encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=50,
+                    encoder_attention_heads=4, decoder_attention_heads=4,
+                    encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=50,
                 )
             ),
             "no single stack of layers",

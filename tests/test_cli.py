@@ -3,10 +3,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import transformers
 
+import tiny
 from ildistil import cli
 
 FIT = """

@@ -5,13 +5,13 @@ from typing import Any
 
 import lightning as L
 import pytest
-import tiny
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+import tiny
 from ildistil import Distillation, Distiller, init_student, mappings, objectives
 from ildistil.capture import Activations
 from ildistil.export import load_student

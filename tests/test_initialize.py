@@ -1,9 +1,9 @@
 import pytest
-import tiny
 import torch
 import transformers as tf
 from torch import nn
 
+import tiny
 from ildistil import init_student
 
 

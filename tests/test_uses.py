@@ -7,19 +7,19 @@ from typing import Any
 
 import lightning as L
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 import yaml
 from lightning.fabric import Fabric
-from test_distiller import loader, trainer
 from torch import Tensor, nn
 
+import tiny
 from ildistil import Distillation, Distiller, cli, init_student, mappings, objectives
 from ildistil.capture import Activations, Sizes
 from ildistil.functional import masked_mean
 from ildistil.mappings import LayerMapping
 from ildistil.objectives import Objective
+from test_distiller import loader, trainer
 
 
 def test_our_module() -> None:

@@ -20,8 +20,8 @@ class _AttentionObjective(LayerObjective):
         if student.heads != teacher.heads:
             raise ObjectiveError(
                 f"{type(self).__name__} compares attention head by head; the student has {student.heads} heads, the "
-                f"teacher {teacher.heads}. Give the student {teacher.heads} heads, or use HiddenMSE, which "
-                "doesn't need equal heads."
+                f"teacher {teacher.heads}. Give the student {teacher.heads} heads, or use "
+                "RelationKL(heads=...) or HiddenMSE, which don't need equal heads."
             )
 
     def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+
 from tiny_data import FORMATS, Rows
 
 

@@ -4,10 +4,10 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from tiny_data import FORMATS, make_tokenizer
 
 from ildistil.data import Glue
 from ildistil.data.glue import TASKS
+from tiny_data import FORMATS, make_tokenizer
 
 SENTENCES = {"sentence": ["a good film", "a bad film", "dull", "fine"], "label": [1, 0, 0, 1]}
 

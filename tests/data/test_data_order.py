@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_data import make_tokenizer
 
 from ildistil.data import LengthGroupedSampler, TextData
 from ildistil.data.sampler import EpochSampler, even_batch_size
+from tiny_data import make_tokenizer
 
 LENGTHS = torch.randint(3, 60, (1000,), generator=torch.Generator().manual_seed(0))
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_data import make_tokenizer
 
 import ildistil.data.module as module
 from ildistil.data import TextData
+from tiny_data import make_tokenizer
 
 GOOD = {"text": ["a good film", "a bad film", "dull", "fine"], "label": ["yes", "no", "no", "yes"]}
 

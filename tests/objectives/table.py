@@ -23,11 +23,12 @@ class Run(NamedTuple):
     hidden: list[Tensor]  # L + 1 times (batch, tokens, width)
     scores: list[Tensor]  # L times (batch, heads, tokens, tokens)
     logits: Tensor
+    vectors: dict[str, list[Tensor]]  # "query", "key", "value": L times (batch, tokens, width)
 
 
 def run_by_hand(model: PreTrainedModel, batch: dict[str, Tensor]) -> Run:
     model = model.double()
-    rows: dict[str, list[Tensor]] = {"query": [], "key": []}
+    rows: dict[str, list[Tensor]] = {"query": [], "key": [], "value": []}
     handles = [
         getattr(layer.attention.self, part).register_forward_hook(lambda m, a, out, part=part: rows[part].append(out))
         for layer in model.bert.encoder.layer
@@ -42,7 +43,7 @@ def run_by_hand(model: PreTrainedModel, batch: dict[str, Tensor]) -> Run:
     for query, key in zip(rows["query"], rows["key"], strict=True):
         q, k = (x.unflatten(-1, (heads, -1)) for x in (query, key))
         scores.append(torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1]))
-    return Run(list(output.hidden_states), scores, output.logits)
+    return Run(list(output.hidden_states), scores, output.logits, rows)
 
 
 Reference = Callable[[Run, Run, Tensor, Tensor], Tensor]  # student, teacher, mask, labels -> scalar
@@ -60,6 +61,54 @@ def hidden_mse(pairs: list[tuple[int, int]]) -> Reference:
         def value(b: int, tokens: list[int], pair: tuple[int, int]) -> Tensor:
             a, c = s.hidden[pair[0]][b], t.hidden[pair[1]][b]
             return sum((a[i, k] - c[i, k]) ** 2 for i in tokens for k in range(a.shape[1])) / (len(tokens) * a.shape[1])
+
+        return sum(_examples(lambda b, n, p=p: value(b, n, p), mask) for p in pairs) / len(pairs)
+
+    return reference
+
+
+def hidden_cosine(pairs: list[tuple[int, int]]) -> Reference:
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor) -> Tensor:
+        def value(b: int, tokens: list[int], pair: tuple[int, int]) -> Tensor:
+            a, c = s.hidden[pair[0]][b], t.hidden[pair[1]][b]
+            cosines = [(a[i] @ c[i]) / math.sqrt(c[i] @ c[i]) / torch.sqrt(a[i] @ a[i]) for i in tokens]
+            return sum(1 - x for x in cosines) / len(tokens)
+
+        return sum(_examples(lambda b, n, p=p: value(b, n, p), mask) for p in pairs) / len(pairs)
+
+    return reference
+
+
+def cls_mse(pairs: list[tuple[int, int]], normalize: bool) -> Reference:
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor) -> Tensor:
+        def value(b: int, tokens: list[int], pair: tuple[int, int]) -> Tensor:
+            a, c = s.hidden[pair[0]][b, tokens[0]], t.hidden[pair[1]][b, tokens[0]]
+            if normalize:
+                a, c = a / torch.sqrt(a @ a), c / math.sqrt(c @ c)
+            return sum((a[k] - c[k]) ** 2 for k in range(len(a))) / (1 if normalize else len(a))
+
+        return sum(_examples(lambda b, n, p=p: value(b, n, p), mask) for p in pairs) / len(pairs)
+
+    return reference
+
+
+def relation_kl(pairs: list[tuple[int, int]], relations: list[tuple[str, str]], heads: int) -> Reference:
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor) -> Tensor:
+        def row(run: Run, layer: int, b: int, h: int, i: int, tokens: list[int], parts: tuple[str, str]) -> Tensor:
+            x, y = (run.vectors[part][layer - 1][b] for part in parts)
+            size = x.shape[1] // heads
+            cut = slice(h * size, (h + 1) * size)
+            e = torch.stack([torch.exp((x[i, cut] @ y[j, cut]) / math.sqrt(size)) for j in tokens])
+            return e / e.sum()
+
+        def value(b: int, tokens: list[int], pair: tuple[int, int]) -> Tensor:
+            total = torch.zeros((), dtype=torch.float64)
+            for parts in relations:
+                for h in range(heads):
+                    for i in tokens:
+                        q, p = row(s, pair[0], b, h, i, tokens, parts), row(t, pair[1], b, h, i, tokens, parts)
+                        total = total + (p * torch.log(p / q)).sum()
+            return total / (len(relations) * heads * len(tokens))
 
         return sum(_examples(lambda b, n, p=p: value(b, n, p), mask) for p in pairs) / len(pairs)
 
@@ -137,6 +186,17 @@ CASES = {
         lambda: objectives.HiddenMSE(mapping=mappings.Explicit([[0, 0], [-1, 3]])), hidden_mse([(0, 0), (2, 3)])
     ),
     "HiddenMSE-projected": Case(lambda: objectives.HiddenMSE(projection="always"), None, zero=False),
+    "HiddenCosine": Case(objectives.HiddenCosine, hidden_cosine(PAIRS)),
+    "CLSMSE": Case(objectives.CLSMSE, cls_mse(PAIRS, normalize=False)),
+    "CLSMSE-normalised": Case(lambda: objectives.CLSMSE(normalize=True), cls_mse(PAIRS, normalize=True)),
+    "ValueRelationKL": Case(objectives.ValueRelationKL, relation_kl([(2, 4)], [("value", "value")], 4)),
+    "RelationKL": Case(
+        lambda: objectives.RelationKL(mapping=mappings.Uniform()),
+        relation_kl(PAIRS, [("query", "query"), ("key", "key"), ("value", "value")], 4),
+    ),
+    "RelationKL-heads": Case(
+        lambda: objectives.RelationKL(relations=["q-k"], heads=2), relation_kl([(2, 4)], [("query", "key")], 2)
+    ),
     "AttentionMSE": Case(objectives.AttentionMSE, attention_mse(PAIRS)),
     "AttentionMSE-last": Case(lambda: objectives.AttentionMSE(mapping=mappings.Last()), attention_mse([(2, 4)])),
     "AttentionKL": Case(objectives.AttentionKL, attention_kl(PAIRS)),

@@ -4,15 +4,15 @@ import copy
 from collections.abc import Iterator
 
 import pytest
-import tiny
 import torch
-from table import CASES, Case, run_by_hand
 from torch import Tensor
 from torch.autograd import gradcheck
 from transformers import PreTrainedModel
 
+import tiny
 from ildistil import Distillation, mappings, objectives
 from ildistil.capture import Activations, Attention, Layers, Sizes
+from table import CASES, Case, run_by_hand
 
 Models = tuple[PreTrainedModel, PreTrainedModel]
 

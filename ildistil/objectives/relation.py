@@ -1,0 +1,127 @@
+"""Objectives on relations: how tokens' queries, keys or values relate to each other, head by head."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ildistil import functional
+from ildistil.capture import Activations, Attention, Sizes
+from ildistil.mappings import Last, LayerMapping
+from ildistil.objectives.base import LayerObjective, ObjectiveError, same_tokens
+
+__all__ = ["RelationKL", "ValueRelationKL"]
+
+_PARTS = {"q": "query", "k": "key", "v": "value"}
+
+
+class RelationKL(LayerObjective):
+    """Kullback-Leibler divergence of relations among queries, keys and values of mapped layers, teacher first.
+
+    For a relation such as ``"q-q"`` the vectors of all heads are joined and cut into ``R`` relation heads of size
+    ``d_r``; ``a_ij = x_i y_j / sqrt(d_r)``, and the term is
+    ``1/(R n) sum_r sum_i KL(softmax(a_T,ri) || softmax(a_S,ri))`` over the ``n`` real tokens: mean over relations,
+    examples and layer pairs (MiniLMv2 sums its three relations: weight 3). Numbers of heads and widths may differ
+    between the models, as long as ``R`` divides both widths.
+
+    Args:
+        weight: factor of the term.
+        mapping: which student layer learns from which teacher layer; default ``Last()``, as in MiniLM. MiniLMv2 takes
+            an upper-middle layer of large teachers: ``Explicit([[-1, 21]])``.
+        relations: any of ``q-q``, ``k-k``, ``v-v``, ``q-k`` and so on.
+        heads: number ``R`` of relation heads (MiniLMv2: 48 for base models); by default the attention heads, which
+            must then be equal.
+        name: key of the term in logs; default ``relation_kl``.
+
+    Raises:
+        ObjectiveError: a relation is unknown, the heads differ and ``heads`` isn't given, or it doesn't divide a width.
+
+    Source: Wang et al., "MiniLMv2", 2021.
+    """
+
+    taps = ("attention",)
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        mapping: LayerMapping | None = None,
+        relations: Sequence[str] = ("q-q", "k-k", "v-v"),
+        heads: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, Last() if mapping is None else mapping, name)
+        bad = [r for r in relations if len(r) != 3 or r[1] != "-" or not {r[0], r[2]} <= set(_PARTS)]
+        if bad or not relations:
+            got = repr(bad[0]) if bad else "none"
+            raise ObjectiveError(f"{type(self).__name__}: a relation is 'q-q', 'k-k', 'v-v', 'q-k' ...; got {got}.")
+        self.relations, self.heads = tuple(relations), heads
+
+    def build(self, student: Sizes, teacher: Sizes) -> None:
+        """Resolve the mapping and check that relation heads can be paired."""
+        super().build(student, teacher)
+        if self.heads is None and student.heads != teacher.heads:
+            raise ObjectiveError(
+                f"{type(self).__name__}: the student has {student.heads} heads, the teacher {teacher.heads}. Set heads "
+                "to a number that divides both widths: vectors are then cut into that many relation heads."
+            )
+        if self.heads is not None and (
+            self.heads < 1 or any(s.width and s.width % self.heads for s in (student, teacher))
+        ):
+            raise ObjectiveError(
+                f"{type(self).__name__}: heads={self.heads} must divide the widths of student ({student.width}) and "
+                f"teacher ({teacher.width})."
+            )
+
+    def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
+        """Give the mean over the relations of one pair."""
+        s, t = student.attention[pair[0]], teacher.attention[pair[1]]
+        same_tokens(s.query, t.query, axis=2)
+        allowed, queries = s.allowed(), s.real_queries()
+        values = [
+            functional.attention_kl(self._scores(s, r), self._scores(t, r), allowed, queries) for r in self.relations
+        ]
+        return functional.example_mean(sum(values[1:], start=values[0]) / len(values), queries.sum(1))
+
+    def _scores(self, attention: Attention, relation: str) -> Tensor:
+        left, right = (self._cut(attention, _PARTS[part]) for part in (relation[0], relation[2]))
+        with functional.full_precision(left, right) as (x, y):
+            scores: Tensor = x @ y.transpose(-1, -2) * x.shape[-1] ** -0.5
+            return scores
+
+    def _cut(self, attention: Attention, part: str) -> Tensor:
+        """(batch, heads, tokens, size) -> (batch, relation heads, tokens, size): join the heads, then cut anew."""
+        x: Tensor = getattr(attention, part)
+        groups = attention.heads // x.shape[1]
+        if groups > 1:  # grouped-query attention
+            x = x.repeat_interleave(groups, dim=1)
+        if self.heads is None:
+            return x
+        # Heads and tokens swap places first: a plain reshape would mix tokens.
+        return x.transpose(1, 2).flatten(2).reshape(*x.shape[:1], x.shape[2], self.heads, -1).transpose(1, 2)
+
+
+class ValueRelationKL(RelationKL):
+    """Kullback-Leibler divergence of the value relations of mapped layers, teacher first ("Val-KL").
+
+    ``1/(H n) sum_h sum_i KL(softmax(v_T v_T^T / sqrt(d))_hi || softmax(v_S v_S^T / sqrt(d))_hi)``: :class:`RelationKL`
+    with the one relation ``"v-v"``.
+
+    Args:
+        weight: factor of the term.
+        mapping: which student layer learns from which teacher layer; default ``Last()``.
+        heads: see :class:`RelationKL`.
+        name: key of the term in logs; default ``value_relation_kl``.
+
+    Raises:
+        ObjectiveError: see :class:`RelationKL`.
+
+    Source: Wang et al., "MiniLM", 2020.
+    """
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        mapping: LayerMapping | None = None,
+        heads: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, mapping, ("v-v",), heads, name)
