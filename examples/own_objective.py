@@ -23,6 +23,7 @@ class Skip(LayerMapping):
     every: int = 2
 
     def __call__(self, student: int, teacher: int) -> list[tuple[int, int]]:
+        """Give the pairs for two depths."""
         return [(i, self.every * i) for i in range(1, student + 1)]
 
 
@@ -32,9 +33,11 @@ class HiddenCosine(Objective):
     taps = ("hidden[-1]",)
 
     def build(self, student: Sizes, teacher: Sizes) -> None:
+        """Make the projection."""
         self.projections["last"] = nn.Linear(student.width, teacher.width)
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
+        """Give the mean over examples."""
         s, t = self.projections["last"](student.hidden[-1]), teacher.hidden[-1]
         return masked_mean(1 - F.cosine_similarity(s, t, dim=-1), student.mask)
 
@@ -42,7 +45,7 @@ class HiddenCosine(Objective):
 def main() -> None:
     L.seed_everything(0)
     teacher = make_teacher()
-    train, validation = make_loader(512, shuffle=True), make_loader(256)
+    train, validation = make_loader(256, shuffle=True), make_loader(128)
     # Half as wide as the teacher, so both objectives need a projection.
     student = init_student(teacher, config={"num_hidden_layers": 2, "hidden_size": 16})
     terms = [HiddenCosine(weight=0.5), objectives.HiddenMSE(mapping=Skip(every=2)), objectives.TaskLoss()]

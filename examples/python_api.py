@@ -29,14 +29,14 @@ def make_teacher() -> BertForSequenceClassification:
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     model = BertForSequenceClassification(config)
-    trainer = L.Trainer(max_epochs=4, callbacks=[objectives.TaskLoss()], **QUIET)
-    trainer.fit(Distiller(model, learning_rate=3e-3), make_loader(1024, shuffle=True))
+    trainer = L.Trainer(max_epochs=5, callbacks=[objectives.TaskLoss()], **QUIET)
+    trainer.fit(Distiller(model, learning_rate=5e-3), make_loader(512, shuffle=True))
     return model
 
 
 def main() -> None:
     L.seed_everything(0)
-    teacher, validation = make_teacher(), make_loader(256)
+    teacher, validation = make_teacher(), make_loader(128)
     check = L.Trainer(**QUIET)
     accuracy = {"teacher": check.validate(Distiller(teacher), validation, verbose=False)[0]["val/accuracy"]}
     student = init_student(teacher, layers=[2, 4])
@@ -51,7 +51,7 @@ def main() -> None:
     )
     module = Distiller(student, teacher, learning_rate=1e-3)
     accuracy["student before"] = check.validate(module, validation, verbose=False)[0]["val/accuracy"]
-    trainer.fit(module, make_loader(512, shuffle=True), validation)
+    trainer.fit(module, make_loader(256, shuffle=True), validation)
     accuracy["student after"] = trainer.callback_metrics["val/accuracy"].item()
     print({name: round(value, 3) for name, value in accuracy.items()})
 
