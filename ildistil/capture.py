@@ -19,10 +19,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -76,7 +77,7 @@ class Sizes:
         """Read the sizes of a model from its config; of a plain module only the depth is known."""
         model = unwrapped(model)
         config = getattr(model, "config", None)
-        if config is None:
+        if not isinstance(config, PreTrainedConfig):
             stack = find_layers(model)
             attention = getattr(stack[0], "self_attn", None) if stack else None
             return cls(
@@ -90,7 +91,7 @@ class Sizes:
         has_classes = "vocab_size" not in vars(text) or _is_classifier(model)
         return cls(
             name=type(model).__name__,
-            depth=text.num_hidden_layers,
+            depth=getattr(text, "num_hidden_layers", 0),
             width=getattr(text, "hidden_size", None),
             heads=getattr(text, "num_attention_heads", None),
             vocabulary=getattr(text, "vocab_size", None),
@@ -319,7 +320,9 @@ class Capture:
         self._handles.clear()
         model = unwrapped(self.model)
         if self._previous_attention is not None and isinstance(model, PreTrainedModel):
-            model.set_attn_implementation(self._previous_attention)
+            _diverted[model] -= 1
+            if _diverted[model] == 0:
+                model.set_attn_implementation(self._previous_attention)
             self._previous_attention = None
 
     def _attach(self) -> None:
@@ -357,7 +360,15 @@ class Capture:
 
     def _token_mask(self, batch: Mapping[str, Any]) -> Tensor | None:
         mask = batch.get("attention_mask")
+        if mask is None and batch.get("src_key_padding_mask") is not None:
+            mask = ~batch["src_key_padding_mask"].bool()  # torch's own Transformer marks what is padding
         if mask is None:
+            unknown = [key for key in batch if key.endswith("padding_mask") and batch[key] is not None]
+            if unknown:
+                raise CaptureError(
+                    f"The batch marks padding by {unknown[0]!r}, which is not understood, so padding would count. Name "
+                    "it attention_mask (1 for real tokens) or src_key_padding_mask (true for padding)."
+                )
             return None
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             raise CaptureError(
@@ -435,7 +446,12 @@ class _Recorder:
 
     def after_layer(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.active and self.layer in self.wanted_hidden:
-            self.hidden[self.layer] = output if isinstance(output, Tensor) else output[0]
+            state = output if isinstance(output, Tensor) else output[0]
+            if state.is_nested:
+                raise CaptureError(
+                    "The layers give nested tensors. Build the TransformerEncoder with enable_nested_tensor=False."
+                )
+            self.hidden[self.layer] = state
 
     def module_hook(self, path: str) -> Callable[..., None]:
         self.paths.add(path)
@@ -477,6 +493,8 @@ class _Recorder:
 
 
 _current: _Recorder | None = None
+# How many captures a model's attention is diverted for: two engines may share one teacher.
+_diverted: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def _recording(delegate: str) -> Callable[..., Any]:
@@ -506,9 +524,10 @@ def _divert_attention(model: nn.Module, role: Role) -> str | None:
             f"The attention of the {role} {name} can't be captured: it does not go through transformers' "
             "AttentionInterface. Use hidden-state objectives, or tap its modules by path."
         )
+    _diverted[model] = _diverted.get(model, 0) + 1
     previous: str = model.config._attn_implementation
     if previous.startswith(_PREFIX):
-        return None
+        return previous.removeprefix(_PREFIX)
     twin = _PREFIX + previous.replace("/", "_")
     if twin not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         AttentionInterface.register(twin, _recording(previous))
@@ -537,9 +556,12 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
                 stacks.append(list(module))
             inside.add(path + ".")
     config = getattr(model, "config", None)
-    if config is not None:
+    if isinstance(config, PreTrainedConfig):
         text = config.get_text_config()
-        lengths = {text.num_hidden_layers, getattr(text, "num_hidden_groups", None)}  # ALBERT shares layers in groups
+        lengths = {
+            getattr(text, "num_hidden_layers", 0),
+            getattr(text, "num_hidden_groups", None),
+        }  # ALBERT shares layers in groups
         stacks = [stack for stack in stacks if len(stack) in lengths]
     return stacks[0] if len(stacks) == 1 else []
 
@@ -577,5 +599,7 @@ def _full_mask(batch: Mapping[str, Any], hidden: dict[int, Tensor], attention: d
         return torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
     for record in attention.values():
         return record.real_queries()
-    first = next(v for v in batch.values() if isinstance(v, Tensor))
+    first = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim >= 2), None)
+    if first is None:
+        raise CaptureError(f"The batch has no tensor of shape (batch, ...): its keys are {sorted(batch)}.")
     return torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)

@@ -16,11 +16,14 @@ import jsonargparse
 import lightning as L
 import torch
 import transformers
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 
 import ildistil
 import ildistil.data  # so that a YAML file can name Glue and TextData
+from ildistil.capture import CaptureError
 from ildistil.distiller import Distiller
 from ildistil.export import export
 from ildistil.mappings import LayerMapping
@@ -43,8 +46,8 @@ Distil a Transformer into a smaller one.
   predict      write a student's predictions to a file
   export       write the student of a checkpoint as a plain transformers folder
 
-'ildistil COMMAND --help' shows the options of a command; '--print_config' with any of the first
-five prints its whole configuration as YAML, to edit and give back with '--config FILE'.
+'ildistil COMMAND --help' shows the options of a command; '--print_config' with fit, validate,
+test, predict or finetune prints its whole configuration as YAML, to edit and give back with '--config FILE'.
 """
 _TRAINING = ("fit", "validate", "test", "predict")
 
@@ -134,7 +137,7 @@ class _Parser(LightningArgumentParser):
         parsers = [self, *(p for a in self._actions for p in (getattr(a, "_name_parser_map", None) or {}).values())]
         options = [option.lstrip("-") for p in parsers for action in p._actions for option in action.option_strings]
         words = {part for option in options for part in option.split(".")}
-        for base in (Objective, LayerMapping, ModelSource, L.LightningDataModule):
+        for base in (Objective, LayerMapping, ModelSource, L.LightningDataModule, L.Callback, Logger):
             for cls in _subclasses(base):
                 words |= {cls.__name__, *inspect.signature(cls).parameters}
         return words
@@ -194,15 +197,18 @@ class _CLI(LightningCLI):
         usual: list[L.Callback] = [Throughput()]
         if config.get("logger") is not False:
             usual.append(LearningRateMonitor("step"))
-        trains = self.subcommand in (None, "fit") and config.get("enable_checkpointing") is not False
+        trains = self.subcommand in (None, "fit") and not config.get("fast_dev_run")
+        trains = trains and config.get("enable_checkpointing") is not False
         if trains and not any(isinstance(c, ModelCheckpoint) for c in configured):
             usual.append(self._best())
         return super().instantiate_trainer(callbacks=[*configured, *named.values(), *usual], **kwargs)
 
     def _best(self) -> ModelCheckpoint:
-        first = (getattr(self.datamodule, "validation_names", None) or ["val"])[0]
-        primary = getattr(self.datamodule, "primary_metric", None)
-        best: dict[str, Any] = {"monitor": f"{first}/{primary}", "mode": "max", "filename": "best", "save_last": "link"}
+        names = getattr(self.datamodule, "validation_names", ["val"])
+        first = names[0] if names else "val"
+        measured = names and self._get(self.config_init, "trainer").get("limit_val_batches") != 0
+        primary = getattr(self.datamodule, "primary_metric", None) if measured else None
+        best: dict[str, Any] = {"monitor": f"{first}/{primary}", "mode": "max", "filename": "best", "save_last": True}
         checkpoint = ModelCheckpoint(enable_version_counter=False, **(best if primary else {"filename": "last"}))
         path = self._get(self.config, "ckpt_path")
         if path and Path(path).is_file():
@@ -241,9 +247,18 @@ class _DistillCLI(_CLI):
         results = self.trainer.predict(**kwargs)
         folder = Path(self.trainer.log_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "predictions.tsv"
-        _write_predictions(results or [], getattr(self.datamodule, "label_names", None), path)
-        print(f"Predictions: {path}")
+        sets: Any = results if results and isinstance(results[0], list) else [results or []]
+        for name, batches in zip(self._set_names(len(sets)), sets, strict=True):
+            path = folder / f"predictions{name}.tsv"
+            _write_predictions(batches, getattr(self.datamodule, "label_names", None), path)
+            print(f"Predictions: {path}")
+
+    def _set_names(self, count: int) -> list[str]:
+        if count == 1:
+            return [""]
+        known = (getattr(self.datamodule, names, None) or [] for names in ("test_names", "validation_names"))
+        names = next((names for names in known if len(names) == count), range(count))
+        return [f"_{name}" for name in names]
 
 
 class _FinetuneCLI(_CLI):
@@ -289,9 +304,12 @@ def _write_predictions(results: Sequence[Any], names: Sequence[str] | None, path
 
 def _say_what_next(trainer: L.Trainer) -> None:
     checkpoint = trainer.checkpoint_callback
-    if not trainer.is_global_zero or not isinstance(checkpoint, ModelCheckpoint) or not checkpoint.best_model_path:
+    if not trainer.is_global_zero or not isinstance(checkpoint, ModelCheckpoint):
         return
-    best = os.path.relpath(checkpoint.best_model_path)
+    path = checkpoint.best_model_path or checkpoint.last_model_path
+    if not path:
+        return
+    best = os.path.relpath(path)
     score = (
         "" if checkpoint.best_model_score is None else f" ({checkpoint.monitor} = {checkpoint.best_model_score:.4f})"
     )
@@ -312,6 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; wrong input ends with a message and exit code 2, not with a traceback."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     _quieten()
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # so that a YAML file can name a class of a file beside it
     command = words[0] if words else "--help"
     try:
         if command in ("--help", "-h"):
@@ -329,8 +349,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             close = difflib.get_close_matches(command, commands, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else f" Commands: {', '.join(commands)}."
             raise ValueError(f"There is no command {command!r}.{hint}")
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        if os.environ.get("ILDISTIL_TRACEBACK"):
+    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError, MisconfigurationException) as error:
+        ours = not isinstance(error, RuntimeError) or isinstance(error, CaptureError | MisconfigurationException)
+        if os.environ.get("ILDISTIL_TRACEBACK") or not (ours or "Early stopping conditioned" in str(error)):
             raise
         print(f"ildistil {command}: error: {error}\n(ILDISTIL_TRACEBACK=1 shows where.)", file=sys.stderr)
         raise SystemExit(2) from None
@@ -355,7 +376,9 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(lambda record: "litlogger" not in record.getMessage())
+        logging.getLogger(name).addFilter(
+            lambda record: "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+        )
 
 
 if __name__ == "__main__":

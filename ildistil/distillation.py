@@ -119,6 +119,7 @@ class Distillation(nn.Module):
         self._student_capture: Capture | None = None
         self._teacher_capture: Capture | None = None
         self._positions: int | None = None
+        self._verified = False
         if objectives:
             self.set_objectives(objectives)
 
@@ -139,30 +140,48 @@ class Distillation(nn.Module):
         student = Sizes.of(self.student)
         teacher = student if self.teacher is None else Sizes.of(self.teacher)
         self._positions = min((s.positions for s in (student, teacher) if s.positions is not None), default=None)
-        wanted_student, wanted_teacher = set[Tap](), set[Tap]()
         for name, objective in named.items():
             if objective.needs_teacher and self.teacher is None:
                 raise ObjectiveError(f"{name} ({type(objective).__name__}) needs a teacher, and there is none.")
+            objective.claim(self)
             objective.projections = nn.ModuleDict()
             objective.build(student, teacher)
-            wanted_student |= objective.student_wants(student)
-            if objective.needs_teacher:
-                wanted_teacher |= objective.teacher_wants(teacher)
+            _check_learned_parts(objective)
         reference = next(self.student.parameters(), torch.empty(0))
         self.projections = nn.ModuleDict(
             {name: objective.projections for name, objective in named.items() if len(objective.projections)}
         ).to(reference.device, reference.dtype)
         self.objectives = named
-        self._student_capture = Capture(self.student, wanted_student, "student")
-        if self.teacher is not None and wanted_teacher:
-            self._teacher_capture = Capture(self.teacher, wanted_teacher, "teacher")
+        try:
+            self.attach()
+        except BaseException:
+            self.release()
+            raise
 
-    def release(self) -> None:
-        """Take the hooks off both models and forget the objectives."""
+    def attach(self) -> None:
+        """Put the hooks on both models; done by :meth:`set_objectives`, and again by a step after :meth:`detach`."""
+        self.detach()
+        student = Sizes.of(self.student)
+        wanted = {tap for o in self.objectives.values() for tap in o.student_wants(student)}
+        self._student_capture = Capture(self.student, wanted, "student")
+        if self.teacher is not None:
+            teacher = Sizes.of(self.teacher)
+            wanted = {tap for o in self.objectives.values() if o.needs_teacher for tap in o.teacher_wants(teacher)}
+            self._teacher_capture = Capture(self.teacher, wanted, "teacher") if wanted else None
+        self._verified = False
+
+    def detach(self) -> None:
+        """Take the hooks off both models, and give them their plain attention back; objectives and projections stay."""
         for capture in (self._student_capture, self._teacher_capture):
             if capture is not None:
                 capture.close()
         self._student_capture = self._teacher_capture = None
+
+    def release(self) -> None:
+        """Take the hooks off both models and forget the objectives."""
+        self.detach()
+        for objective in self.objectives.values():
+            objective.claim(None)
         self.projections, self.objectives = nn.ModuleDict(), {}
 
     def forward(self, batch: Mapping[str, Any], *, verify: bool = False) -> Terms:
@@ -172,15 +191,29 @@ class Distillation(nn.Module):
             batch: a mapping; each model gets the keys its ``forward`` names.
             verify: also check the attention masks, as a dry run does.
         """
-        if self._student_capture is None:
+        if not self.objectives:
             raise ObjectiveError(_NO_OBJECTIVE)
+        if not isinstance(batch, Mapping):
+            raise ObjectiveError(
+                f"A batch must be a mapping of names to tensors, such as {{'input_ids': ..., 'labels': ...}}; got a "
+                f"{type(batch).__name__}. Let the collate function give a dict."
+            )
         _check_length(batch, self._positions)
+        if self._student_capture is None:
+            self.attach()
+        assert self._student_capture is not None
+        # The first step checks the masks too, for those who never make a dry run; not inside a compiled student,
+        # which would be compiled once more for it.
+        verify = verify or not (self._verified or _is_compiled(self.student))
+        self._verified = True
+        active = {name: objective for name, objective in self.objectives.items() if objective.weight > 0}
         teacher = _NOTHING
-        if self._teacher_capture is not None:
+        if self._teacher_capture is not None and any(o.needs_teacher for o in active.values()):
+            if self._teacher_capture.model.training:
+                self._teacher_capture.model.eval()  # somebody switched it since; it must never drop out
             with torch.no_grad():
                 teacher = self._teacher_capture(batch, verify=verify)
         student = self._student_capture(batch, verify=verify)
-        active = {name: objective for name, objective in self.objectives.items() if objective.weight > 0}
         values = {name: objective.loss(student, teacher, batch) for name, objective in active.items()}
         for name, value in values.items():
             if value.ndim:
@@ -235,11 +268,21 @@ def _named(objectives: Iterable[Objective] | Mapping[str, Objective]) -> dict[st
         for name, objective in objectives.items():
             objective.name = name
         objectives = objectives.values()
+    if isinstance(objectives, Objective):
+        raise ObjectiveError(f"Objectives come in a list: [{type(objectives).__name__}(...)].")
     named: dict[str, Objective] = {}
     for objective in objectives:
+        if not isinstance(objective, Objective):
+            raise ObjectiveError(
+                f"{objective!r} is not an objective. Give instances, such as objectives.LogitsKL(), or of your own "
+                "subclass of Objective."
+            )
         name = objective.name
-        if not name or "." in name or "/" in name or name == "loss":
-            raise ObjectiveError(f"An objective can't be named {name!r}: a name has no '.' or '/' and isn't 'loss'.")
+        if not name or "." in name or "/" in name or name == "loss" or hasattr(nn.ModuleDict, name):
+            raise ObjectiveError(
+                f"An objective can't be named {name!r}: a name has no '.' or '/', isn't 'loss', and is no method of a "
+                "ModuleDict, such as 'values'."
+            )
         if name in named:
             raise ObjectiveError(
                 f"Two objectives are named {name!r}. Name one of them: {type(objective).__name__}(..., name='...')."
@@ -274,11 +317,44 @@ def _check_two_models(student: nn.Module, teacher: nn.Module) -> None:
             f"The student's vocabulary has {s.vocabulary} entries, the teacher's {t.vocabulary}: the same token ids "
             "would mean different words. Student and teacher must share one tokenizer."
         )
+    check_label_order(student, label_names(teacher), "the teacher")
+
+
+def label_names(model: nn.Module) -> list[str]:
+    """Give the names of a model's labels in their order; empty where it has none."""
+    id2label = getattr(getattr(unwrapped(model), "config", None), "id2label", None) or {}
+    return [str(id2label[number]).lower() for number in sorted(id2label)]
+
+
+def check_label_order(student: nn.Module, names: list[str], whose: str) -> None:
+    """Refuse the same labels in another order."""
+    mine = label_names(student)
+    if mine != names and sorted(mine) == sorted(names):
+        raise ValueError(
+            f"The student numbers its labels {mine}, {whose} {names}. Bring them into one order: the same number would "
+            "mean different labels."
+        )
+
+
+def _check_learned_parts(objective: Objective) -> None:
+    parts = [k for k, v in vars(objective).items() if isinstance(v, nn.Module | nn.Parameter) and k != "projections"]
+    if parts:
+        raise ObjectiveError(
+            f"{type(objective).__name__} keeps learnable parts in {parts}, where nothing would train them. Put modules "
+            "into self.projections['name'] in build()."
+        )
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
 
 
 @contextmanager
 def _without_trace(module: nn.Module) -> Iterator[None]:
     """Run something and put random state, buffers and training modes back."""
+    # transformers notes the problem type that labels suggest in the config: ours must not decide it.
+    configs = [m.config for m in module.modules() if isinstance(m, PreTrainedModel)]
+    problem_types = [getattr(config, "problem_type", None) for config in configs]
     modes = {m: m.training for m in module.modules()}
     buffers = [(b, b.clone()) for b in module.buffers()]
     devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
@@ -288,6 +364,8 @@ def _without_trace(module: nn.Module) -> Iterator[None]:
         finally:
             for m, mode in modes.items():
                 m.training = mode
+            for config, problem_type in zip(configs, problem_types, strict=True):
+                config.problem_type = problem_type
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
@@ -296,7 +374,10 @@ def _without_trace(module: nn.Module) -> Iterator[None]:
 def _gradients(name: str, value: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
     if not value.requires_grad:
         raise ObjectiveError(f"The term {name} reaches no trainable parameter. Is the student frozen?")
-    return list(torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True))
+    gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    if all(gradient is None for gradient in gradients):
+        raise ObjectiveError(f"The term {name} reaches no trainable parameter. Is what it trains frozen?")
+    return list(gradients)
 
 
 def _norm(gradients: list[Tensor | None]) -> float:
@@ -326,11 +407,15 @@ def synthetic_batch(model: nn.Module, tokens: int = 8) -> dict[str, Tensor] | No
     mask = torch.ones_like(ids)
     mask[1, tokens - 3 :] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
-    if sizes.labels is not None:
+    if "ForSequenceClassification" in sizes.name:
         batch["labels"] = _synthetic_labels(sizes)
-    elif "Model" not in sizes.name:
+    elif sizes.name.endswith(("ForMaskedLM", "ForCausalLM", "LMHeadModel")):
         batch["labels"] = ids
-    return {key: value.to(model.device) for key, value in batch.items()}
+    elif "For" in sizes.name:
+        return None  # another head, with labels of its own kind
+    # Without a padding token a classifier of the causal kind takes one row at a time.
+    rows = 1 if model.config.get_text_config().pad_token_id is None else 2
+    return {key: value[:rows].to(model.device) for key, value in batch.items()}
 
 
 def _synthetic_labels(sizes: Sizes) -> Tensor:

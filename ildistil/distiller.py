@@ -10,14 +10,16 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from torchmetrics import MetricCollection
 from transformers import PreTrainedModel
 
-from ildistil.capture import Sizes, unwrapped
-from ildistil.distillation import Distillation, DryRun, Terms
+from ildistil.capture import CaptureError, Sizes, unwrapped
+from ildistil.distillation import Distillation, DryRun, Terms, check_label_order
 from ildistil.metrics import metric_collection
-from ildistil.objectives.base import Objective
+from ildistil.objectives.base import Objective, ObjectiveError
 from ildistil.plan import describe
 
 __all__ = ["Distiller"]
@@ -72,6 +74,7 @@ class Distiller(L.LightningModule):
         self.tokenizer_source = tokenizer or _source(teacher) or _source(student)
         self.metrics = nn.ModuleDict()
         self._names: dict[str, list[str]] = {"val": [], "test": []}
+        self._make_metrics: Callable[[], MetricCollection] | None = None
         self._frozen: list[nn.Parameter] = []
         self._structural: DryRun | None = None
 
@@ -101,23 +104,35 @@ class Distiller(L.LightningModule):
             self._names["test"] = list(getattr(data, "test_names", None) or ["test"])
         elif stage in ("fit", "validate"):
             self._names["val"] = list(getattr(data, "validation_names", None) or ["val"])
-        make = getattr(data, "metrics", None) or _default_metrics(unwrapped(self.student))
-        for name in (*self._names["val"], *self._names["test"]):
-            if name not in self.metrics and make is not None:
-                self.metrics[name] = make()
+        make = getattr(data, "metrics", None)
+        self._make_metrics = make if callable(make) else _default_metrics(unwrapped(self.student))
+        self.metrics = nn.ModuleDict()
 
     def configure_model(self) -> None:
         """Take the objectives from the Trainer's callbacks; quiet without a Trainer, and repeatable."""
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
+        self._unfreeze()
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         self.distillation.set_objectives([c for c in callbacks if isinstance(c, Objective)])
-        batch = self.distillation.synthetic_batch()
-        if batch is not None:
-            self._structural = self.distillation.dry_run(batch)
+        self._structural = self._try_synthetic_batch()
+        if self._structural is not None:
             self._freeze(self._structural.unreached)
         if self.compile_student and not getattr(self.student, "_compiled_call_impl", None):
             self.student.compile()
+
+    def _try_synthetic_batch(self) -> DryRun | None:
+        batch = self.distillation.synthetic_batch()
+        if batch is None:
+            return None
+        try:
+            return self.distillation.dry_run(batch)
+        except (ObjectiveError, CaptureError):
+            raise
+        except Exception as error:
+            # Not our complaint but the model's, about a batch that we made up: the first real one will tell.
+            rank_zero_info(f"The dry run on a synthetic batch was skipped, the model refused it: {error}")
+            return None
 
     def _freeze(self, parameters: list[nn.Parameter]) -> None:
         # DDP waits for the gradient of every parameter that requires one, so what no term reaches must not. This has
@@ -137,21 +152,30 @@ class Distiller(L.LightningModule):
         rank_zero_info(describe(self.distillation, found))
 
     def _first_batch(self) -> Any | None:
-        loader = self.trainer.train_dataloader
-        sampler = getattr(loader, "batch_sampler", None)
-        if loader is None or sampler is None or not hasattr(loader.dataset, "__getitem__"):
+        loader: Any = self.trainer.train_dataloader
+        dataset: Any = getattr(loader, "dataset", None)
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not len(dataset):
             return None  # a stream: taking a batch would lose it
-        # Not through the loader: it would start its workers and draw from the random state.
-        with torch.random.fork_rng(devices=[]):
-            batch = loader.collate_fn([loader.dataset[row] for row in next(iter(sampler))[:8]])
+        # Neither through the loader nor its sampler: they may hold random states and workers of their own.
+        with isolate_rng():
+            batch = loader.collate_fn([dataset[row] for row in range(min(8, len(dataset)))])
         return self.trainer.strategy.batch_to_device(batch, self.device)
 
     def teardown(self, stage: str) -> None:
-        """Make what was frozen for this run trainable again."""
+        """Make what was frozen for this run trainable again, and give the models their plain attention back."""
         if stage == "fit":
-            for parameter in self._frozen:
-                parameter.requires_grad_(True)
-            self._frozen.clear()
+            self._unfreeze()
+            self.distillation.detach()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Lightning skips ``teardown`` then."""
+        self._unfreeze()
+        self.distillation.detach()
+
+    def _unfreeze(self) -> None:
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen.clear()
 
     # Training
 
@@ -159,7 +183,9 @@ class Distiller(L.LightningModule):
         """Give the weighted sum of the terms."""
         terms: Terms = self.distillation(batch)
         self._check_finite(terms, batch)
-        self.log_dict(terms.logs("train"), batch_size=_batch_size(batch))
+        logs, size = terms.logs("train"), _batch_size(batch)
+        self.log("train/loss", logs.pop("train/loss"), prog_bar=True, batch_size=size)
+        self.log_dict(logs, batch_size=size)
         return terms.total
 
     def _check_finite(self, terms: Terms, batch: Mapping[str, Any]) -> None:
@@ -214,7 +240,9 @@ class Distiller(L.LightningModule):
         options: dict[str, Any] = {"batch_size": size, "add_dataloader_idx": False, "on_step": False, "on_epoch": True}
         if getattr(output, "loss", None) is not None:
             self.log(f"{name}/loss", output.loss, sync_dist=True, **options)
-        if name in self.metrics:
+        if self._make_metrics is not None:
+            if name not in self.metrics:
+                self.metrics[name] = self._make_metrics().to(self.device)
             metrics = self.metrics[name]
             assert isinstance(metrics, MetricCollection)
             metrics.update(_predictions(output.logits), batch["labels"])
@@ -280,8 +308,9 @@ def _predictions(logits: Tensor) -> Tensor:
 
 
 def _default_metrics(student: nn.Module) -> Callable[[], MetricCollection] | None:
-    labels = Sizes.of(student).labels
-    if labels is None:
+    sizes = Sizes.of(student)
+    labels = sizes.labels
+    if labels is None or sizes.problem_type == "multi_label_classification":
         return None
     return lambda: metric_collection(("pearson", "spearman") if labels == 1 else ("accuracy",), labels)
 
@@ -317,24 +346,12 @@ def _check_data(data: Any, student: nn.Module) -> None:
             f"The data has {labels} labels, the models have {sizes.labels}. Fine-tune a teacher for this task first "
             "(ildistil finetune), or choose the data it was trained for."
         )
-    _check_label_order(getattr(data, "label_names", None), student)
+    check_label_order(student, [name.lower() for name in getattr(data, "label_names", None) or []], "the data")
     longest, positions = getattr(data, "max_length", None), sizes.positions
     if longest is not None and positions is not None and longest > positions:
         raise ValueError(
             f"The data cuts texts at max_length={longest} tokens, the student has {positions} positions. Set "
             f"max_length={positions} or less."
-        )
-
-
-def _check_label_order(names: list[str] | None, student: nn.Module) -> None:
-    id2label = getattr(getattr(student, "config", None), "id2label", None)
-    if not names or not id2label:
-        return
-    theirs = [str(id2label[i]).lower() for i in sorted(id2label)]
-    ours = [name.lower() for name in names]
-    if theirs != ours and sorted(theirs) == sorted(ours):
-        raise ValueError(
-            f"The models number their labels {theirs}, the data {ours}. List the data's labels in the models' order."
         )
 
 

@@ -109,7 +109,9 @@ def _card(student: PreTrainedModel, content: Mapping[str, Any]) -> str:
     size = (
         f"{text.num_hidden_layers} layers, width {text.hidden_size}, {student.num_parameters() / 1e6:.1f} M parameters"
     )
-    parts = [_FRONT_MATTER, f"# Distilled student\n\n{type(student).__name__}, {size}."]
+    distilled = any(not spec.startswith("TaskLoss(") for spec in saved["objectives"].values())
+    title = "Distilled student" if distilled else "Fine-tuned model"
+    parts = [_FRONT_MATTER, f"# {title}\n\n{type(student).__name__}, {size}."]
     if saved.get("teacher"):
         parts.append(f"Teacher: `{saved['teacher']}`.")
     if getattr(config, "init_layers", None):

@@ -5,6 +5,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
+from weakref import ref
 
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -44,11 +45,26 @@ class Objective(Callback, ABC):
     teacher_taps: ClassVar[tuple[str, ...] | None] = None
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ObjectiveError(f"{type(self).__name__}: weight must be a finite number >= 0, got {weight}.")
+        if not isinstance(weight, int | float) or not (math.isfinite(weight) and weight >= 0):
+            raise ObjectiveError(f"{type(self).__name__}: weight must be a finite number >= 0, got {weight!r}.")
         self.weight = weight
         self.name = _snake_case(type(self).__name__) if name is None else name
         self.projections = nn.ModuleDict()
+        self._owner: ref[object] | None = None
+
+    def claim(self, engine: object | None) -> None:
+        """Note which engine uses this objective; its pairs and projections belong to one pair of models.
+
+        Raises:
+            ObjectiveError: another engine uses it.
+        """
+        owner = self._owner() if self._owner is not None else None
+        if engine is not None and owner is not None and owner is not engine:
+            raise ObjectiveError(
+                f"The objective {self.name} is in use by another pair of models, and its projections belong to them. "
+                "Make a new one for each."
+            )
+        self._owner = None if engine is None else ref(engine)
 
     @property
     def state_key(self) -> str:
@@ -95,6 +111,11 @@ class LayerObjective(Objective):
 
     def __init__(self, weight: float = 1.0, mapping: LayerMapping | None = None, name: str | None = None) -> None:
         super().__init__(weight, name)
+        if mapping is not None and not isinstance(mapping, LayerMapping):
+            raise ObjectiveError(
+                f"{type(self).__name__}: mapping must be a LayerMapping, such as mappings.Uniform() or "
+                f"mappings.Explicit([[1, 4], [2, 8]]); got {mapping!r}."
+            )
         self.mapping = Uniform() if mapping is None else mapping
         self.pairs: Pairs = []
 
