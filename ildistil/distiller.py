@@ -157,18 +157,18 @@ class Distiller(L.LightningModule):
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not len(dataset):
             return None  # a stream: taking a batch would lose it
         # Neither through the loader nor its sampler: they may hold random states and workers of their own.
+        size = getattr(loader.batch_sampler, "batch_size", None) or 2
         with isolate_rng():
-            batch = loader.collate_fn([dataset[row] for row in range(min(8, len(dataset)))])
+            batch = loader.collate_fn([dataset[row] for row in range(min(8, size, len(dataset)))])
         return self.trainer.strategy.batch_to_device(batch, self.device)
 
     def teardown(self, stage: str) -> None:
         """Make what was frozen for this run trainable again, and give the models their plain attention back."""
         if stage == "fit":
-            self._unfreeze()
-            self.distillation.detach()
+            self.give_back()
 
-    def on_exception(self, exception: BaseException) -> None:
-        """Lightning skips ``teardown`` then."""
+    def give_back(self) -> None:
+        """Leave the models as they came; the objectives call it when a run fails, as Lightning skips ``teardown``."""
         self._unfreeze()
         self.distillation.detach()
 
@@ -243,6 +243,7 @@ class Distiller(L.LightningModule):
         if self._make_metrics is not None:
             if name not in self.metrics:
                 self.metrics[name] = self._make_metrics().to(self.device)
+                self._metric_attributes = None  # Lightning remembers where metrics are; it has to look again
             metrics = self.metrics[name]
             assert isinstance(metrics, MetricCollection)
             metrics.update(_predictions(output.logits), batch["labels"])

@@ -47,7 +47,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 TEACHER = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 STUDENT = {"num_hidden_layers": 2}  # random weights: a student has to find out where to look, or be shown
-TEACHER_ROWS, STUDENT_ROWS, VALIDATION_ROWS = 32_000, 3_200, 2_000
+TEACHER_ROWS, STUDENT_ROWS, VALIDATION_ROWS = 32_000, 6_400, 2_000
 STUDENT_EPOCHS = 3
 
 

@@ -87,6 +87,12 @@ class Objective(Callback, ABC):
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the unweighted term, a scalar: the mean over examples of a per-example mean."""
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Have a Distiller leave its models as they came, which it can't notice by itself."""
+        give_back = getattr(pl_module, "give_back", None)
+        if give_back is not None:
+            give_back()
+
     def student_wants(self, student: Sizes) -> set[Tap]:
         """Resolve ``taps`` for the student."""
         return _expand(self.taps, student)
