@@ -1,8 +1,8 @@
 """The whole story in three minutes, without any download: a teacher, three students, a table and a figure.
 
-The task is made here: the first sentence lists what a bag holds, the second names one more or less likely thing, and
-the question is whether the second follows from the first. Every word is as frequent under one answer as under the
-other, in either sentence, so that nothing but looking from one sentence into the other tells them apart.
+The task is made here: the first sentence says what a bag and a box hold, the second says that the bag holds one of
+these things, and the question is whether that follows. Swap bag and box in the first sentence: the words stay the same,
+the answer turns. So no bag of words can tell, only looking from one sentence for the right place in the other.
 """
 
 import copy
@@ -41,8 +41,8 @@ from ildistil.plan import table
 __all__ = ["BagOfThings", "Example", "Result", "make_examples", "quickstart"]
 
 LABELS = ["not_entailment", "entailment"]
-THINGS = ["apple", "bell", "book", "coin", "cup", "hat", "key", "lamp", "ring", "shoe"]
-GLUE_WORDS = ["the", "bag", "holds", "it", "a", "and", ",", "."]
+THINGS = ["ball", "bell", "book", "coin", "cup", "hat", "key", "lamp", "ring", "shoe"]
+GLUE_WORDS = ["the", "bag", "box", "holds", "a", "and", ",", "."]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 TEACHER = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
@@ -60,26 +60,25 @@ class Example:
     label: int
 
 
-def make_examples(count: int, seed: int) -> list[Example]:
-    """Make examples; the same seed gives the same ones.
+def make_examples(count: int, seed: int, held_out: bool = False) -> list[Example]:
+    """Make examples; the same seed gives the same ones, and none is both held out and not.
 
     >>> make_examples(1, seed=3)[0].premise.startswith("the bag holds a ")
     True
     """
     draw = random.Random(seed)
-    return [_example(draw) for _ in range(count)]
+    examples: list[Example] = []
+    while len(examples) < count:
+        numbers, asked = draw.sample(range(len(THINGS)), 4), draw.randrange(4)
+        # A fifth of all that can be said, whatever the seed, is kept for validation.
+        if (sum(place * number for place, number in enumerate(numbers, 1)) % 5 == 0) == held_out:
+            examples.append(_example([THINGS[number] for number in numbers], asked))
+    return examples
 
 
-def _example(draw: random.Random) -> Example:
-    things = draw.sample(THINGS, draw.randint(2, 3))
-    label = draw.randrange(2)
-    asked = draw.choice(things if label else [thing for thing in THINGS if thing not in things])
-    return Example(f"the bag holds {_listed(things)} .", f"it holds a {asked} .", label)
-
-
-def _listed(things: Sequence[str]) -> str:
-    *first, last = (f"a {thing}" for thing in things)
-    return f"{' , '.join(first)} and {last}" if first else last
+def _example(things: list[str], asked: int) -> Example:
+    bag, box = (f"holds a {first} and a {second}" for first, second in (things[:2], things[2:]))
+    return Example(f"the bag {bag} , the box {box} .", f"the bag holds a {things[asked]} .", int(asked < 2))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -119,7 +118,7 @@ class BagOfThings(L.LightningDataModule):
         self.tokenizer = make_tokenizer()
         self.batch_size, self.seed = batch_size, seed
         self.train = self._rows(make_examples(train_rows, seed))
-        self.validation = self._rows(make_examples(VALIDATION_ROWS, seed=1_000_003 + seed))
+        self.validation = self._rows(make_examples(VALIDATION_ROWS, seed, held_out=True))
 
     def metrics(self) -> MetricCollection:
         """Accuracy."""
@@ -362,9 +361,11 @@ def _figure(results: Sequence[Result], path: Path) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Lightning's remarks on hardware, and our plans, out of the story."""
+    """Keep Lightning's remarks on hardware, and our plans, out of the story; use one thread."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # models this small only wait for a second thread
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
@@ -372,5 +373,6 @@ def _quiet() -> Iterator[None]:
         try:
             yield
         finally:
+            torch.set_num_threads(threads)
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

@@ -3,21 +3,23 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ildistil import quickstart as q
 
 
+def holdings(example: q.Example) -> dict[str, list[str]]:
+    bag, box = example.premise.split(",")
+    return {name: [w for w in part.split() if w in q.THINGS] for name, part in (("bag", bag), ("box", box))}
+
+
 def test_labels_are_right() -> None:
-    """By a derivation of their own: the asked thing stands in the list, or doesn't."""
-    examples = q.make_examples(500, seed=1)
-    for example in examples:
-        listed = [word for word in example.premise.split() if word in q.THINGS]
-        asked = [word for word in example.hypothesis.split() if word in q.THINGS]
-        assert len(asked) == 1
-        assert 2 <= len(listed) <= 3
-        assert example.label == int(asked[0] in listed)
+    """By a derivation of their own: the asked thing is in the bag, or in the box."""
+    for example in q.make_examples(500, seed=1):
+        held = holdings(example)
+        (asked,) = [word for word in example.hypothesis.split() if word in q.THINGS]
+        assert len({*held["bag"], *held["box"]}) == 4
+        assert asked in held["bag" if example.label else "box"]
 
 
 def test_the_seed_decides() -> None:
@@ -25,32 +27,21 @@ def test_the_seed_decides() -> None:
     assert q.make_examples(50, seed=1) != q.make_examples(50, seed=2)
 
 
-def test_a_bag_of_words_does_not_solve_it() -> None:
-    """Logistic regression on the word counts of both sentences, 4000 examples, stays at chance."""
-    words = [*q.GLUE_WORDS, *q.THINGS]
+def test_no_bag_of_words_can_solve_it() -> None:
+    """Each example has a twin of the same words in each sentence and the other label."""
+    for example in q.make_examples(200, seed=1):
+        held = holdings(example)
+        asked = next(w for w in example.hypothesis.split() if w in q.THINGS)
+        numbers = [q.THINGS.index(w) for w in [*held["box"], *held["bag"]]]
+        twin = q._example([q.THINGS[n] for n in numbers], [q.THINGS[n] for n in numbers].index(asked))
+        assert Counter(twin.premise.split()) == Counter(example.premise.split())
+        assert twin.hypothesis == example.hypothesis
+        assert twin.label != example.label
 
-    def counts(examples: list[q.Example]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [
-            [float(Counter(text.split())[word]) for text in (e.premise, e.hypothesis) for word in words]
-            for e in examples
-        ]
-        return torch.tensor(rows), torch.tensor([float(e.label) for e in examples])
 
-    x, y = counts(q.make_examples(4000, seed=1))
-    held_out, truth = counts(q.make_examples(4000, seed=2))
-    weights = torch.zeros(x.shape[1] + 1, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=100)
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(x @ weights[1:] + weights[0], y)
-        loss = loss + 1e-3 * weights.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    hits = ((held_out @ weights[1:] + weights[0] > 0).float() == truth).float().mean()
-    assert 0.45 < hits < 0.55
+def test_validation_is_new() -> None:
+    trained = set(q.make_examples(5000, seed=1)) | set(q.make_examples(5000, seed=2))
+    assert trained.isdisjoint(q.make_examples(2000, seed=1, held_out=True))
 
 
 def test_the_whole_run_in_miniature(
@@ -69,7 +60,7 @@ def test_the_whole_run_in_miniature(
     model, info = AutoModelForSequenceClassification.from_pretrained(folder / "attention", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     inputs = AutoTokenizer.from_pretrained(folder / "attention")(
-        "the bag holds a key .", "it holds a key .", return_tensors="pt"
+        "the bag holds a key .", "the bag holds a key .", return_tensors="pt"
     )
     assert model(**inputs).logits.shape == (1, 2)
     with pytest.raises(ValueError, match="is not empty"):
