@@ -47,7 +47,13 @@ def test_validation_is_new() -> None:
 def test_the_whole_run_in_miniature(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in {"TEACHER_ROWS": 64, "STUDENT_ROWS": 64, "VALIDATION_ROWS": 50, "STUDENT_EPOCHS": 1}.items():
+    for name, value in {
+        "TEACHER_ROWS": 64,
+        "STUDENT_ROWS": 64,
+        "VALIDATION_ROWS": 50,
+        "STUDENT_EPOCHS": 1,
+        "TAUGHT": 0.0,
+    }.items():
         monkeypatch.setattr(q, name, value)
     folder = tmp_path / "out"
     q.quickstart(str(folder), seeds=2)
