@@ -265,7 +265,7 @@ def _trained(
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
     )  # fmt: skip
     started = time.perf_counter()
-    trainer.fit(Distiller(model, teacher, learning_rate=1e-3, warmup=0.2), data)
+    trainer.fit(Distiller(model, teacher, learning_rate=1e-3, warmup=0.2 if teacher is None else 0.06), data)
     seconds = time.perf_counter() - started
     result = Result(name, seed, _accuracy(model, data), model.num_parameters(), _speed(model, data), seconds)
     print(f"{100 * result.accuracy:.1f} % after {seconds:.0f} s", flush=True)
