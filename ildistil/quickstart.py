@@ -48,7 +48,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 TEACHER = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 STUDENT = {"num_hidden_layers": 2}  # random weights: a student has to find out where to look, or be shown
 TEACHER_ROWS, STUDENT_ROWS, VALIDATION_ROWS = 32_000, 6_400, 2_000
-STUDENT_EPOCHS = 4
+STUDENT_EPOCHS = 3
 TAUGHT = 0.9
 
 
@@ -265,7 +265,7 @@ def _trained(
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
     )  # fmt: skip
     started = time.perf_counter()
-    trainer.fit(Distiller(model, teacher, learning_rate=1e-3, warmup=0.2 if teacher is None else 0.06), data)
+    trainer.fit(Distiller(model, teacher, learning_rate=1e-3), data)
     seconds = time.perf_counter() - started
     result = Result(name, seed, _accuracy(model, data), model.num_parameters(), _speed(model, data), seconds)
     print(f"{100 * result.accuracy:.1f} % after {seconds:.0f} s", flush=True)
