@@ -39,7 +39,8 @@ def measure(batch: int, tokens: int, device: str, repeats: int) -> dict[str, obj
         with torch.no_grad():
             target = teacher(**inputs).logits
         logits = student(**inputs).logits
-        loss = F.kl_div(F.log_softmax(logits / 2, -1), F.log_softmax(target / 2, -1), log_target=True, reduction="batchmean")
+        own, wanted = (F.log_softmax(z / 2, -1) for z in (logits, target))
+        loss = F.kl_div(own, wanted, log_target=True, reduction="batchmean")
         return 4 * loss
 
     def with_engine() -> Tensor:
