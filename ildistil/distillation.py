@@ -1,6 +1,6 @@
 """The engine: one teacher run, one student run, all objectives. A plain ``nn.Module`` that needs no Trainer."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ildistil import ranks
+from ildistil.balance import Balance
 from ildistil.capture import Activations, Capture, Layers, Sizes, Tap, model_inputs, separate_configs, unwrapped
 from ildistil.objectives.base import Objective, ObjectiveError
+from ildistil.schedules import Schedule
 
 __all__ = ["Distillation", "DryRun", "TermCheck", "Terms"]
 
@@ -27,16 +30,24 @@ _NO_OBJECTIVE = (
 class Terms:
     """The terms of one step.
 
-    ``values`` are unweighted, ``total`` is ``sum(weight * value)``. Not frozen: Fabric converts what a module returns.
+    ``values`` are unweighted, ``total`` is ``sum(weight * value)``; ``counts`` says how many examples (or target tokens)
+    each value is a mean of, and ``gradients`` the share of each term's gradient norm, where these are balanced. Not
+    frozen: Fabric converts what a module returns.
     """
 
     values: dict[str, Tensor]
-    weights: dict[str, float]
+    weights: dict[str, float | Tensor]
+    counts: dict[str, Tensor]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def total(self) -> Tensor:
         """The weighted sum, to call ``backward()`` on."""
-        weighted = [self.weights[name] * value for name, value in self.values.items()]
+        return self.sum({})
+
+    def sum(self, factors: Mapping[str, Tensor]) -> Tensor:
+        """Give ``sum(factor * weight * value)``; a factor that isn't given is 1."""
+        weighted = [self.weights[name] * value * factors.get(name, 1.0) for name, value in self.values.items()]
         return sum(weighted[1:], start=weighted[0])
 
     def shares(self) -> dict[str, Tensor]:
@@ -51,6 +62,7 @@ class Terms:
         logs |= {f"{prefix}/{name}": value.detach() for name, value in self.values.items()}
         if len(self.values) > 1:
             logs |= {f"{prefix}/share/{name}": share for name, share in self.shares().items()}
+            logs |= {f"{prefix}/gradient_share/{name}": share for name, share in self.gradients.items()}
         return logs
 
     def not_finite(self) -> list[str]:
@@ -83,6 +95,7 @@ class Distillation(nn.Module):
             parameters' gradients off; it is not a registered child, so it is in no checkpoint, optimiser or DDP
             bucket, but moves along with ``.to(...)``.
         objectives: the terms; several, with different names. May be set later by :meth:`set_objectives`.
+        balance: what makes weights mean shares of the total; by default they are plain factors.
 
     Raises:
         ObjectiveError: no objective runs with these models; the message says why and what to do.
@@ -105,6 +118,7 @@ class Distillation(nn.Module):
         student: nn.Module,
         teacher: nn.Module | None = None,
         objectives: Iterable[Objective] | Mapping[str, Objective] = (),
+        balance: Balance | None = None,
     ) -> None:
         super().__init__()
         if teacher is not None:
@@ -119,7 +133,10 @@ class Distillation(nn.Module):
         self._student_capture: Capture | None = None
         self._teacher_capture: Capture | None = None
         self._positions: int | None = None
-        self._verified = False
+        self._verified: set[tuple[str, Tap]] = set()
+        self._reach: dict[str, set[int]] = {}
+        self._attached: list[nn.Parameter] = []
+        self.balance = balance
         if objectives:
             self.set_objectives(objectives)
 
@@ -151,7 +168,7 @@ class Distillation(nn.Module):
         self.projections = nn.ModuleDict(
             {name: objective.projections for name, objective in named.items() if len(objective.projections)}
         ).to(reference.device, reference.dtype)
-        self.objectives = named
+        self.objectives, self._reach = named, {}
         try:
             self.attach()
         except BaseException:
@@ -161,14 +178,14 @@ class Distillation(nn.Module):
     def attach(self) -> None:
         """Put the hooks on both models; done by :meth:`set_objectives`, and again by a step after :meth:`detach`."""
         self.detach()
-        student = Sizes.of(self.student)
-        wanted = {tap for o in self.objectives.values() for tap in o.student_wants(student)}
-        self._student_capture = Capture(self.student, wanted, "student")
-        if self.teacher is not None:
-            teacher = Sizes.of(self.teacher)
-            wanted = {tap for o in self.objectives.values() if o.needs_teacher for tap in o.teacher_wants(teacher)}
+        used = [o for o in self.objectives.values() if o.weight != 0]
+        student, teacher = (None if m is None else Sizes.of(m) for m in (self.student, self.teacher))
+        assert student is not None
+        self._student_capture = Capture(self.student, {tap for o in used for tap in o.student_may_want(student)}, "student")
+        if self.teacher is not None and teacher is not None:
+            wanted = {tap for o in used if o.needs_teacher for tap in o.teacher_may_want(teacher)}
             self._teacher_capture = Capture(self.teacher, wanted, "teacher") if wanted else None
-        self._verified = False
+        self._verified = set()
 
     def detach(self) -> None:
         """Take the hooks off both models, and give them their plain attention back; objectives and projections stay."""
@@ -184,11 +201,22 @@ class Distillation(nn.Module):
             objective.claim(None)
         self.projections, self.objectives = nn.ModuleDict(), {}
 
-    def forward(self, batch: Mapping[str, Any], *, verify: bool = False) -> Terms:
-        """Run both models on a batch and give the terms.
+    def forward(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        step: int | None = None,
+        progress: float | None = None,
+        only: Collection[str] | None = None,
+        verify: bool = False,
+    ) -> Terms:
+        """Run both models on a batch and give the terms whose weight is not 0.
 
         Args:
             batch: a mapping; each model gets the keys its ``forward`` names.
+            step: number of the optimiser step, for objectives that draw something anew at every step.
+            progress: how far training is, from 0 to 1, for weights that are schedules.
+            only: names of the terms that take part; by default all do.
             verify: also check the attention masks, as a dry run does.
         """
         if not self.objectives:
@@ -199,26 +227,91 @@ class Distillation(nn.Module):
                 f"{type(batch).__name__}. Let the collate function give a dict."
             )
         _check_length(batch, self._positions)
+        weights = self.weights_at(progress, only)
+        if not weights:
+            raise ObjectiveError(_no_weight(progress))
+        active = {name: self.objectives[name] for name in weights}
+        values, counts = self._run(batch, active, step, verify)
+        values = self._attach_unreached(values)
+        if self.training:
+            for objective in active.values():
+                objective.remember()
+        if self.balance is None:
+            return Terms(values, dict(weights), counts)
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        balanced = self.balance.weights(values, weights, trained, step)
+        return Terms(values, dict(balanced), counts, self.balance.gradient_shares(balanced))
+
+    def weights_at(self, progress: float | None, only: Collection[str] | None = None) -> dict[str, float]:
+        """Give the weights that are not 0 at a progress of training, by name.
+
+        Args:
+            progress: from 0 to 1; ``None`` is fine where no weight is a schedule.
+            only: names of the terms that take part; by default all do.
+        """
+        chosen = {n: o for n, o in self.objectives.items() if only is None or n in only}
+        weights = {name: objective.weight_at(progress) for name, objective in chosen.items()}
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+    def _run(
+        self, batch: Mapping[str, Any], active: Mapping[str, Objective], step: int | None, verify: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Run both models, recording what the active terms want, and give their values and counts."""
         if self._student_capture is None:
             self.attach()
         assert self._student_capture is not None
-        # The first step checks the masks too, for those who never make a dry run; not inside a compiled student,
-        # which would be compiled once more for it.
-        verify = verify or not (self._verified or _is_compiled(self.student))
-        self._verified = True
-        active = {name: objective for name, objective in self.objectives.items() if objective.weight > 0}
+        for objective in active.values():
+            objective.begin(step)
         teacher = _NOTHING
-        if self._teacher_capture is not None and any(o.needs_teacher for o in active.values()):
+        needing = [o for o in active.values() if o.needs_teacher]
+        if self._teacher_capture is not None and needing:
             if self._teacher_capture.model.training:
                 self._teacher_capture.model.eval()  # somebody switched it since; it must never drop out
+            sizes = self._teacher_capture.sizes
             with torch.no_grad():
-                teacher = self._teacher_capture(batch, verify=verify)
-        student = self._student_capture(batch, verify=verify)
-        values = {name: objective.loss(student, teacher, batch) for name, objective in active.items()}
-        for name, value in values.items():
-            if value.ndim:
-                raise ObjectiveError(f"The loss of {name} must be a scalar, got the shape {tuple(value.shape)}.")
-        return Terms(values, {name: objective.weight for name, objective in active.items()})
+                teacher = self._captured(self._teacher_capture, [o.teacher_wants(sizes) for o in needing], batch, verify)
+        sizes = self._student_capture.sizes
+        wants = [o.student_wants(sizes) for o in active.values()]
+        student = self._captured(self._student_capture, wants, batch, verify)
+        values, counts = {}, {}
+        for name, objective in active.items():
+            values[name] = objective.loss(student, teacher, batch)
+            if values[name].ndim:
+                raise ObjectiveError(f"The loss of {name} must be a scalar, got the shape {tuple(values[name].shape)}.")
+            with torch.no_grad():
+                one = torch.ones((), device=values[name].device)  # the same in all processes: the whole batch's already
+                counts[name] = one if objective.batch_coupled else objective.count(student, batch)
+        return values, counts
+
+    def _captured(
+        self, capture: Capture, wants: Iterable[set[Tap]], batch: Mapping[str, Any], verify: bool
+    ) -> Activations:
+        wanted = frozenset[Tap]().union(*wants)
+        # The first step checks the masks too, for those who never make a dry run; not inside a compiled student,
+        # which would be compiled once more for it.
+        seen = {(capture.role, tap) for tap in wanted}
+        verify = verify or not (seen <= self._verified or _is_compiled(self.student))
+        self._verified |= seen
+        return capture(batch, wanted=wanted, verify=verify)
+
+    def _attach_unreached(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Let every trainable parameter take part in the backward pass, which DDP waits for.
+
+        Parameters that the active terms don't reach get gradients of zero; :meth:`drop_zero_gradients` removes them.
+        """
+        self._attached = []
+        if ranks.size() == 1 or not self._reach or not torch.is_grad_enabled():
+            return values
+        reached = set().union(*(self._reach.get(name, set()) for name in values))
+        self._attached = [p for p in self.parameters() if p.requires_grad and id(p) not in reached]
+        first, *others = values
+        attached: Tensor = _Attach.apply(values[first], *self._attached)  # type: ignore[no-untyped-call]
+        return {first: attached, **{name: values[name] for name in others}}
+
+    def drop_zero_gradients(self) -> None:
+        """Unset the gradients of what the last step's terms don't reach, before the optimiser lets it decay."""
+        for parameter in self._attached:
+            parameter.grad = None
 
     def student_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Select what the student's ``forward`` names, labels included: for evaluation."""
@@ -227,22 +320,24 @@ class Distillation(nn.Module):
     def dry_run(self, batch: Mapping[str, Any]) -> DryRun:
         """Run one step without a trace, and check that each term is finite and has finite gradients.
 
-        Random state, buffers, gradients and modes are afterwards what they were.
+        All terms take part, also those whose weight is 0 at first. Random state, buffers, gradients and modes are afterwards what they were.
 
         Raises:
             ObjectiveError: a term is not finite, or reaches no trainable parameter.
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
         checks: dict[str, TermCheck] = {}
-        reached = [False] * len(parameters)
+        self._reach = {}
+        used = {name: o for name, o in self.objectives.items() if o.weight != 0}
         with _without_trace(self), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            terms = self(batch, verify=True)
-            for name, value in terms.values.items():
+            values, _ = self._run(batch, used, 0, verify=True)
+            for name, value in values.items():
                 gradients = _gradients(name, value, parameters)
                 checks[name] = TermCheck(value.item(), _norm(gradients))
-                reached = [r or g is not None for r, g in zip(reached, gradients, strict=True)]
+                self._reach[name] = {id(p) for p, g in zip(parameters, gradients, strict=True) if g is not None}
                 _check_term(name, checks[name])
-        return DryRun(checks, [p for p, r in zip(parameters, reached, strict=True) if not r])
+        reached = set().union(*self._reach.values())
+        return DryRun(checks, [p for p in parameters if id(p) not in reached])
 
     def synthetic_batch(self) -> dict[str, Tensor] | None:
         """Make two short sequences of unequal length, or ``None`` where the models' inputs aren't known."""
@@ -290,9 +385,21 @@ def _named(objectives: Iterable[Objective] | Mapping[str, Objective]) -> dict[st
         named[name] = objective
     if not named:
         raise ObjectiveError(_NO_OBJECTIVE)
+    _check_weights(named)
+    return named
+
+
+def _check_weights(named: Mapping[str, Objective]) -> None:
     if all(objective.weight == 0 for objective in named.values()):
         raise ObjectiveError("All objectives have weight 0: nothing would be learned.")
-    return named
+    for name, objective in named.items():
+        if isinstance(objective.weight, Schedule):
+            weights = [objective.weight(i / 100) for i in range(101)]
+            if not all(0 <= weight < float("inf") for weight in weights):
+                raise ObjectiveError(
+                    f"The weight of {name}, {objective.weight}, is not always a finite number >= 0: it goes from "
+                    f"{min(weights)} to {max(weights)}."
+                )
 
 
 def _check_length(batch: Mapping[str, Any], positions: int | None) -> None:
@@ -347,6 +454,24 @@ def _check_learned_parts(objective: Objective) -> None:
 
 def _is_compiled(model: nn.Module) -> bool:
     return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+
+
+def _no_weight(progress: float | None) -> str:
+    when = "" if progress is None else f" at {progress:.1%} of the training"
+    return f"All terms have weight 0{when}: nothing would be learned. Let the schedules overlap, or train less long."
+
+
+class _Attach(torch.autograd.Function):
+    """Pass a value on, and give zero gradients to parameters that it doesn't depend on."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return (*gradients, *(torch.zeros_like(p) for p in ctx.saved_tensors))
 
 
 @contextmanager

@@ -5,19 +5,27 @@ so ``-1`` is the last layer. A mapping is a rule ``(student depth, teacher depth
 subclass :class:`LayerMapping` to add one.
 """
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from ildistil.capture import Sizes
 
-__all__ = ["Explicit", "First", "FromInit", "Last", "LayerMapping", "Uniform"]
+__all__ = ["Explicit", "First", "FromInit", "Last", "LayerMapping", "Random", "Uniform"]
 
 Pairs = list[tuple[int, int]]
 
 
 class LayerMapping(ABC):
     """A rule from the depths of both models to (student layer, teacher layer) pairs."""
+
+    draws: ClassVar[bool] = False  # anew at every step
+
+    def at(self, step: int) -> "LayerMapping":
+        """Give the rule for an optimiser step; itself unless it draws layers."""
+        return self
 
     @abstractmethod
     def __call__(self, student: int, teacher: int) -> Pairs:
@@ -166,3 +174,32 @@ class FromInit(LayerMapping):
                 "init_student(teacher, layers=[...]), or name the pairs with Explicit."
             )
         return list(enumerate(student.init_layers, start=1))
+
+
+@dataclass(frozen=True)
+class Random(LayerMapping):
+    """Each student layer learns from a teacher layer drawn anew at every step, in ascending order.
+
+    Every choice of as many teacher layers as the student has is equally likely. The draw depends on seed and step only:
+    it is the same in all processes and after resuming. Source: Haidar et al., "RAIL-KD", 2022, who draw at every epoch.
+
+    >>> Random()(3, 12)
+    [(1, 3), (2, 5), (3, 6)]
+    >>> Random().at(step=1)(3, 12)
+    [(1, 3), (2, 7), (3, 8)]
+    """
+
+    seed: int = 0
+    step: int = field(default=0, repr=False)
+    draws: ClassVar[bool] = True
+
+    def at(self, step: int) -> LayerMapping:
+        """Give the draw of a step."""
+        return replace(self, step=step)
+
+    def __call__(self, student: int, teacher: int) -> Pairs:
+        """Give one pair for each student layer."""
+        if student > teacher:
+            raise ValueError(f"Random: the student has {student} layers, the teacher only {teacher} to draw from.")
+        drawn = random.Random(f"{self.seed} {self.step}").sample(range(1, teacher + 1), student)
+        return list(enumerate(sorted(drawn), start=1))

@@ -1,28 +1,44 @@
 """Objectives on attention: head by head, before or after the softmax."""
 
+import math
 from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Literal, get_args
 
+import torch.nn.functional as F
 from torch import Tensor
 
-from ildistil import functional
-from ildistil.capture import Activations, Sizes
-from ildistil.objectives.base import LayerObjective, ObjectiveError, same_tokens
+from ildistil import functional, ranks
+from ildistil.capture import Activations, Attention, Sizes
+from ildistil.mappings import LayerMapping
+from ildistil.objectives.base import LayerObjective, ObjectiveError, Stack, Weight, same_tokens
+from ildistil.objectives.projection import ProjectionOption
+from ildistil.objectives.states import StateObjective
 
-__all__ = ["AttentionKL", "AttentionMSE"]
+__all__ = ["QKVMSE", "AttentionDIST", "AttentionKL", "AttentionMSE", "AttentionOutputMSE"]
+
+Heads = Literal["equal", "merge"]
+Over = Literal["tokens", "heads", "sentences"]
+_PARTS = {"q": "query", "k": "key", "v": "value"}
 
 
 class _AttentionObjective(LayerObjective):
+    """Compares attention head by head."""
+
     taps = ("attention",)
+    heads: Heads = "equal"
 
     def build(self, student: Sizes, teacher: Sizes) -> None:
         """Resolve the mapping and check that heads can be paired."""
         super().build(student, teacher)
-        if student.heads != teacher.heads:
-            raise ObjectiveError(
-                f"{type(self).__name__} compares attention head by head; the student has {student.heads} heads, the "
-                f"teacher {teacher.heads}. Give the student {teacher.heads} heads, or use "
-                "RelationKL(heads=...) or HiddenMSE, which don't need equal heads."
-            )
+        s, t = self.sizes
+        if s.heads == t.heads or self.heads == "merge":
+            return
+        raise ObjectiveError(
+            f"{type(self).__name__} compares attention head by head; the student has {s.heads} heads, the teacher "
+            f"{t.heads}. Give the student {t.heads} heads, or use AttentionKL(heads='merge'), RelationKL(heads=...) or "
+            "HiddenMSE, which don't need equal heads."
+        )
 
     def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
         """Give the masked loss of one pair."""
@@ -32,13 +48,11 @@ class _AttentionObjective(LayerObjective):
         allowed = s.allowed()
         if (s.causal, s.window) != (t.causal, t.window):
             allowed = allowed & t.allowed()
-        queries = s.real_queries()
-        values = self.compare(s.scores(), t.scores(), allowed, queries)
-        return functional.example_mean(values, queries.sum(1))
+        return self.compare(s.scores(), t.scores(), allowed, s.real_queries())
 
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor) -> Tensor:
-        """Compare the scores of two layers: one value per example."""
+        """Compare the scores of two layers: a scalar."""
 
 
 class AttentionMSE(_AttentionObjective):
@@ -48,8 +62,9 @@ class AttentionMSE(_AttentionObjective):
     mean over examples, then over layer pairs. Captured before dropout, under any attention implementation.
 
     Args:
-        weight: factor of the term.
+        weight: factor of the term: a number, or a schedule.
         mapping: which student layer learns from which teacher layer; default ``Uniform()``.
+        stack: which attention of an encoder-decoder: ``"encoder"``, ``"decoder"`` or ``"cross"``.
         name: key of the term in logs; default ``attention_mse``.
 
     Raises:
@@ -59,27 +74,208 @@ class AttentionMSE(_AttentionObjective):
     """
 
     def compare(self, student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor) -> Tensor:
-        """Give the squared error of each example."""
-        return functional.attention_mse(student, teacher, allowed, query_mask)
+        """Give the mean over examples of the squared error."""
+        values = functional.attention_mse(student, teacher, allowed, query_mask)
+        return functional.example_mean(values, query_mask.sum(1))
 
 
-class AttentionKL(_AttentionObjective):
+class _MergingObjective(_AttentionObjective):
+    """Compares attention probabilities, which can be averaged over heads."""
+
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        mapping: LayerMapping | None = None,
+        heads: Heads = "equal",
+        stack: Stack | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, mapping, stack, name)
+        if heads not in get_args(Heads):
+            raise ObjectiveError(f"{type(self).__name__}: heads must be 'equal' or 'merge', got {heads!r}.")
+        self.heads = heads
+
+    def describe(self) -> str:
+        """Give the pairs, and the number of heads after merging."""
+        s, t = (sizes.heads or 1 for sizes in self.sizes)
+        merged = "" if s == t else f", {s} and {t} heads merged to {math.gcd(s, t)}"
+        return super().describe() + merged
+
+
+class AttentionKL(_MergingObjective):
     """Kullback-Leibler divergence of the attention distributions of mapped layers, teacher first ("Att-KL").
 
     ``1/(H n) sum_h sum_i KL(softmax(a_T,hi) || softmax(a_S,hi))`` over the ``n`` real queries of an example; mean over
     examples, then over layer pairs, in nats. Captured before dropout, under any attention implementation.
 
     Args:
-        weight: factor of the term.
+        weight: factor of the term: a number, or a schedule.
         mapping: which student layer learns from which teacher layer; default ``Uniform()``.
+        heads: what to do where the numbers of heads differ: refuse (``"equal"``), or ``"merge"``: average consecutive
+            heads of both models in probability space, down to the greatest common divisor of both numbers.
+        stack: which attention of an encoder-decoder: ``"encoder"``, ``"decoder"`` or ``"cross"``.
         name: key of the term in logs; default ``attention_kl``.
 
     Raises:
-        ObjectiveError: the models have different numbers of heads.
+        ObjectiveError: the models have different numbers of heads, and they are not to be merged.
 
     Source: Wang et al., "MiniLM", 2020; Wang et al., "How to Distill your BERT", 2023.
     """
 
     def compare(self, student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor) -> Tensor:
-        """Give the divergence of each example."""
-        return functional.attention_kl(student, teacher, allowed, query_mask)
+        """Give the mean over examples of the divergence."""
+        values = functional.attention_kl(student, teacher, allowed, query_mask)
+        return functional.example_mean(values, query_mask.sum(1))
+
+
+class AttentionDIST(_MergingObjective):
+    """Pearson distance of the attention probabilities of mapped layers, over tokens, heads or sentences.
+
+    ``1 - corr(p_S, p_T)`` over the keys of each query (``"tokens"``), over the heads of each pair of tokens
+    (``"heads"``) or over the sentences of a batch at each head and pair of positions (``"sentences"``), then the mean.
+    Correlations that aren't defined, of fewer than two entries or where the teacher's are all equal, don't count.
+    ``"sentences"`` couples the examples of a batch: the term then takes in the batches of all processes, and refuses
+    accumulated batches.
+
+    Args:
+        weight: factor of the term: a number, or a schedule.
+        mapping: which student layer learns from which teacher layer; default ``Uniform()``.
+        over: ``"tokens"``, ``"heads"`` or ``"sentences"``.
+        heads: see :class:`AttentionKL`.
+        stack: see :class:`AttentionKL`; ``"sentences"`` needs self-attention.
+        name: key of the term in logs; default ``attention_dist``.
+
+    Raises:
+        ObjectiveError: the models have different numbers of heads, and they are not to be merged.
+
+    Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022; on attention in the code of Wang et
+    al., "How to Distill your BERT", 2023.
+    """
+
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        mapping: LayerMapping | None = None,
+        over: Over = "tokens",
+        heads: Heads = "equal",
+        stack: Stack | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, mapping, heads, stack, name)
+        if over not in get_args(Over):
+            raise ObjectiveError(f"AttentionDIST: over must be 'tokens', 'heads' or 'sentences', got {over!r}.")
+        if (over, stack) == ("sentences", "cross"):
+            raise ObjectiveError("AttentionDIST: over='sentences' compares positions of self-attention, not 'cross'.")
+        self.over = over
+        self.batch_coupled = over == "sentences"
+
+    def compare(self, student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor) -> Tensor:
+        """Give the mean distance."""
+        if self.over != "sentences":
+            values = functional.attention_dist(student, teacher, allowed, query_mask, self.over)
+            return functional.example_mean(values, query_mask.sum(1))
+        more = ranks.longest(student.shape[-1], student.device) - student.shape[-1]
+        allowed = allowed.expand(len(student), *allowed.shape[1:])
+        maps = (F.pad(x, (0, more, 0, more)) for x in (student, teacher, allowed))
+        return functional.attention_dist_over_batch(*maps, F.pad(query_mask, (0, more)), ranks.total)
+
+    def describe(self) -> str:
+        """Give the pairs, and what the correlation runs over."""
+        return f"{super().describe()}, over {self.over}"
+
+
+class _AttentionStates(StateObjective):
+    """Compares states that the attention of mapped layers makes."""
+
+    taps = ("attention",)
+
+    def width(self, sizes: Sizes) -> int | None:
+        """Give the width of all heads together."""
+        return sizes.attention_width
+
+
+class AttentionOutputMSE(_AttentionStates):
+    """Mean squared error of what the attention of mapped layers gives: the values, averaged by the probabilities.
+
+    ``1/(n d) sum_i ||W c_S,i + b - c_T,i||^2`` with ``c_i = [softmax(a_hi) v_h for all heads h]``, before the layer's
+    output projection and without dropout; mean over examples, then over layer pairs.
+
+    Args:
+        weight: factor of the term: a number, or a schedule.
+        mapping: which student layer learns from which teacher layer; default ``Uniform()``.
+        projection: see :class:`~ildistil.objectives.HiddenMSE`.
+        stack: which attention of an encoder-decoder: ``"encoder"``, ``"decoder"`` or ``"cross"``.
+        name: key of the term in logs; default ``attention_output_mse``.
+
+    Raises:
+        ObjectiveError: the widths differ and there is no projection.
+    """
+
+    def state(self, activations: Activations, layer: int, part: str) -> Tensor:
+        """Recompute the output from query, key and value."""
+        attention = activations.attention[layer]
+        return functional.attention_output(attention.scores(), attention.value, attention.allowed())
+
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        """Give the squared error of each example."""
+        return functional.hidden_mse(student, teacher, mask)
+
+
+class QKVMSE(_AttentionStates):
+    """Mean squared error of the queries, keys and values of mapped layers themselves.
+
+    ``1/(n d) sum_i ||W x_S,i + b - x_T,i||^2`` with ``x`` the vectors of all heads of a token side by side, after
+    rotary embedding; mean over the parts, examples and layer pairs. Unlike relations it asks for the same vectors,
+    which is sensible where the student started from the teacher's layers.
+
+    Args:
+        weight: factor of the term: a number, or a schedule.
+        mapping: which student layer learns from which teacher layer; default ``Uniform()``.
+        parts: any of ``"q"``, ``"k"`` and ``"v"``.
+        projection: see :class:`~ildistil.objectives.HiddenMSE`; a map for each part.
+        stack: which attention of an encoder-decoder: ``"encoder"``, ``"decoder"`` or ``"cross"``.
+        name: key of the term in logs; default ``qkv_mse``.
+
+    Raises:
+        ObjectiveError: the widths differ and there is no projection; or a part is unknown.
+
+    Source: compare Wang et al., "MiniLMv2", 2021, who found relations among them better.
+    """
+
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        mapping: LayerMapping | None = None,
+        parts: Sequence[str] = ("q", "k", "v"),
+        projection: ProjectionOption = "auto",
+        stack: Stack | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, mapping, projection, stack, "qkv_mse" if name is None else name)
+        if not parts or not set(parts) <= set(_PARTS) or len(set(parts)) < len(parts):
+            raise ObjectiveError(f"QKVMSE: parts are any of 'q', 'k' and 'v', each once; got {list(parts)}.")
+        self.parts = tuple(parts)
+
+    def state(self, activations: Activations, layer: int, part: str) -> Tensor:
+        """Join the heads of queries, keys or values."""
+        attention = activations.attention[layer]
+        vectors: Tensor = getattr(attention, _PARTS[part])
+        groups = attention.heads // vectors.shape[1]
+        if groups > 1:  # grouped-query attention
+            vectors = vectors.repeat_interleave(groups, dim=1)
+        return vectors.transpose(1, 2).flatten(2)
+
+    def token_mask(self, activations: Activations, layer: int, part: str) -> Tensor:
+        """Keys and values have the tokens that are attended to, which in cross attention are others."""
+        attention = activations.attention[layer]
+        return attention.real_queries() if part == "q" else real_keys(attention)
+
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        """Give the squared error of each example."""
+        return functional.hidden_mse(student, teacher, mask)
+
+
+def real_keys(attention: Attention) -> Tensor:
+    """Tell which keys are real tokens: boolean, ``(batch, keys)``."""
+    key = attention.key
+    return key.new_ones(len(key), key.shape[2]).bool() if attention.key_mask is None else attention.key_mask

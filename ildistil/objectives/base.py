@@ -4,7 +4,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 from weakref import ref
 
 from lightning.pytorch.callbacks import Callback
@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from ildistil.capture import Activations, Sizes, Tap
 from ildistil.mappings import LayerMapping, Pairs, Uniform
+from ildistil.schedules import Schedule
 
-__all__ = ["LayerObjective", "Objective", "ObjectiveError"]
+__all__ = ["LayerObjective", "Objective", "ObjectiveError", "Stack", "Weight"]
+
+Weight = float | Schedule
+Stack = Literal["encoder", "decoder", "cross"]
 
 _LAYERED = {"hidden": 0, "attention": 1}  # the lowest layer number of each
 _ONE_LAYER = re.compile(r"(hidden|attention)\[(-?\d+)\]")
@@ -30,7 +34,8 @@ class Objective(Callback, ABC):
     (``taps``), what it learns (:meth:`build`) and what it costs (:meth:`loss`).
 
     Args:
-        weight: factor of the term, finite and not negative.
+        weight: factor of the term, a finite number that is not negative, or a schedule over the progress of training.
+            While it is 0 the term is neither computed nor captured.
         name: key of the term in logs and checkpoints; by default the class name in snake case. Two objectives of one
             class need different names.
 
@@ -39,14 +44,20 @@ class Objective(Callback, ABC):
             layer), ``"logits"``, ``"loss"``, or the path of a module.
         teacher_taps: what is read of the teacher, where that differs; ``()`` for a term that needs no teacher.
         projections: learnable parts, made in :meth:`build`; trained and resumed, never exported.
+        batch_coupled: true where the examples of a batch are compared with each other. Such a term sums over the
+            batches of all processes (see :mod:`ildistil.ranks`) and can't be accumulated over several batches.
     """
 
     taps: ClassVar[tuple[str, ...]] = ()
     teacher_taps: ClassVar[tuple[str, ...] | None] = None
+    batch_coupled: bool = False
 
-    def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
-        if not isinstance(weight, int | float) or not (math.isfinite(weight) and weight >= 0):
-            raise ObjectiveError(f"{type(self).__name__}: weight must be a finite number >= 0, got {weight!r}.")
+    def __init__(self, weight: Weight = 1.0, name: str | None = None) -> None:
+        number = isinstance(weight, int | float)
+        if not isinstance(weight, Schedule) and not (number and math.isfinite(weight) and weight >= 0):
+            raise ObjectiveError(
+                f"{type(self).__name__}: weight must be a finite number >= 0 or a schedule, got {weight!r}."
+            )
         self.weight = weight
         self.name = _snake_case(type(self).__name__) if name is None else name
         self.projections = nn.ModuleDict()
@@ -87,6 +98,38 @@ class Objective(Callback, ABC):
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the unweighted term, a scalar: the mean over examples of a per-example mean."""
 
+    def weight_at(self, progress: float | None) -> float:
+        """Give the weight at a progress of training between 0 and 1.
+
+        Raises:
+            ObjectiveError: the weight is a schedule, and the progress is not known.
+        """
+        if not isinstance(self.weight, Schedule):
+            return self.weight
+        if progress is None:
+            raise ObjectiveError(
+                f"The weight of {self.name} is a schedule. Say how far training is: "
+                "distill(batch, progress=step / steps)."
+            )
+        return self.weight(progress)
+
+    def begin(self, step: int | None) -> None:
+        """Prepare for an optimiser step, such as by drawing layers for it; repeatable.
+
+        Args:
+            step: number of the step, the same in all processes and after resuming; ``None`` if nobody says it.
+        """
+
+    def count(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:
+        """Tell how many things :meth:`loss` is a mean of: examples with a token, unless a subclass says otherwise.
+
+        With it, means over batches of different sizes, on several processes, become the mean over all.
+        """
+        return student.mask.any(1).sum()
+
+    def remember(self) -> None:
+        """Keep something of a real training step, such as in a memory bank; not called in dry runs."""
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Have a Distiller leave its models as they came, which it can't notice by itself."""
         give_back = getattr(pl_module, "give_back", None)
@@ -101,6 +144,14 @@ class Objective(Callback, ABC):
         """Resolve ``teacher_taps`` (or ``taps``) for the teacher."""
         return _expand(self.taps if self.teacher_taps is None else self.teacher_taps, teacher)
 
+    def student_may_want(self, student: Sizes) -> set[Tap]:
+        """Give what the student may be asked for at any step."""
+        return self.student_wants(student)
+
+    def teacher_may_want(self, teacher: Sizes) -> set[Tap]:
+        """Give what the teacher may be asked for at any step."""
+        return self.teacher_wants(teacher)
+
     def describe(self) -> str:
         """Say in the plan which layers are compared."""
         return ", ".join(self.taps)
@@ -112,22 +163,54 @@ class LayerObjective(Objective):
     Args:
         weight: see :class:`Objective`.
         mapping: which student layer learns from which teacher layer.
+        stack: which layers of an encoder-decoder: ``"encoder"``, ``"decoder"`` or, for attention, ``"cross"``.
         name: see :class:`Objective`.
     """
 
-    def __init__(self, weight: float = 1.0, mapping: LayerMapping | None = None, name: str | None = None) -> None:
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        mapping: LayerMapping | None = None,
+        stack: Stack | None = None,
+        name: str | None = None,
+    ) -> None:
         super().__init__(weight, name)
         if mapping is not None and not isinstance(mapping, LayerMapping):
             raise ObjectiveError(
                 f"{type(self).__name__}: mapping must be a LayerMapping, such as mappings.Uniform() or "
                 f"mappings.Explicit([[1, 4], [2, 8]]); got {mapping!r}."
             )
+        if stack not in (None, *get_args(Stack)):
+            raise ObjectiveError(
+                f"{type(self).__name__}: stack must be 'encoder', 'decoder' or 'cross', got {stack!r}."
+            )
         self.mapping = Uniform() if mapping is None else mapping
+        self.stack = stack
         self.pairs: Pairs = []
+        self._sizes: tuple[Sizes, Sizes] | None = None
 
     def build(self, student: Sizes, teacher: Sizes) -> None:
-        """Resolve the mapping for these two models."""
-        self.pairs = self.mapping.pairs(student, teacher, lowest=_LAYERED[self.taps[0]])
+        """Resolve the mapping for these two models; a subclass gets the sizes of the chosen stack by :meth:`sizes`."""
+        self._sizes = student.stack(self.stack), teacher.stack(self.stack)
+        self.pairs = self._pairs(0)
+
+    @property
+    def sizes(self) -> tuple[Sizes, Sizes]:
+        """Sizes of the chosen stack of student and teacher."""
+        assert self._sizes is not None, "known from build() on"
+        return self._sizes
+
+    def begin(self, step: int | None) -> None:
+        """Draw the layers of a step, where the mapping is one that draws."""
+        if self.mapping.draws:
+            if step is None:
+                raise ObjectiveError(
+                    f"{self.name} draws its layers anew at every step. Say which it is: distill(batch, step=step)."
+                )
+            self.pairs = self._pairs(step)
+
+    def _pairs(self, step: int) -> Pairs:
+        return self.mapping.at(step).pairs(*self.sizes, lowest=_LAYERED[self.taps[0]])
 
     @abstractmethod
     def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
@@ -135,20 +218,35 @@ class LayerObjective(Objective):
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the mean over the pairs."""
+        student, teacher = student.stack(self.stack), teacher.stack(self.stack)
         losses = [self.pair_loss(pair, student, teacher) for pair in self.pairs]
         return sum(losses[1:], start=losses[0]) / len(losses)
 
+    def count(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:
+        """Give the number of examples with a token in the chosen stack."""
+        return super().count(student.stack(self.stack), batch)
+
     def student_wants(self, student: Sizes) -> set[Tap]:
         """Only the mapped layers."""
-        return {Tap(self.taps[0], s) for s, _ in self.pairs}
+        return {Tap(self.taps[0], s, self.stack) for s, _ in self.pairs}
 
     def teacher_wants(self, teacher: Sizes) -> set[Tap]:
         """Only the mapped layers."""
-        return {Tap(self.taps[0], t) for _, t in self.pairs}
+        return {Tap(self.taps[0], t, self.stack) for _, t in self.pairs}
+
+    def teacher_may_want(self, teacher: Sizes) -> set[Tap]:
+        """Every layer, where layers are drawn."""
+        if not self.mapping.draws:
+            return self.teacher_wants(teacher)
+        depth = teacher.stack(self.stack).depth
+        return {Tap(self.taps[0], layer, self.stack) for layer in range(1, depth + 1)}
 
     def describe(self) -> str:
         """Give the pairs, student layer first."""
-        return " ".join(f"{s}<-{t}" for s, t in self.pairs)
+        stack = "" if self.stack is None else f"{self.stack} "
+        if self.mapping.draws:
+            return f"{stack}{len(self.pairs)} pairs drawn at each step"
+        return stack + " ".join(f"{s}<-{t}" for s, t in self.pairs)
 
 
 def same_tokens(student: Tensor, teacher: Tensor, axis: int) -> None:

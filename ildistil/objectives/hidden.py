@@ -1,66 +1,37 @@
 """Objectives on hidden states."""
 
-from abc import abstractmethod
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from ildistil import functional
-from ildistil.capture import Activations, Sizes
-from ildistil.mappings import LayerMapping
-from ildistil.objectives.base import LayerObjective, ObjectiveError, same_tokens
+from ildistil import functional, ranks
+from ildistil.capture import Activations
+from ildistil.mappings import All, Explicit, LayerMapping
+from ildistil.objectives.base import LayerObjective, Stack, Weight, same_tokens
+from ildistil.objectives.projection import ProjectionOption
+from ildistil.objectives.states import StateObjective
 
-__all__ = ["CLSMSE", "HiddenCosine", "HiddenMSE"]
+__all__ = [
+    "CLSMSE",
+    "CLSAttentiveMSE",
+    "EmbeddingMSE",
+    "HiddenCKA",
+    "HiddenConcatMSE",
+    "HiddenCosine",
+    "HiddenMSE",
+]
 
-Projection = Literal["auto", "always", "never"]
 
-
-class _HiddenObjective(LayerObjective):
+class _HiddenObjective(StateObjective):
     """Compares hidden states of mapped layers, after a linear map where the widths differ."""
 
     taps = ("hidden",)
 
-    def __init__(
-        self,
-        weight: float = 1.0,
-        mapping: LayerMapping | None = None,
-        projection: Projection = "auto",
-        name: str | None = None,
-    ) -> None:
-        super().__init__(weight, mapping, name)
-        if projection not in ("auto", "always", "never"):
-            raise ObjectiveError(
-                f"{type(self).__name__}: projection must be 'auto', 'always' or 'never', got {projection!r}."
-            )
-        self.projection = projection
-
-    def build(self, student: Sizes, teacher: Sizes) -> None:
-        """Resolve the mapping and make the projections."""
-        super().build(student, teacher)
-        if student.width is None or teacher.width is None:
-            raise ObjectiveError(
-                f"{type(self).__name__} needs the widths of both models, and a config doesn't say them."
-            )
-        if student.width != teacher.width and self.projection == "never":
-            raise ObjectiveError(
-                f"{type(self).__name__}: the student's width is {student.width}, the teacher's {teacher.width}. Use "
-                "projection='auto', which learns a linear map between them."
-            )
-        if student.width != teacher.width or self.projection == "always":
-            for pair in self.pairs:
-                self.projections[_key(pair)] = nn.Linear(student.width, teacher.width)
-
-    def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
-        """Give the loss of one pair."""
-        s, t = student.hidden[pair[0]], teacher.hidden[pair[1]]
-        same_tokens(s, t, axis=1)
-        if _key(pair) in self.projections:
-            s = self.projections[_key(pair)](s)
-        return functional.example_mean(self.compare(s, t, student.mask), student.mask.sum(1))
-
-    @abstractmethod
-    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Compare the states of two layers: one value per example."""
+    def state(self, activations: Activations, layer: int, part: str) -> Tensor:
+        """Take the hidden state."""
+        return activations.hidden[layer]
 
 
 class HiddenMSE(_HiddenObjective):
@@ -70,10 +41,12 @@ class HiddenMSE(_HiddenObjective):
     examples, then over pairs. Layer 0, the embedding output, can be mapped too.
 
     Args:
-        weight: factor of the term.
+        weight: factor of the term: a number, or a schedule.
         mapping: which student layer learns from which teacher layer; default ``Uniform()``.
         projection: whether a linear map takes the student's states to the teacher's width: ``"auto"`` where the
-            widths differ, ``"always"``, or ``"never"``. One map for each pair, trained along.
+            widths differ, ``"always"``, or ``"never"``; one map for each pair, trained along. A
+            :class:`~ildistil.objectives.Projection` says more: one map for all pairs, a norm, an orthogonal start.
+        stack: which layers of an encoder-decoder: ``"encoder"`` or ``"decoder"``.
         name: key of the term in logs; default ``hidden_mse``.
 
     Raises:
@@ -87,15 +60,43 @@ class HiddenMSE(_HiddenObjective):
         return functional.hidden_mse(student, teacher, mask)
 
 
+class EmbeddingMSE(HiddenMSE):
+    """Mean squared error of the embedding outputs, over all real tokens.
+
+    :class:`HiddenMSE` of layer 0: ``1/(n d) sum_i ||W h_S,i + b - h_T,i||^2``.
+
+    Args:
+        weight: factor of the term: a number, or a schedule.
+        projection: see :class:`HiddenMSE`.
+        stack: see :class:`HiddenMSE`.
+        name: key of the term in logs; default ``embedding_mse``.
+
+    Raises:
+        ObjectiveError: the widths differ and there is no projection.
+
+    Source: Jiao et al., "TinyBERT", 2020.
+    """
+
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        projection: ProjectionOption = "auto",
+        stack: Stack | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, Explicit([[0, 0]]), projection, stack, name)
+
+
 class HiddenCosine(_HiddenObjective):
     """Cosine distance of the hidden states of mapped layers, over all real tokens.
 
     ``1/n sum_i (1 - cos(W h_S,i + b, h_T,i))`` for an example of ``n`` tokens; mean over examples, then over pairs.
 
     Args:
-        weight: factor of the term.
+        weight: factor of the term: a number, or a schedule.
         mapping: which student layer learns from which teacher layer; default ``Uniform()`` (DistilBERT: ``Last()``).
         projection: see :class:`HiddenMSE`.
+        stack: see :class:`HiddenMSE`.
         name: key of the term in logs; default ``hidden_cosine``.
 
     Raises:
@@ -116,10 +117,11 @@ class CLSMSE(_HiddenObjective):
     examples, then over pairs. The first token is the first real one, also where padding stands left.
 
     Args:
-        weight: factor of the term.
-        mapping: which student layer learns from which teacher layer; default ``Uniform()``. PKD leaves out the last.
+        weight: factor of the term: a number, or a schedule.
+        mapping: which student layer learns from which teacher layer; default ``Uniform()`` (PKD: ``Skip()``).
         projection: see :class:`HiddenMSE`.
         normalize: compare directions: both states are divided by their length, and the squares summed.
+        stack: see :class:`HiddenMSE`.
         name: key of the term in logs; default ``cls_mse``.
 
     Raises:
@@ -130,13 +132,14 @@ class CLSMSE(_HiddenObjective):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         mapping: LayerMapping | None = None,
-        projection: Projection = "auto",
+        projection: ProjectionOption = "auto",
         normalize: bool = False,
+        stack: Stack | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight, mapping, projection, "cls_mse" if name is None else name)
+        super().__init__(weight, mapping, projection, stack, "cls_mse" if name is None else name)
         self.normalize = normalize
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -144,5 +147,147 @@ class CLSMSE(_HiddenObjective):
         return functional.cls_mse(student, teacher, mask, self.normalize)
 
 
-def _key(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}_{pair[1]}"
+class CLSAttentiveMSE(_HiddenObjective):
+    """Mean squared error of the first token's state with an attention-weighted mean of several teacher layers.
+
+    ``1/d ||W h_S - sum_j a_j h_T,j||^2`` with ``a = softmax_j((W h_S) h_T,j / sqrt(d))`` over the teacher layers ``j``
+    that the mapping pairs with a student layer; mean over examples, then over student layers. No teacher layer has to
+    be chosen, and none is left out.
+
+    Args:
+        weight: factor of the term: a number, or a schedule.
+        mapping: which teacher layers each student layer may attend to; default ``All()``.
+        projection: see :class:`HiddenMSE`; the map is of the student layer.
+        stack: see :class:`HiddenMSE`.
+        name: key of the term in logs; default ``cls_attentive_mse``.
+
+    Raises:
+        ObjectiveError: the widths differ and there is no projection.
+
+    Source: Passban et al., "ALP-KD: Attention-Based Layer Projection for Knowledge Distillation", 2021 (there without
+    the division by ``sqrt(d)``).
+    """
+
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        mapping: LayerMapping | None = None,
+        projection: ProjectionOption = "auto",
+        stack: Stack | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, All() if mapping is None else mapping, projection, stack, name)
+
+    def key(self, pair: tuple[int, int], part: str) -> str:
+        """Name the map of a student layer."""
+        return "shared" if self.projection.shared else str(pair[0])
+
+    def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
+        """Give the mean over the student layers."""
+        student, teacher = student.stack(self.stack), teacher.stack(self.stack)
+        layers: dict[int, list[int]] = {}
+        for s, t in self.pairs:
+            layers.setdefault(s, []).append(t)
+        losses = [self._layer_loss(s, chosen, student, teacher) for s, chosen in layers.items()]
+        return sum(losses[1:], start=losses[0]) / len(losses)
+
+    def _layer_loss(self, layer: int, chosen: list[int], student: Activations, teacher: Activations) -> Tensor:
+        mask = student.mask
+        same_tokens(student.hidden[layer], teacher.hidden[chosen[0]], axis=1)
+        own = self.projected(self.key((layer, 0), ""), functional.first_token(student.hidden[layer], mask))
+        theirs = torch.stack([functional.first_token(teacher.hidden[t], mask) for t in chosen], dim=1)
+        with functional.full_precision(own, theirs) as (s, t):
+            attention = (torch.einsum("bd,bld->bl", s, t) * t.shape[-1] ** -0.5).softmax(-1)
+            target = torch.einsum("bl,bld->bd", attention, t)
+            return functional.example_mean((s - target).square().mean(-1), mask.sum(1))
+
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        """Not used: layers are compared together, see :meth:`loss`."""
+        raise NotImplementedError
+
+
+class HiddenConcatMSE(_HiddenObjective):
+    """Mean squared error between all mapped student layers together and all mapped teacher layers together.
+
+    ``1/(n D) sum_i ||W s_i + b - t_i||^2``, where ``s_i`` and ``t_i`` are the states of token ``i`` in all student and
+    all teacher layers, concatenated; ``D`` is the length of ``t_i``. The learned map is on the student's side only: on
+    the teacher's it could shrink the targets to nothing.
+
+    Args:
+        weight: factor of the term: a number, or a schedule.
+        mapping: which layers take part, on either side; default ``All()``. How it pairs them doesn't matter.
+        projection: see :class:`HiddenMSE`; the map is from all layers to all layers.
+        stack: see :class:`HiddenMSE`.
+        name: key of the term in logs; default ``hidden_concat_mse``.
+
+    Raises:
+        ObjectiveError: the concatenated widths differ and there is no projection.
+
+    Source: the mapping "combine" in the code of Wang et al., "How to Distill your BERT", 2023 (there the teacher's side
+    is mapped).
+    """
+
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        mapping: LayerMapping | None = None,
+        projection: ProjectionOption = "auto",
+        stack: Stack | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, All() if mapping is None else mapping, projection, stack, name)
+
+    def make_projections(self, keys: Iterable[str], student: int | None, teacher: int | None) -> None:
+        """Make one map for all layers."""
+        layers_s, layers_t = self._layers()
+        super().make_projections(["all"], student and student * len(layers_s), teacher and teacher * len(layers_t))
+
+    def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
+        """Give the error of the concatenated states."""
+        student, teacher = student.stack(self.stack), teacher.stack(self.stack)
+        s, t = (
+            torch.cat([a.hidden[layer] for layer in layers], dim=-1)
+            for a, layers in zip((student, teacher), self._layers(), strict=True)
+        )
+        same_tokens(s, t, axis=1)
+        values = functional.hidden_mse(self.projected("all", s), t, student.mask)
+        return functional.example_mean(values, student.mask.sum(1))
+
+    def _layers(self) -> tuple[list[int], list[int]]:
+        return sorted({s for s, _ in self.pairs}), sorted({t for _, t in self.pairs})
+
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        """Not used: all layers are compared together, see :meth:`loss`."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """Give the layers of both sides."""
+        student, teacher = (" ".join(map(str, layers)) for layers in self._layers())
+        return f"[{student}]<-[{teacher}]"
+
+
+class HiddenCKA(LayerObjective):
+    """One minus the linear centred kernel alignment of the hidden states of mapped layers, over all tokens of a batch.
+
+    ``1 - ||X^T Y||_F^2 / (||X^T X||_F ||Y^T Y||_F)`` with the real tokens of the batch as rows of ``X`` (student) and
+    ``Y`` (teacher), centred; mean over pairs. Widths may differ without a projection. The term couples the examples of
+    a batch: it takes in the batches of all processes, and refuses accumulated batches. A batch should have several
+    times more tokens than the states have dimensions: fewer make any two layers look alike.
+
+    Args:
+        weight: factor of the term: a number, or a schedule.
+        mapping: which student layer learns from which teacher layer; default ``Uniform()``.
+        stack: which layers of an encoder-decoder: ``"encoder"`` or ``"decoder"``.
+        name: key of the term in logs; default ``hidden_cka``.
+
+    Source: Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019.
+    """
+
+    taps = ("hidden",)
+    batch_coupled = True
+
+    def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
+        """Give the distance of two layers."""
+        s, t = student.hidden[pair[0]], teacher.hidden[pair[1]]
+        same_tokens(s, t, axis=1)
+        return functional.hidden_cka(s, t, student.mask, ranks.total)

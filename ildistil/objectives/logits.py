@@ -1,88 +1,140 @@
-"""Objectives on the logits."""
+"""Objectives on the logits: of classes, of regressions, and of masked or next tokens."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
-from ildistil import functional
+from ildistil import functional, ranks
 from ildistil.capture import Activations, Sizes
-from ildistil.objectives.base import Objective, ObjectiveError
+from ildistil.functional.logits import Divergence
+from ildistil.objectives.base import Objective, ObjectiveError, Weight
 
-__all__ = ["LogitsKL", "LogitsMSE"]
+__all__ = ["LogitsDIST", "LogitsKL", "LogitsMSE"]
 
 
 class _LogitsObjective(Objective):
     taps = ("logits",)
+    _next_token = False
 
     def build(self, student: Sizes, teacher: Sizes) -> None:
         """Check that both models have the same labels."""
+        self._next_token = student.next_token
         if None not in (student.labels, teacher.labels) and student.labels != teacher.labels:
             raise ObjectiveError(
                 f"{type(self).__name__}: the student has {student.labels} labels, the teacher {teacher.labels}. Give "
                 f"the student the teacher's labels (num_labels={teacher.labels}), or leave this objective out."
             )
-
-    def _checked(self, student: Activations, teacher: Activations) -> tuple[Tensor, Tensor]:
-        s, t = student.logits, teacher.logits
-        if s.shape != t.shape or s.ndim != 2:
+        if student.next_token != teacher.next_token:
             raise ObjectiveError(
-                f"{type(self).__name__} compares logits of shape (batch, labels); the student gives {tuple(s.shape)}, "
-                f"the teacher {tuple(t.shape)}."
+                f"{type(self).__name__}: one model predicts the next token, the other doesn't. Give both the same head."
             )
-        return s, t
+
+    def count(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:
+        """Give the number of examples, or of target tokens of a language model."""
+        return self._targets(student, batch).sum()
+
+    def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
+        """Give the mean over examples, or over the target tokens of a language model."""
+        s, t = student.logits, teacher.logits
+        if s.shape != t.shape or s.ndim not in (2, 3):
+            raise ObjectiveError(
+                f"{type(self).__name__} compares logits of shape (batch, labels) or (batch, tokens, labels); the "
+                f"student gives {tuple(s.shape)}, the teacher {tuple(t.shape)}."
+            )
+        targets = self._targets(student, batch)
+        if s.ndim == 3:  # only the rows that count: whole vocabularies are large
+            s, t, targets = s[targets], t[targets], torch.ones_like(targets[targets])
+        return self.compare(s, t, targets)
+
+    @abstractmethod
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        """Compare rows of logits ``(rows, labels)``: the mean over the rows of the mask."""
+
+    def _targets(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:
+        """Tell which rows of the logits count: boolean, ``(batch,)`` or ``(batch, tokens)``."""
+        if student.logits.ndim == 2:
+            return student.mask.any(1)
+        labels = batch.get("labels")
+        real = student.mask if labels is None else labels != -100
+        if not self._next_token:
+            return real
+        # Position i predicts token i + 1.
+        return torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], dim=1)
 
 
 class LogitsKL(_LogitsObjective):
-    """Kullback-Leibler divergence of the class distributions ("vanilla" distillation).
+    """Divergence of the class distributions ("vanilla" distillation), for classes or for tokens of a vocabulary.
 
-    ``T^2 KL(softmax(z_T / T) || softmax(z_S / T))``, mean over examples, in nats.
+    With ``p = softmax(z_T / T)`` of the teacher and ``q = softmax(z_S / T)`` of the student, ``T^2 KL(p || q)``, in
+    nats; reverse ``T^2 KL(q || p)``; generalised Jensen-Shannon ``T^2 (beta KL(p || m) + (1 - beta) KL(q || m))`` with
+    ``m = beta p + (1 - beta) q``. Mean over examples; for language models over the target tokens (where ``labels``
+    isn't -100; without labels, over all real tokens), the next ones where the model predicts the next.
 
     Args:
-        weight: factor of the term.
+        weight: factor of the term: a number, or a schedule.
         temperature: softening ``T > 0``; the factor ``T^2`` keeps the size of the gradient independent of it.
+        divergence: ``"forward"``, ``"reverse"`` or ``"jensen-shannon"``.
+        beta: the teacher's part of the mixture, ``0 < beta < 1``; for Jensen-Shannon.
+        top_k: keep the teacher's ``k`` most likely classes apart, and count all others as one.
         name: key of the term in logs; default ``logits_kl``.
 
     Raises:
         ObjectiveError: the models have different labels, or a single one (a regression).
 
-    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015; reverse and Jensen-Shannon:
+    Agarwal et al., "On-Policy Distillation of Language Models", 2024.
     """
 
-    def __init__(self, weight: float = 1.0, temperature: float = 2.0, name: str | None = None) -> None:
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        temperature: float = 2.0,
+        divergence: Divergence = "forward",
+        beta: float = 0.5,
+        top_k: int | None = None,
+        name: str | None = None,
+    ) -> None:
         super().__init__(weight, name)
-        if not temperature > 0:
-            raise ObjectiveError(f"LogitsKL: temperature must be > 0, got {temperature}.")
-        self.temperature = temperature
+        _check_temperature(self, temperature)
+        if divergence not in get_args(Divergence):
+            raise ObjectiveError(f"LogitsKL: divergence must be one of {get_args(Divergence)}, got {divergence!r}.")
+        if not 0 < beta < 1:
+            raise ObjectiveError(
+                f"LogitsKL: beta must be between 0 and 1, both left out, got {beta}. Its limits are the divergences "
+                "'forward' and 'reverse'."
+            )
+        if top_k is not None and top_k < 1:
+            raise ObjectiveError(f"LogitsKL: top_k must be at least 1, got {top_k}.")
+        self.temperature, self.divergence, self.beta, self.top_k = temperature, divergence, beta, top_k
 
     def build(self, student: Sizes, teacher: Sizes) -> None:
         """Check the labels; one output is a regression, whose softmax is always 1."""
         super().build(student, teacher)
-        if teacher.labels == 1 or "regression" in (student.problem_type, teacher.problem_type):
-            raise ObjectiveError("LogitsKL compares class distributions; a regression has none. Use LogitsMSE.")
-        if "multi_label_classification" in (student.problem_type, teacher.problem_type):
-            raise ObjectiveError(
-                "LogitsKL compares distributions over exclusive classes; a multi-label problem has none. Use LogitsMSE."
-            )
+        _check_classes(self, student, teacher)
 
-    def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
-        """Give the mean over examples."""
-        return functional.example_mean(
-            functional.logits_kl(*self._checked(student, teacher), self.temperature), student.mask.sum(1)
-        )
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        """Give the mean over the rows."""
+        values = functional.logits_kl(student, teacher, self.temperature, self.divergence, self.beta, self.top_k)
+        return functional.example_mean(values, mask)
 
     def describe(self) -> str:
-        """Say the temperature."""
-        return f"logits, T = {self.temperature:g}"
+        """Say the temperature, and what is not the usual divergence."""
+        parts = ["logits", f"T = {self.temperature:g}"]
+        parts += [self.divergence] if self.divergence != "forward" else []
+        parts += [f"top {self.top_k}"] if self.top_k is not None else []
+        return ", ".join(parts)
 
 
 class LogitsMSE(_LogitsObjective):
     """Mean squared error of the logits; also the one for regression.
 
-    ``1/C ||z_S - z_T||^2``, mean over examples.
+    ``1/C ||z_S - z_T||^2``, mean over examples; for language models over the target tokens, as in :class:`LogitsKL`.
 
     Args:
-        weight: factor of the term.
+        weight: factor of the term: a number, or a schedule.
         name: key of the term in logs; default ``logits_mse``.
 
     Raises:
@@ -91,6 +143,78 @@ class LogitsMSE(_LogitsObjective):
     Source: Ba, Caruana, "Do Deep Nets Really Need to be Deep?", 2014.
     """
 
-    def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
-        """Give the mean over examples."""
-        return functional.example_mean(functional.logits_mse(*self._checked(student, teacher)), student.mask.sum(1))
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        """Give the mean over the rows."""
+        return functional.example_mean(functional.logits_mse(student, teacher), mask)
+
+
+class LogitsDIST(_LogitsObjective):
+    """Pearson distance of the class probabilities, over the classes of an example and over the examples of a class.
+
+    ``T^2 (inter * mean_b(1 - corr_c(q_bc, p_bc)) + intra * mean_c(1 - corr_b(q_bc, p_bc)))`` with ``q`` and ``p`` the
+    student's and teacher's probabilities at temperature ``T``. It asks for the same order and proportions, not for the
+    same values. Of two classes a correlation is always 1 or -1: then only the part over the batch teaches. The term
+    couples the examples of a batch: it takes in the batches of all processes, and refuses accumulated batches. For
+    language models the rows are the target tokens, as in :class:`LogitsKL`.
+
+    Args:
+        weight: factor of the term: a number, or a schedule.
+        temperature: softening ``T > 0``.
+        inter: factor of the part over classes.
+        intra: factor of the part over the batch.
+        name: key of the term in logs; default ``logits_dist``.
+
+    Raises:
+        ObjectiveError: the models have different labels, or a single one (a regression); or nothing would teach.
+
+    Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022.
+    """
+
+    batch_coupled = True
+
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        temperature: float = 1.0,
+        inter: float = 1.0,
+        intra: float = 1.0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, name)
+        _check_temperature(self, temperature)
+        if inter < 0 or intra < 0 or inter + intra == 0:
+            raise ObjectiveError(f"LogitsDIST: inter and intra must be >= 0, and one > 0; got {inter} and {intra}.")
+        self.temperature, self.inter, self.intra = temperature, inter, intra
+
+    def build(self, student: Sizes, teacher: Sizes) -> None:
+        """Check the labels."""
+        super().build(student, teacher)
+        _check_classes(self, student, teacher)
+        if teacher.labels == 2 and self.intra == 0:
+            raise ObjectiveError(
+                "LogitsDIST: the correlation of two classes is always 1 or -1, so the part over classes teaches "
+                "nothing. Use intra > 0, or LogitsKL."
+            )
+
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        """Give both parts, over the rows of all processes."""
+        within = functional.logits_dist(student, teacher, self.temperature)
+        rows = ranks.total(mask.sum()).clamp(min=1)
+        inter = ranks.total(torch.where(mask, within, 0).sum()) / rows
+        intra = functional.logits_dist_over_batch(student, teacher, mask, self.temperature, ranks.total)
+        return self.inter * inter + self.intra * intra
+
+
+def _check_temperature(objective: Objective, temperature: float) -> None:
+    if not temperature > 0:
+        raise ObjectiveError(f"{type(objective).__name__}: temperature must be > 0, got {temperature}.")
+
+
+def _check_classes(objective: Objective, student: Sizes, teacher: Sizes) -> None:
+    name = type(objective).__name__
+    if teacher.labels == 1 or "regression" in (student.problem_type, teacher.problem_type):
+        raise ObjectiveError(f"{name} compares class distributions; a regression has none. Use LogitsMSE.")
+    if "multi_label_classification" in (student.problem_type, teacher.problem_type):
+        raise ObjectiveError(
+            f"{name} compares distributions over exclusive classes; a multi-label problem has none. Use LogitsMSE."
+        )

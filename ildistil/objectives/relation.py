@@ -7,7 +7,8 @@ from torch import Tensor
 from ildistil import functional
 from ildistil.capture import Activations, Attention, Sizes
 from ildistil.mappings import Last, LayerMapping
-from ildistil.objectives.base import LayerObjective, ObjectiveError, same_tokens
+from ildistil.objectives.attention import real_keys
+from ildistil.objectives.base import LayerObjective, ObjectiveError, Stack, Weight, same_tokens
 
 __all__ = ["RelationKL", "ValueRelationKL"]
 
@@ -24,12 +25,13 @@ class RelationKL(LayerObjective):
     between the models, as long as ``R`` divides both widths.
 
     Args:
-        weight: factor of the term.
+        weight: factor of the term: a number, or a schedule.
         mapping: which student layer learns from which teacher layer; default ``Last()``, as in MiniLM. MiniLMv2 takes
             an upper-middle layer of large teachers: ``Explicit([[-1, 21]])``.
         relations: any of ``q-q``, ``k-k``, ``v-v``, ``q-k`` and so on.
         heads: number ``R`` of relation heads (MiniLMv2: 48 for base models); by default the attention heads, which
             must then be equal.
+        stack: which attention of an encoder-decoder: ``"encoder"``, ``"decoder"`` or ``"cross"``.
         name: key of the term in logs; default ``relation_kl``.
 
     Raises:
@@ -42,13 +44,14 @@ class RelationKL(LayerObjective):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         mapping: LayerMapping | None = None,
         relations: Sequence[str] = ("q-q", "k-k", "v-v"),
         heads: int | None = None,
+        stack: Stack | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight, Last() if mapping is None else mapping, name)
+        super().__init__(weight, Last() if mapping is None else mapping, stack, name)
         bad = [r for r in relations if len(r) != 3 or r[1] != "-" or not {r[0], r[2]} <= set(_PARTS)]
         if bad or not relations:
             got = repr(bad[0]) if bad else "none"
@@ -58,28 +61,40 @@ class RelationKL(LayerObjective):
     def build(self, student: Sizes, teacher: Sizes) -> None:
         """Resolve the mapping and check that relation heads can be paired."""
         super().build(student, teacher)
+        student, teacher = self.sizes
         if self.heads is None and student.heads != teacher.heads:
             raise ObjectiveError(
                 f"{type(self).__name__}: the student has {student.heads} heads, the teacher {teacher.heads}. Set heads "
                 "to a number that divides both widths: vectors are then cut into that many relation heads."
             )
         if self.heads is not None and (
-            self.heads < 1 or any(s.width and s.width % self.heads for s in (student, teacher))
+            self.heads < 1 or any(s.attention_width and s.attention_width % self.heads for s in (student, teacher))
         ):
             raise ObjectiveError(
-                f"{type(self).__name__}: heads={self.heads} must divide the widths of student ({student.width}) and "
-                f"teacher ({teacher.width})."
+                f"{type(self).__name__}: heads={self.heads} must divide the widths of all heads of student "
+                f"({student.attention_width}) and teacher ({teacher.attention_width})."
             )
 
     def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
         """Give the mean over the relations of one pair."""
         s, t = student.attention[pair[0]], teacher.attention[pair[1]]
         same_tokens(s.query, t.query, axis=2)
-        allowed, queries = s.allowed(), s.real_queries()
-        values = [
-            functional.attention_kl(self._scores(s, r), self._scores(t, r), allowed, queries) for r in self.relations
-        ]
-        return functional.example_mean(sum(values[1:], start=values[0]) / len(values), queries.sum(1))
+        same_tokens(s.key, t.key, axis=2)
+        losses = [self._relation_loss(s, t, relation) for relation in self.relations]
+        return sum(losses[1:], start=losses[0]) / len(losses)
+
+    def _relation_loss(self, student: Attention, teacher: Attention, relation: str) -> Tensor:
+        if self.stack == "cross":  # queries and keys are of different texts: no causality, two masks
+            rows, columns = (
+                student.real_queries() if part == "q" else real_keys(student) for part in (relation[0], relation[2])
+            )
+            allowed = columns[:, None, None, :]
+        else:
+            rows, allowed = student.real_queries(), student.allowed()
+        values = functional.attention_kl(
+            self._scores(student, relation), self._scores(teacher, relation), allowed, rows
+        )
+        return functional.example_mean(values, rows.sum(1))
 
     def _scores(self, attention: Attention, relation: str) -> Tensor:
         left, right = (self._cut(attention, _PARTS[part]) for part in (relation[0], relation[2]))
@@ -106,9 +121,10 @@ class ValueRelationKL(RelationKL):
     with the one relation ``"v-v"``.
 
     Args:
-        weight: factor of the term.
+        weight: factor of the term: a number, or a schedule.
         mapping: which student layer learns from which teacher layer; default ``Last()``.
         heads: see :class:`RelationKL`.
+        stack: see :class:`RelationKL`.
         name: key of the term in logs; default ``value_relation_kl``.
 
     Raises:
@@ -119,9 +135,10 @@ class ValueRelationKL(RelationKL):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         mapping: LayerMapping | None = None,
         heads: int | None = None,
+        stack: Stack | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight, mapping, ("v-v",), heads, name)
+        super().__init__(weight, mapping, ("v-v",), heads, stack, name)

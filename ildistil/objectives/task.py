@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ildistil.capture import Activations
+from ildistil.capture import Activations, Sizes
 from ildistil.objectives.base import Objective
 
 __all__ = ["TaskLoss"]
@@ -18,12 +19,24 @@ class TaskLoss(Objective):
     returns as ``loss``, in its own reduction.
 
     Args:
-        weight: factor of the term.
+        weight: factor of the term: a number, or a schedule.
         name: key of the term in logs; default ``task_loss``.
     """
 
     taps = ("loss",)
     teacher_taps = ()
+    _next_token = False
+
+    def build(self, student: Sizes, teacher: Sizes) -> None:
+        """Note whether the student predicts the next token."""
+        self._next_token = student.next_token
+
+    def count(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:
+        """Give the number of labels: of examples, or of the target tokens of a language model."""
+        labels = batch["labels"]
+        if labels.is_floating_point():
+            return torch.tensor(len(labels), device=labels.device)
+        return ((labels[:, 1:] if self._next_token and labels.ndim == 2 else labels) != -100).sum()
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the student's loss."""

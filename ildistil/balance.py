@@ -1,0 +1,107 @@
+"""Weights as shares: terms of very different size are scaled so that each makes up its share of the total."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ildistil import ranks
+
+__all__ = ["Balance"]
+
+By = Literal["magnitude", "gradient"]
+
+
+@dataclass
+class Balance:
+    """Makes weights mean shares of the total, by the size of the terms' values or of their gradients.
+
+    Each term's size ``m`` is measured in training and smoothed; its factor is ``share * sum_j(w_j m_j) / m``, with
+    ``share = w / sum_j(w_j)``. So the total is as large as with plain weights, and every term has its share of it.
+
+    Args:
+        by: ``"magnitude"``, the absolute value of the term, or ``"gradient"``, the norm of its gradient in the student's
+            parameters (one more backward pass for each term, where it is measured).
+        every: steps between two measurements.
+        momentum: the old size's part in the new one, from 0 to below 1.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    by: By = "magnitude"
+    every: int = 10
+    momentum: float = 0.9
+    sizes: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    _measured: tuple[int | None, frozenset[str]] = field(default=(None, frozenset()), init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.by not in get_args(By) or self.every < 1 or not 0 <= self.momentum < 1:
+            raise ValueError(
+                "Balance: by is 'magnitude' or 'gradient', every at least 1 and momentum in [0, 1); got "
+                f"{self.by!r}, {self.every} and {self.momentum}."
+            )
+
+    def weights(
+        self,
+        values: Mapping[str, Tensor],
+        weights: Mapping[str, float],
+        parameters: Sequence[Tensor],
+        step: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Measure, if it is time to, and give the factors of the terms.
+
+        Args:
+            values: the terms, with their graph.
+            weights: their shares, which need not sum to 1.
+            parameters: what gradients are taken with respect to.
+            step: number of the optimiser step; all batches of a step get the same factors. ``None``: measure always.
+        """
+        if self._is_due(values, step):
+            for name, value in values.items():
+                self._note(name, self._size(value, parameters))
+            self._measured = step, frozenset(values)
+        whole = sum(weights.values())
+        sizes = {name: self.sizes[name].to(value.device) for name, value in values.items()}
+        total = torch.stack([weights[name] * size for name, size in sizes.items()]).sum()
+        # A term of size 0 has nothing to scale: it keeps its plain weight.
+        return {
+            name: torch.where(size > 0, weights[name] / whole * total / torch.where(size > 0, size, 1), weights[name])
+            for name, size in sizes.items()
+        }
+
+    def gradient_shares(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give each term's part of the sum of gradient norms, where these are what is balanced."""
+        if self.by != "gradient":
+            return {}
+        norms = {name: weight * self.sizes[name] for name, weight in weights.items()}
+        whole = torch.stack(list(norms.values())).sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return {name: norm / whole for name, norm in norms.items()}
+
+    def state_dict(self) -> dict[str, float]:
+        """Give the sizes for a checkpoint."""
+        return {name: float(size) for name, size in self.sizes.items()}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Take the sizes of a checkpoint."""
+        self.sizes = {name: torch.tensor(size) for name, size in state.items()}
+
+    def _is_due(self, values: Mapping[str, Tensor], step: int | None) -> bool:
+        if any(name not in self.sizes for name in values) or step is None:
+            return True
+        return step % self.every == 0 and self._measured != (step, frozenset(values))
+
+    def _size(self, value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        size = value.detach().abs().float()
+        if self.by == "gradient":
+            found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            norms = [g.detach().float().norm() for g in found if g is not None]
+            size = torch.stack(norms).norm() if norms else torch.zeros_like(size)
+        return ranks.total(size) / ranks.size()
+
+    def _note(self, name: str, size: Tensor) -> None:
+        old = self.sizes.get(name)
+        new = size if old is None else self.momentum * old.to(size.device) + (1 - self.momentum) * size
+        self.sizes[name] = torch.where(torch.isfinite(new), new, size if old is None else old.to(size.device))

@@ -1,0 +1,180 @@
+"""Losses on attention scores and distributions."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ildistil.functional.correlation import Total, pearson_distance, unchanged
+from ildistil.functional.reduction import full_precision, kl, within
+
+__all__ = ["Over", "attention_dist", "attention_dist_over_batch", "attention_kl", "attention_mse", "attention_output"]
+
+Over = Literal["tokens", "heads"]
+
+
+def attention_mse(student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor) -> Tensor:
+    """Mean squared error of attention scores before the softmax.
+
+    ``1/(H N) sum_h sum_(i,j) (a_S,hij - a_T,hij)^2`` over the ``N`` pairs of a real query and a key it may attend to.
+
+    Args:
+        student: scores ``(batch, heads, queries, keys)``.
+        teacher: scores ``(batch, heads, queries, keys)``.
+        allowed: boolean ``(batch, 1, queries, keys)``, true where a query may attend to a key.
+        query_mask: boolean ``(batch, queries)``, true where the query is a real token.
+
+    Returns:
+        ``(batch,)``.
+
+    Source: Jiao et al., "TinyBERT", 2020 (there over padded positions too).
+
+    >>> ones = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    >>> attention_mse(torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 2.0), ones, torch.tensor([[True, True]]))
+    tensor([4.])
+    """
+    with full_precision(student, teacher) as (s, t):
+        counted = allowed & query_mask[:, None, :, None]
+        return within(torch.where(counted, s - t, 0).square().mean(1, keepdim=True), counted)[0]
+
+
+def attention_kl(student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the attention distributions, teacher first.
+
+    ``1/(H n) sum_h sum_i KL(softmax(a_T,hi) || softmax(a_S,hi))`` over the ``n`` real queries of each example. Where
+    the numbers of heads differ, heads are merged in probability space: consecutive heads are averaged, after the
+    softmax, down to the greatest common divisor of both numbers.
+
+    Args:
+        student: scores ``(batch, heads, queries, keys)``, before the softmax.
+        teacher: scores ``(batch, heads, queries, keys)``, before the softmax.
+        allowed: boolean ``(batch, 1, queries, keys)``, true where a query may attend to a key.
+        query_mask: boolean ``(batch, queries)``, true where the query is a real token.
+
+    Returns:
+        ``(batch,)``, in nats.
+
+    Source: Wang et al., "MiniLM", 2020; Wang et al., "How to Distill your BERT", 2023.
+
+    >>> ones = torch.ones(1, 1, 1, 2, dtype=torch.bool)
+    >>> attention_kl(torch.zeros(1, 1, 1, 2), torch.tensor([[[[0.0, -1e9]]]]), ones, torch.tensor([[True]]))
+    tensor([0.6931])
+    """
+    with full_precision(student, teacher) as (s, t):
+        heads = math.gcd(s.shape[1], t.shape[1])
+        log_s, log_t = (_log_probabilities(x, allowed, heads) for x in (s, t))
+        return within(kl(log_s, log_t).mean(1), query_mask)[0]
+
+
+def attention_output(scores: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
+    """Average the values by the attention probabilities, and join the heads.
+
+    ``softmax(a_hi) v_h`` for each query ``i``, the heads ``h`` side by side.
+
+    Args:
+        scores: ``(batch, heads, queries, keys)``, before the softmax.
+        value: ``(batch, value heads, keys, size)``; fewer heads than in the scores are shared among them.
+        allowed: boolean ``(batch, 1, queries, keys)``, true where a query may attend to a key.
+
+    Returns:
+        ``(batch, queries, heads * size)``.
+
+    >>> ones = torch.ones(1, 1, 1, 2, dtype=torch.bool)
+    >>> attention_output(torch.zeros(1, 1, 1, 2), torch.tensor([[[[1.0], [3.0]]]]), ones)
+    tensor([[[2.]]])
+    """
+    with full_precision(scores, value) as (a, v):
+        groups = a.shape[1] // v.shape[1]
+        if groups > 1:  # grouped-query attention
+            v = v.repeat_interleave(groups, dim=1)
+        return (_log_probabilities(a, allowed, a.shape[1]).exp() @ v).transpose(1, 2).flatten(2)
+
+
+def attention_dist(
+    student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor, over: Over = "tokens"
+) -> Tensor:
+    """Pearson distance of attention probabilities, over the keys of a query or over the heads of a pair of tokens.
+
+    Over tokens ``1/(H n) sum_h sum_i (1 - corr_j(p_S,hij, p_T,hij))``, over heads
+    ``1/N sum_(i,j) (1 - corr_h(p_S,hij, p_T,hij))``, of those correlations that are defined: at least two entries,
+    which the teacher does not hold equal. Numbers of heads that differ are merged as in :func:`attention_kl`.
+
+    Args:
+        student: scores ``(batch, heads, queries, keys)``, before the softmax.
+        teacher: scores ``(batch, heads, queries, keys)``, before the softmax.
+        allowed: boolean ``(batch, 1, queries, keys)``, true where a query may attend to a key.
+        query_mask: boolean ``(batch, queries)``, true where the query is a real token.
+        over: ``"tokens"`` or ``"heads"``.
+
+    Returns:
+        ``(batch,)``, between 0 and 2.
+
+    Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022; on attention in the code of Wang et
+    al., "How to Distill your BERT", 2023.
+
+    >>> ones = torch.ones(1, 1, 1, 2, dtype=torch.bool)
+    >>> scores = torch.tensor([[[[0.0, 1.0]]]])
+    >>> attention_dist(scores, -scores, ones, torch.tensor([[True]])).round(decimals=4)
+    tensor([2.])
+    """
+    with full_precision(student, teacher) as (s, t):
+        heads = math.gcd(s.shape[1], t.shape[1])
+        p, q = (_log_probabilities(x, allowed, heads).exp() for x in (s, t))
+        counted = (allowed & query_mask[:, None, :, None]).expand(len(p), 1, *p.shape[2:])
+        return within(*pearson_distance(p, q, counted, -1 if over == "tokens" else 1))[0]
+
+
+def attention_dist_over_batch(
+    student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor, total: Total = unchanged
+) -> Tensor:
+    """Pearson distance of attention probabilities over the sentences of a batch.
+
+    ``1 - corr_b(p_S,bhij, p_T,bhij)``, mean over heads and pairs of positions ``i, j`` where it is defined. Positions
+    are counted from each sentence's first real token, so that padding has no influence.
+
+    Args:
+        student: scores ``(batch, heads, queries, keys)``, before the softmax, of self-attention.
+        teacher: scores ``(batch, heads, queries, keys)``, before the softmax.
+        allowed: boolean ``(batch, 1, queries, keys)``, true where a query may attend to a key.
+        query_mask: boolean ``(batch, queries)``, true where the token is real.
+        total: extends a sum over the batch over further processes; they must have as many positions.
+
+    Returns:
+        A scalar, between 0 and 2.
+
+    Source: the code of Wang et al., "How to Distill your BERT", 2023.
+
+    >>> ones = torch.ones(2, 1, 2, 2, dtype=torch.bool)
+    >>> scores = torch.tensor([[[[0.0, 1.0], [2.0, 0.0]]], [[[1.0, 0.0], [0.0, 0.0]]]])
+    >>> mask = torch.ones(2, 2, dtype=torch.bool)
+    >>> attention_dist_over_batch(scores, scores, ones, mask).abs().round(decimals=4)
+    tensor(0.)
+    """
+    with full_precision(student, teacher) as (s, t):
+        heads = math.gcd(s.shape[1], t.shape[1])
+        counted = (allowed & query_mask[:, None, :, None]).expand(len(s), 1, *s.shape[2:])
+        # Real tokens first, in their order.
+        order = (~query_mask).int().argsort(dim=1, stable=True)[:, None, :]
+        p, q, counted = (
+            _reordered(x, order) for x in (*(_log_probabilities(x, allowed, heads).exp() for x in (s, t)), counted)
+        )
+        distance, defined = pearson_distance(p, q, counted, 0, total)
+        return distance.sum() / defined.sum().clamp(min=1)
+
+
+def _reordered(maps: Tensor, order: Tensor) -> Tensor:
+    shape = maps.shape
+    rows = order.unsqueeze(-1).expand(shape)
+    columns = order.unsqueeze(-2).expand(shape)
+    return maps.gather(2, rows).gather(3, columns)
+
+
+def _log_probabilities(scores: Tensor, allowed: Tensor, heads: int) -> Tensor:
+    # Not -inf: a row without any allowed key would give NaN, and its gradient too, although it never counts.
+    log_p = F.log_softmax(torch.where(allowed, scores, torch.finfo(scores.dtype).min / 4), -1)
+    if heads == scores.shape[1]:
+        return log_p
+    groups = log_p.unflatten(1, (heads, -1))
+    return groups.logsumexp(2) - math.log(groups.shape[2])

@@ -1,0 +1,158 @@
+"""Losses on hidden states."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ildistil.functional.correlation import Total, unchanged
+from ildistil.functional.reduction import full_precision, within
+
+__all__ = ["cls_mse", "first_token", "hidden_cka", "hidden_cosine", "hidden_mse", "token_mean"]
+
+
+def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error of hidden states over tokens and features.
+
+    ``1/(n d) sum_i ||h_S,i - h_T,i||^2`` over the ``n`` unmasked tokens of each example.
+
+    Args:
+        student: ``(batch, tokens, width)``.
+        teacher: ``(batch, tokens, width)``.
+        mask: boolean ``(batch, tokens)``, true where a token is real.
+
+    Returns:
+        ``(batch,)``.
+
+    Source: Jiao et al., "TinyBERT", 2020 (there without the mask).
+
+    >>> mask = torch.tensor([[True, False]])
+    >>> hidden_mse(torch.zeros(1, 2, 3), torch.full((1, 2, 3), 2.0), mask)
+    tensor([4.])
+    """
+    with full_precision(student, teacher) as (s, t):
+        return within((s - t).square().mean(-1), mask)[0]
+
+
+def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Cosine distance of hidden states over tokens.
+
+    ``1/n sum_i (1 - cos(h_S,i, h_T,i))`` over the ``n`` unmasked tokens of each example; the distance to a zero vector
+    is 1.
+
+    Args:
+        student: ``(batch, tokens, width)``.
+        teacher: ``(batch, tokens, width)``.
+        mask: boolean ``(batch, tokens)``, true where a token is real.
+
+    Returns:
+        ``(batch,)``, between 0 and 2.
+
+    Source: Sanh et al., "DistilBERT", 2019.
+
+    >>> hidden_cosine(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]]), torch.tensor([[True]]))
+    tensor([1.])
+    """
+    with full_precision(student, teacher) as (s, t):
+        return within(1 - F.cosine_similarity(s, t, dim=-1), mask)[0]
+
+
+def cls_mse(student: Tensor, teacher: Tensor, mask: Tensor, normalize: bool = False) -> Tensor:
+    """Squared error of the first real token's hidden state.
+
+    ``1/d ||h_S,1 - h_T,1||^2``; with ``normalize`` ``||h_S,1 / ||h_S,1|| - h_T,1 / ||h_T,1|| ||^2``.
+
+    Args:
+        student: ``(batch, tokens, width)``.
+        teacher: ``(batch, tokens, width)``.
+        mask: boolean ``(batch, tokens)``; the first true column is the first token, wherever the padding stands.
+        normalize: compare directions.
+
+    Returns:
+        ``(batch,)``.
+
+    Source: Sun et al., "Patient Knowledge Distillation", 2019 (normalised).
+
+    >>> states = torch.tensor([[[9.0, 9.0], [1.0, 3.0]]])
+    >>> cls_mse(torch.zeros(1, 2, 2), states, torch.tensor([[False, True]]))
+    tensor([5.])
+    """
+    with full_precision(student, teacher) as (s, t):
+        s, t = first_token(s, mask), first_token(t, mask)
+        if normalize:
+            return (F.normalize(s, dim=-1) - F.normalize(t, dim=-1)).square().sum(-1)
+        return (s - t).square().mean(-1)
+
+
+def hidden_cka(student: Tensor, teacher: Tensor, mask: Tensor, total: Total = unchanged) -> Tensor:
+    """One minus the linear centred kernel alignment of the hidden states of all real tokens of a batch.
+
+    ``1 - ||X^T Y||_F^2 / (||X^T X||_F ||Y^T Y||_F)`` with the tokens as rows of ``X`` (student) and ``Y`` (teacher),
+    the mean row subtracted. Computed in feature space: nothing of size tokens x tokens is made.
+
+    Args:
+        student: ``(batch, tokens, width)``.
+        teacher: ``(batch, tokens, width)``; the widths may differ.
+        mask: boolean ``(batch, tokens)``, true where a token is real.
+        total: extends a sum over the batch over further processes.
+
+    Returns:
+        A scalar, between 0 and 1; 0 where all of the teacher's states are equal, 1 where only the student's are.
+
+    Source: Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019.
+
+    >>> states = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]])
+    >>> hidden_cka(states, 3 * states, torch.tensor([[True, True, False]])).abs().round(decimals=4)
+    tensor(0.)
+    """
+    with full_precision(student, teacher) as (s, t):
+        keep = mask.unsqueeze(-1)
+        count = total(mask.sum().to(s.dtype)).clamp(min=1)
+        s, t = (torch.where(keep, x, 0).flatten(0, 1) for x in (s, t))
+        # A constant shift near the mean keeps the sums from cancelling; the exact mean goes off in the Gram matrices,
+        # which are sums over tokens, as sums over processes need for gradients.
+        row = mask.flatten().unsqueeze(-1).to(s.dtype)
+        s, t = ((x - total(x.detach().sum(0)) / count) * row for x in (s, t))
+        # The ratio doesn't know the scale; states of large norm would overflow in the fourth power.
+        s, t = (x / total(x.detach().square().sum()).sqrt().clamp(min=torch.finfo(x.dtype).tiny ** 0.5) for x in (s, t))
+        sum_s, sum_t = total(s.sum(0)), total(t.sum(0))
+
+        def gram(x: Tensor, y: Tensor, sum_x: Tensor, sum_y: Tensor) -> Tensor:
+            return (total(x.T @ y) - torch.outer(sum_x, sum_y) / count).square().sum()
+
+        cross, own, theirs = gram(s, t, sum_s, sum_t), gram(s, s, sum_s, sum_s), gram(t, t, sum_t, sum_t)
+        tiny = torch.finfo(s.dtype).eps ** 2
+        similarity = cross / (torch.where(own > tiny, own, 1) * torch.where(theirs > tiny, theirs, 1)).sqrt()
+        return torch.where(theirs > tiny, 1 - torch.where(own > tiny, similarity, 0 * own), 0 * cross)
+
+
+def first_token(states: Tensor, mask: Tensor) -> Tensor:
+    """Take the state of each example's first real token, wherever the padding stands.
+
+    Args:
+        states: ``(batch, tokens, width)``.
+        mask: boolean ``(batch, tokens)``.
+
+    Returns:
+        ``(batch, width)``.
+
+    >>> first_token(torch.tensor([[[9.0], [1.0], [2.0]]]), torch.tensor([[False, True, True]]))
+    tensor([[1.]])
+    """
+    return states[torch.arange(len(mask), device=mask.device), mask.int().argmax(1)]
+
+
+def token_mean(states: Tensor, mask: Tensor) -> Tensor:
+    """Average the states of each example's real tokens.
+
+    Args:
+        states: ``(batch, tokens, width)``.
+        mask: boolean ``(batch, tokens)``.
+
+    Returns:
+        ``(batch, width)``.
+
+    >>> token_mean(torch.tensor([[[9.0], [1.0], [2.0]]]), torch.tensor([[False, True, True]]))
+    tensor([[1.5000]])
+    """
+    with full_precision(states) as (x,):
+        return torch.where(mask.unsqueeze(-1), x, 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)

@@ -1,0 +1,71 @@
+"""Precision, and how values become one number."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["example_mean", "full_precision", "kl", "masked_mean", "within"]
+
+
+@contextmanager
+def full_precision(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Leave autocast and widen half-precision tensors to float32.
+
+    >>> with full_precision(torch.ones(2, dtype=torch.bfloat16)) as (x,):
+    ...     x.dtype
+    torch.float32
+    """
+    device = tensors[0].device.type
+    with torch.autocast(device, enabled=False):
+        yield tuple(t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the examples of the mean over each example's unmasked entries.
+
+    ``1/B' sum_b ( sum_i m_bi v_bi / sum_i m_bi )`` over the ``B'`` examples with any unmasked entry.
+
+    Args:
+        values: ``(batch, ...)``.
+        mask: boolean, broadcastable to ``values``; true where an entry counts.
+
+    Returns:
+        A scalar; zero (with a gradient of zero) when nothing at all is unmasked.
+
+    >>> v = torch.tensor([[1.0, 3.0], [5.0, 100.0], [7.0, 7.0]])
+    >>> masked_mean(v, torch.tensor([[True, True], [True, False], [False, False]]))
+    tensor(3.5000)
+    """
+    return example_mean(*within(values, mask))
+
+
+def example_mean(values: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Mean of per-example values over the examples that count.
+
+    Args:
+        values: ``(batch,)``.
+        counts: ``(batch,)``, boolean or the number of entries behind each value; examples with zero are left out.
+
+    >>> example_mean(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False]))
+    tensor(1.5000)
+    """
+    if counts is None:
+        return values.mean()
+    present = counts > 0
+    return torch.where(present, values, 0).sum() / present.sum().clamp(min=1)
+
+
+def within(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of each example's unmasked entries, and their number."""
+    mask = mask.expand_as(values).flatten(1)
+    counts = mask.sum(1)
+    # where, not a product: whatever stands in masked places, NaN included, must not reach the sum or its gradient.
+    sums = torch.where(mask, values.flatten(1), 0).sum(1)
+    return sums / counts.clamp(min=1), counts
+
+
+def kl(log_s: Tensor, log_t: Tensor) -> Tensor:
+    """``sum t (log t - log s)`` over the last dimension."""
+    return (log_t.exp() * (log_t - log_s)).sum(-1)

@@ -1,0 +1,111 @@
+"""Weights that change with the progress of training: a number is the constant one.
+
+Progress runs from 0 to 1 over the training, or over the stage in which a term is active.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+__all__ = ["Cosine", "Linear", "Schedule", "Window"]
+
+
+class Schedule(ABC):
+    """A weight as a function of progress."""
+
+    @abstractmethod
+    def __call__(self, progress: float) -> float:
+        """Give the weight at a progress between 0 and 1; finite and not negative."""
+
+
+@dataclass(frozen=True)
+class _Ramp(Schedule):
+    start: float
+    end: float
+    begin: float = 0.0
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_weights(self, self.start, self.end)
+        _check_span(self, self.begin, self.until)
+
+    def __call__(self, progress: float) -> float:
+        """Give the weight: ``start`` before ``begin``, ``end`` after ``until``, between them in between."""
+        done = min(1.0, max(0.0, (progress - self.begin) / (self.until - self.begin)))
+        return self.start + (self.end - self.start) * self.shape(done)
+
+    def shape(self, done: float) -> float:
+        """Rise from 0 to 1."""
+        return done
+
+
+class Linear(_Ramp):
+    """From one weight to another along a line.
+
+    Args:
+        start: weight up to ``begin``.
+        end: weight from ``until`` on.
+        begin: progress at which the change begins.
+        until: progress at which it is over.
+
+    >>> falling = Linear(1.0, 0.0)
+    >>> falling(0.0), falling(0.25), falling(1.0)
+    (1.0, 0.75, 0.0)
+    """
+
+
+class Cosine(_Ramp):
+    """From one weight to another along half a cosine: slow, fast, slow.
+
+    Args:
+        start: weight up to ``begin``.
+        end: weight from ``until`` on.
+        begin: progress at which the change begins.
+        until: progress at which it is over.
+
+    >>> rising = Cosine(0.0, 2.0, begin=0.5)
+    >>> [round(rising(p), 3) for p in (0.25, 0.5, 0.75, 1.0)]
+    [0.0, 0.0, 1.0, 2.0]
+    """
+
+    def shape(self, done: float) -> float:
+        """Rise from 0 to 1."""
+        return 0.5 - 0.5 * math.cos(math.pi * done)
+
+
+@dataclass(frozen=True)
+class Window(Schedule):
+    """A constant weight within a span of the training, 0 outside.
+
+    Args:
+        weight: the weight from ``begin`` (included) to ``until`` (left out; 1 is the end of training).
+        begin: progress at which it begins.
+        until: progress at which it ends.
+
+    >>> early = Window(0.5, until=0.3)
+    >>> early(0.0), early(0.29), early(0.3)
+    (0.5, 0.5, 0.0)
+    """
+
+    weight: float = 1.0
+    begin: float = 0.0
+    until: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_weights(self, self.weight)
+        _check_span(self, self.begin, self.until)
+
+    def __call__(self, progress: float) -> float:
+        """Give the weight."""
+        inside = self.begin <= progress < self.until or progress >= 1.0 == self.until
+        return self.weight if inside else 0.0
+
+
+def _check_weights(schedule: Schedule, *weights: float) -> None:
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+        raise ValueError(f"{schedule}: weights must be finite, not negative, and not all 0.")
+
+
+def _check_span(schedule: Schedule, begin: float, until: float) -> None:
+    if not 0 <= begin < until <= 1:
+        raise ValueError(f"{schedule}: begin and until are shares of the training, 0 <= begin < until <= 1.")
