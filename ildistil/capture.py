@@ -261,10 +261,7 @@ class Capture:
         self.model, self.role = model, role
         self.sizes = Sizes.of(model)
         self.wanted = frozenset(wanted)
-        self._recorder = _Recorder(
-            {tap.layer for tap in self.wanted if tap.name == "hidden" and tap.layer is not None},
-            {tap.layer for tap in self.wanted if tap.name == "attention" and tap.layer is not None},
-        )
+        self._recorder = _Recorder(self.wanted)
         self._layers: list[nn.Module] = []
         self._handles: list[Any] = []
         self._previous_attention: str | None = None
@@ -274,28 +271,32 @@ class Capture:
             self.close()
             raise
 
-    def __call__(self, batch: Mapping[str, Any], *, verify: bool = False) -> Activations:
+    def __call__(
+        self, batch: Mapping[str, Any], *, wanted: frozenset[Tap] | None = None, verify: bool = False
+    ) -> Activations:
         """Run the model on a batch.
 
         Args:
             batch: a mapping; what the model's ``forward`` does not name is left out.
+            wanted: the taps to record this time, some of those the capture was made for; ``None``: all of them.
             verify: also check that the masks the model passed to its attention are those that were understood.
 
         Raises:
-            CaptureError: something wanted did not arrive.
+            CaptureError: something wanted did not arrive, or the capture was not made for it.
         """
         global _current
+        wanted = self._of_this_run(wanted)
         self._refuse_reentrant_checkpointing()
         recorder, mask = self._recorder, self._token_mask(batch)
-        recorder.start(mask, verify)
+        recorder.start(wanted, mask, verify)
         _current = recorder
         try:
-            output = self.model(**self.inputs(batch))
+            output = self.model(**self.inputs(batch, wanted))
             attention, hidden, modules = dict(recorder.attention), dict(recorder.hidden), dict(recorder.modules)
         finally:
             _current = None
             layers_run = recorder.stop()
-        self._check_complete(layers_run, hidden, attention, modules)
+        self._check_complete(wanted, layers_run, hidden, attention, modules)
         if verify:
             for layer, record in attention.items():
                 self._check_mask(layer, record)
@@ -306,12 +307,22 @@ class Capture:
             Layers(hidden, depth, "hidden"), Layers(attention, depth, "attention"), mask, output, modules
         )
 
-    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def inputs(self, batch: Mapping[str, Any], wanted: frozenset[Tap] | None = None) -> dict[str, Any]:
         """Select what the model's ``forward`` knows; labels only where the model's own loss is wanted."""
         inputs = model_inputs(unwrapped(self.model), batch)
-        if Tap("loss") not in self.wanted:
+        if Tap("loss") not in (self.wanted if wanted is None else wanted):
             inputs.pop("labels", None)
         return inputs
+
+    def _of_this_run(self, wanted: frozenset[Tap] | None) -> frozenset[Tap]:
+        if wanted is None:
+            return self.wanted
+        if unknown := sorted(str(tap) for tap in wanted - self.wanted):
+            raise CaptureError(
+                f"The capture of the {self.role} was not made for {', '.join(unknown)}; it was made for "
+                f"{', '.join(sorted(map(str, self.wanted))) or 'nothing'}. Name all taps when it is made."
+            )
+        return wanted
 
     def close(self) -> None:
         """Remove the hooks and give the model its attention implementation back."""
@@ -378,7 +389,12 @@ class Capture:
         return mask != 0
 
     def _check_complete(
-        self, layers_run: int, hidden: dict[int, Tensor], attention: dict[int, Attention], modules: dict[str, Any]
+        self,
+        wanted: frozenset[Tap],
+        layers_run: int,
+        hidden: dict[int, Tensor],
+        attention: dict[int, Attention],
+        modules: dict[str, Any],
     ) -> None:
         recorder = self._recorder
         if (recorder.wanted_hidden or recorder.wanted_attention) and layers_run != self.sizes.depth:
@@ -388,7 +404,7 @@ class Capture:
             )
         missing: list[Tap] = [Tap("hidden", k) for k in sorted(recorder.wanted_hidden - hidden.keys())]
         missing += [Tap("attention", k) for k in sorted(recorder.wanted_attention - attention.keys())]
-        missing += [t for t in self.wanted if t.name in recorder.paths and t.name not in modules]
+        missing += [t for t in wanted if t.name in recorder.paths and t.name not in modules]
         if missing:
             remedy = (
                 "Its attention does not go through transformers' AttentionInterface; use hidden-state objectives, or "
@@ -417,8 +433,8 @@ class Capture:
 class _Recorder:
     """The records of one model's runs. Plain ints, dicts and a flag, which torch.compile can trace through."""
 
-    def __init__(self, wanted_hidden: set[int], wanted_attention: set[int]) -> None:
-        self.wanted_hidden, self.wanted_attention = wanted_hidden, wanted_attention
+    def __init__(self, wanted: frozenset[Tap]) -> None:
+        self.want(wanted)
         self.paths: set[str] = set()
         self.active = self.verify = False
         self.layer = 0
@@ -427,7 +443,13 @@ class _Recorder:
         self.attention: dict[int, Attention] = {}
         self.modules: dict[str, Any] = {}
 
-    def start(self, mask: Tensor | None, verify: bool) -> None:
+    def want(self, wanted: frozenset[Tap]) -> None:
+        self.wanted_hidden = {tap.layer for tap in wanted if tap.name == "hidden" and tap.layer is not None}
+        self.wanted_attention = {tap.layer for tap in wanted if tap.name == "attention" and tap.layer is not None}
+        self.wanted_names = {tap.name for tap in wanted}
+
+    def start(self, wanted: frozenset[Tap], mask: Tensor | None, verify: bool) -> None:
+        self.want(wanted)
         self.active, self.verify, self.layer, self.mask = True, verify, 0, mask
 
     def stop(self) -> int:
@@ -457,7 +479,7 @@ class _Recorder:
         self.paths.add(path)
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self.active:
+            if self.active and path in self.wanted_names:
                 self.modules[path] = output
 
         return hook

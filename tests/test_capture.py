@@ -85,6 +85,23 @@ def test_only_wanted_layers_are_kept() -> None:
         seen.hidden[1]
 
 
+def test_a_run_records_only_what_it_is_asked_for() -> None:
+    model = tiny.bert(4)
+    taps = frozenset({Tap("hidden", 2), Tap("hidden", 3), Tap("attention", 3), Tap("bert.pooler"), Tap("loss")})
+    capture = Capture(model, taps)
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    seen = capture(tiny.batch(), wanted=frozenset({Tap("hidden", 2)}))
+    assert (list(seen.hidden), list(seen.attention), seen.modules) == ([2], [], {})
+    assert seen.output.loss is None  # no labels were given to the model
+    seen = capture(tiny.batch(), wanted=frozenset({Tap("attention", 3), Tap("loss")}))
+    assert (list(seen.hidden), list(seen.attention), seen.modules) == ([], [3], {})
+    assert seen.loss > 0
+    assert set(capture(tiny.batch()).modules) == {"bert.pooler"}
+    assert hooks == [len(m._forward_hooks) for m in model.modules()]
+    with pytest.raises(CaptureError, match=r"was not made for hidden\[1\]; it was made for attention\[3\], bert"):
+        capture(tiny.batch(), wanted=frozenset({Tap("hidden", 1)}))
+
+
 def test_attention_loss_with_dropout_equals_a_loop_over_scores_before_dropout() -> None:
     dropout = {"attention_probs_dropout_prob": 0.5, "hidden_dropout_prob": 0.0}
     student, teacher = tiny.bert(2, **dropout).double(), tiny.bert(2, seed=5, **dropout).double()
