@@ -76,7 +76,7 @@ def _terms(distillation: Distillation, dry_run: DryRun | None) -> str:
 def _taps(taps: list[Tap]) -> str:
     by_name: dict[str, list[str]] = {}
     for tap in taps:
-        by_name.setdefault(tap.name, []).extend([] if tap.layer is None else [str(tap.layer)])
+        by_name.setdefault(str(tap._replace(layer=None)), []).extend([] if tap.layer is None else [str(tap.layer)])
     return ", ".join(f"{name} {' '.join(layers)}".strip() for name, layers in by_name.items())
 
 

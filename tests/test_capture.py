@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
 from ildistil import Distillation, objectives
-from ildistil.capture import Capture, CaptureError, Tap
+from ildistil.capture import Attention, Capture, CaptureError, Sizes, Tap, find_layers
 from ildistil.objectives import ObjectiveError
 
 ALL = {Tap("hidden", i) for i in range(5)} | {Tap("attention", i) for i in range(1, 5)} | {Tap("logits")}
@@ -66,6 +66,217 @@ def test_attention_is_what_the_model_attends_with(family: str, monkeypatch: pyte
         torch.testing.assert_close(expected[seen.mask], output[seen.mask], rtol=1e-4, atol=1e-5)
 
 
+ENCODER_DECODERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "T5": lambda: tf.T5ForConditionalGeneration(
+        tf.T5Config(
+            d_model=32, d_kv=8, d_ff=64, num_layers=4, num_decoder_layers=3, num_heads=4, vocab_size=50,
+            decoder_start_token_id=0,
+        )
+    ),
+    "BART": lambda: tf.BartForConditionalGeneration(
+        tf.BartConfig(
+            d_model=32, encoder_layers=4, decoder_layers=3, encoder_attention_heads=4, decoder_attention_heads=2,
+            encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=50, max_position_embeddings=32, layerdrop=0.0,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
+        )
+    ),
+}  # fmt: skip
+OUTSIDE: dict[str, Callable[[], PreTrainedModel]] = {
+    "MPNet": lambda: tf.MPNetForSequenceClassification(tf.MPNetConfig(**SMALL, initializer_range=0.3)),
+    "DeBERTa": lambda: tf.DebertaForSequenceClassification(
+        tf.DebertaConfig(
+            **SMALL, pos_att_type=["c2p", "p2c"], relative_attention=True, max_relative_positions=4,
+            initializer_range=0.3,
+        )
+    ),
+    "DeBERTa without positions": lambda: tf.DebertaForSequenceClassification(
+        tf.DebertaConfig(**SMALL, initializer_range=0.3)
+    ),
+    "DeBERTa-v2": lambda: tf.DebertaV2ForSequenceClassification(
+        tf.DebertaV2Config(**SMALL, pos_att_type=["c2p", "p2c"], relative_attention=True, initializer_range=0.3)
+    ),
+    "DeBERTa-v3": lambda: tf.DebertaV2ForSequenceClassification(
+        tf.DebertaV2Config(
+            **SMALL, pos_att_type=["c2p", "p2c"], relative_attention=True, share_att_key=True, position_buckets=4,
+            norm_rel_ebd="layer_norm", initializer_range=0.3,
+        )
+    ),
+}  # fmt: skip
+
+
+def assert_probabilities(seen: Attention, expected: torch.Tensor) -> None:
+    weights = seen.scores().masked_fill(~seen.allowed(), -1e9).softmax(-1)
+    real = seen.real_queries()
+    assert weights.shape == expected.shape
+    assert weights.std() > 0.01
+    torch.testing.assert_close(weights.transpose(1, 2)[real], expected.transpose(1, 2)[real], rtol=1e-5, atol=1e-7)
+
+
+def spread(model: PreTrainedModel) -> PreTrainedModel:
+    """Make the attention far from uniform, and the position biases large."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and any(part in name for part in ("q", "k", "relative")):
+                parameter.mul_(8)
+    return model.double().eval()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # DeBERTa's file, before transformers 5.20
+@pytest.mark.parametrize("family", OUTSIDE)
+def test_attention_outside_the_interface_is_what_the_model_attends_with(family: str) -> None:
+    model = OUTSIDE[family]().double().eval()
+    batch = {k: v for k, v in tiny.batch((7, 4, 6)).items() if k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        plain = model(**batch, output_attentions=True)
+        capture = Capture(model, ALL)
+        seen = capture(batch, verify=True)
+        value = seen.attention[2].value
+    assert torch.equal(seen.logits, plain.logits)
+    assert value.shape == (3, 4, 7, 8)
+    for layer, expected in enumerate(plain.attentions, start=1):
+        assert_probabilities(seen.attention[layer], expected)
+    capture.close()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("family", OUTSIDE)
+def test_values_outside_the_interface_are_those_of_the_model(family: str) -> None:
+    """The probabilities applied to the values are what the attention module gives."""
+    model, contexts = OUTSIDE[family]().double().eval(), []
+    layers = find_layers(model)
+    for layer in layers:
+        module = layer.attention.attn.o if family == "MPNet" else layer.attention.output.dense
+        module.register_forward_pre_hook(lambda m, args: contexts.append(args[0]))
+    with torch.no_grad():
+        seen = Capture(model, ALL)({k: v for k, v in tiny.batch().items() if k in ("input_ids", "attention_mask")})
+    for record, context in zip(seen.attention.values(), contexts, strict=True):
+        weights = record.scores().masked_fill(~record.allowed(), -1e9).softmax(-1)
+        expected = (weights @ record.value).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(expected[seen.mask], context[seen.mask], rtol=1e-5, atol=1e-7)
+
+
+def stacked(depths: dict[str, int]) -> set[Tap]:
+    taps = {Tap("attention", i, stack) for stack, depth in depths.items() for i in range(1, depth + 1)}
+    return taps | {Tap("hidden", i, s) for s, depth in depths.items() if s != "cross" for i in range(depth + 1)}
+
+
+def translation() -> dict[str, torch.Tensor]:
+    """Sources and targets with padding; the targets' by -100."""
+    source, target = tiny.batch((7, 4, 6)), tiny.batch((5, 3, 2), seed=1)
+    labels = target["input_ids"].masked_fill(target["attention_mask"] == 0, -100)
+    return {"input_ids": source["input_ids"], "attention_mask": source["attention_mask"], "labels": labels}
+
+
+@pytest.mark.parametrize("told", ["labels", "decoder_attention_mask", "decoder_input_ids"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_three_stacks_of_an_encoder_decoder(family: str, implementation: str, told: str) -> None:
+    model, batch = spread(ENCODER_DECODERS[family]()), translation()
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    if told == "decoder_attention_mask":
+        inputs["decoder_attention_mask"] = (batch["labels"] != -100).long()
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        eager = model(**inputs, output_attentions=True, output_hidden_states=True)
+        model.set_attn_implementation(implementation)
+        plain = model(**inputs, use_cache=False)
+        capture = Capture(model, stacked({"encoder": 4, "decoder": 3, "cross": 3}) | {Tap("logits")})
+        seen = capture(batch if told == "labels" else inputs, verify=True)
+    assert torch.equal(seen.logits, plain.logits)
+    for stack in ("encoder", "decoder", "cross"):
+        part, expected = seen.stack(stack), eager[f"{stack}_attentions"]
+        assert part.output is seen.output
+        assert list(part.attention) == list(range(1, len(expected) + 1))
+        for layer, probabilities in enumerate(expected, start=1):
+            assert_probabilities(part.attention[layer], probabilities)
+    for stack in ("encoder", "decoder"):
+        states = eager[f"{stack}_hidden_states"]
+        for layer in range(len(states) - 1):  # the last of transformers may be behind a final norm
+            torch.testing.assert_close(seen.stack(stack).hidden[layer], states[layer], rtol=1e-9, atol=1e-10)
+    assert torch.equal(seen.stack("encoder").mask, batch["attention_mask"] != 0)
+    real = batch["labels"] != -100
+    if told == "decoder_input_ids":  # what follows the last token that isn't padding; the input is shifted by one
+        real = torch.cat([torch.ones(3, 1, dtype=torch.bool), real[:, :-1]], 1)
+    assert torch.equal(seen.mask, real)
+    assert torch.equal(seen.stack("cross").mask, real)
+    assert seen.stack("cross").attention[1].query.shape[2:] != seen.stack("cross").attention[1].key.shape[2:]
+
+
+def test_stacks_have_sizes_of_their_own() -> None:
+    sizes = Sizes.of(ENCODER_DECODERS["BART"]())
+    assert {name: (s.depth, s.width, s.heads) for name, s in sizes.stacks.items()} == {
+        "encoder": (4, 32, 4), "decoder": (3, 32, 2), "cross": (3, 32, 2),
+    }  # fmt: skip
+    assert sizes.stack("decoder").stack(None).depth == 3
+    assert hash(sizes)
+    with pytest.raises(CaptureError, match="several stacks of layers.*name one: stack='encoder' or"):
+        sizes.stack(None)
+    single = Sizes.of(tiny.bert(2))
+    assert single.stack(None) is single
+    with pytest.raises(CaptureError, match="has a single stack of layers, and none named 'encoder'. Leave stack out"):
+        single.stack("encoder")
+
+
+def test_stacks_must_be_named_and_cross_has_no_hidden_states() -> None:
+    model = ENCODER_DECODERS["T5"]()
+    for tap, message in (
+        (Tap("hidden", 1), "none is named: name one: stack='encoder'"),
+        (Tap("attention", 1, "middle"), "none is named 'middle': name one"),
+        (Tap("hidden", 1, "cross"), "has attention only"),
+    ):
+        with pytest.raises(CaptureError, match=message):
+            Capture(model, {tap})
+    with pytest.raises(CaptureError, match="has a single stack of layers, and none named 'decoder'"):
+        Capture(tiny.bert(2), {Tap("hidden", 1, "decoder")})
+    seen = Capture(model, {Tap("hidden", 2, "decoder")})(translation())
+    with pytest.raises(CaptureError, match=r"decoder.hidden\[1\] was not captured; captured: \[2\]"):
+        seen.stack("decoder").hidden[1]
+    with pytest.raises(CaptureError, match="several stacks"):
+        seen.stack(None)
+    plain = Capture(tiny.bert(2), {Tap("logits")})(tiny.batch())
+    assert plain.stack(None) is plain
+
+
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_a_layer_that_does_not_run_is_found_in_each_stack(family: str) -> None:
+    model = ENCODER_DECODERS[family]()
+    decoder = Capture(model, {Tap("attention", 3, "cross")})
+    encoder = Capture(model, {Tap("hidden", 4, "encoder")})
+    stack = model.get_decoder().block if family == "T5" else model.get_decoder().layers
+    del stack[2]
+    encoder(translation())
+    with pytest.raises(CaptureError, match="ran 2 layers in its cross, its depth is 3"):
+        decoder(translation())
+
+
+def test_a_causal_model_predicts_the_next_token() -> None:
+    gpt2 = tf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50)
+    llama = tf.LlamaConfig(**SMALL, **SPECIAL)
+    assert Sizes.of(tf.GPT2LMHeadModel(gpt2)).next_token
+    assert Sizes.of(tf.LlamaForCausalLM(llama)).next_token
+    assert not Sizes.of(tf.BertForMaskedLM(tiny.bert(1).config)).next_token
+    assert not Sizes.of(tf.GPT2ForSequenceClassification(gpt2)).next_token
+    assert not Sizes.of(ENCODER_DECODERS["T5"]()).next_token
+
+
+def test_images_have_no_padding() -> None:
+    config = tf.ViTConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=4,
+        initializer_range=0.3, num_labels=3,
+    )  # fmt: skip
+    model, batch = tf.ViTForImageClassification(config).eval(), {"pixel_values": torch.randn(2, 3, 8, 8)}
+    model.set_attn_implementation("eager")
+    expected = model(**batch, output_attentions=True, output_hidden_states=True)
+    seen = Capture(model, ALL)(batch, verify=True)
+    assert seen.mask.shape == (2, 5)
+    assert seen.mask.all()
+    for layer in range(1, 5):
+        assert_probabilities(seen.attention[layer], expected.attentions[layer - 1])
+        torch.testing.assert_close(seen.hidden[layer], expected.hidden_states[layer])
+
+
 def test_hidden_states_are_those_of_transformers() -> None:
     model, batch = tiny.bert(4).eval(), tiny.batch()
     expected = model(**{k: v for k, v in batch.items() if k != "row_id"}, output_hidden_states=True).hidden_states
@@ -83,6 +294,23 @@ def test_only_wanted_layers_are_kept() -> None:
     assert seen.modules["bert.pooler"].shape == (3, 32)
     with pytest.raises(CaptureError, match=r"hidden\[1\] was not captured; captured: \[2\]"):
         seen.hidden[1]
+
+
+def test_a_run_records_only_what_it_is_asked_for() -> None:
+    model = tiny.bert(4)
+    taps = frozenset({Tap("hidden", 2), Tap("hidden", 3), Tap("attention", 3), Tap("bert.pooler"), Tap("loss")})
+    capture = Capture(model, taps)
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    seen = capture(tiny.batch(), wanted=frozenset({Tap("hidden", 2)}))
+    assert (list(seen.hidden), list(seen.attention), seen.modules) == ([2], [], {})
+    assert seen.output.loss is None  # no labels were given to the model
+    seen = capture(tiny.batch(), wanted=frozenset({Tap("attention", 3), Tap("loss")}))
+    assert (list(seen.hidden), list(seen.attention), seen.modules) == ([], [3], {})
+    assert seen.loss > 0
+    assert set(capture(tiny.batch()).modules) == {"bert.pooler"}
+    assert hooks == [len(m._forward_hooks) for m in model.modules()]
+    with pytest.raises(CaptureError, match=r"was not made for hidden\[1\]; it was made for attention\[3\], bert"):
+        capture(tiny.batch(), wanted=frozenset({Tap("hidden", 1)}))
 
 
 def test_attention_loss_with_dropout_equals_a_loop_over_scores_before_dropout() -> None:
@@ -185,32 +413,25 @@ def test_recording_outlives_a_copy_of_the_model(tmp_path: object) -> None:
     assert student.bert.encoder.layer[0].attention.self.query.weight.grad is not None
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (
-            lambda: tf.DebertaV2ForSequenceClassification(
-                tf.DebertaV2Config(**SMALL, pos_att_type=["c2p"], relative_attention=True)
-            ),
-            "can't be captured: it does not go through transformers' AttentionInterface",
-        ),
-        (
-            lambda: tf.BartForSequenceClassification(
-                tf.BartConfig(
-                    d_model=32, encoder_layers=4, decoder_layers=4,
-                    encoder_attention_heads=4, decoder_attention_heads=4,
-                    encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=50,
-                )
-            ),
-            "no single stack of layers",
-        ),
-    ],
-    ids=["DeBERTa", "BART"],
-)  # fmt: skip
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # DeBERTa's file, before transformers 5.20
-def test_what_cannot_be_captured_is_refused_with_the_reason(model: Callable[[], PreTrainedModel], message: str) -> None:
+def test_attention_outside_the_interface_is_refused() -> None:
+    model = tf.XLNetForSequenceClassification(
+        tf.XLNetConfig(d_model=32, n_layer=4, n_head=4, d_inner=64, vocab_size=50)
+    )
+    message = "can't be captured: it does not go through transformers' AttentionInterface, nor"
     with pytest.raises(CaptureError, match=message):
-        Capture(model(), {Tap("attention", 1)})
+        Capture(model, {Tap("attention", 1)})
+    plain = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False)
+    with pytest.raises(CaptureError, match=message):
+        Capture(plain, {Tap("attention", 1)})
+
+
+def test_talking_heads_give_relations_but_no_scores() -> None:
+    config = tf.DebertaConfig(**SMALL, pos_att_type=["c2p"], relative_attention=True, talking_head=True)
+    student, teacher = tf.DebertaForSequenceClassification(config), tf.DebertaForSequenceClassification(config)
+    batch = {k: v for k, v in tiny.batch(labels=2).items() if k != "position_ids"}
+    assert Distillation(student, teacher, [objectives.RelationKL()])(batch).total > 0
+    with pytest.raises(CaptureError, match="its heads are mixed after the product.*Use RelationKL"):
+        Distillation(student, teacher, [objectives.AttentionKL()]).dry_run(batch)
 
 
 def test_an_unknown_path_is_refused() -> None:

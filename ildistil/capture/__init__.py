@@ -1,0 +1,36 @@
+"""Run a model and record what objectives want of it.
+
+A *tap* is a named thing an objective wants: ``hidden`` and ``attention`` (per layer), ``logits``, ``loss`` (the
+model's own supervised loss), or the path of any submodule, whose output is then recorded. A :class:`Capture` owns one
+model, records only the wanted layers, and leaves outputs and speed of the model as they were:
+
+- hidden states come from forward hooks on the model's stack of layers;
+- attention comes from the function that transformers' ``AttentionInterface`` calls in each layer: ours notes query,
+  key and value (after rotary embedding, before dropout) and calls the implementation the model had (sdpa, eager,
+  flash, flex). No attention map is ever asked of the model. A few families outside ``AttentionInterface`` are read by
+  hooks on their projections.
+
+Layers are numbered ``1..L``; ``hidden[0]`` is the embedding output, ``hidden[i]`` the output of layer ``i`` (before
+any final norm of the model), ``attention[i]`` belongs to layer ``i``. An encoder-decoder has three stacks, named
+``encoder``, ``decoder`` and ``cross`` (the decoder's attention to the encoder), each with layers of its own.
+"""
+
+from ildistil.capture.attention import Attention
+from ildistil.capture.inputs import model_inputs, separate_configs
+from ildistil.capture.run import Activations, Capture, Layers
+from ildistil.capture.taps import CaptureError, Sizes, Tap, find_layers, find_stacks, unwrapped
+
+__all__ = [
+    "Activations",
+    "Attention",
+    "Capture",
+    "CaptureError",
+    "Layers",
+    "Sizes",
+    "Tap",
+    "find_layers",
+    "find_stacks",
+    "model_inputs",
+    "separate_configs",
+    "unwrapped",
+]

@@ -1,0 +1,107 @@
+"""What a model is given of a batch, and which of its tokens are real."""
+
+import copy
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ildistil.capture.taps import CaptureError, is_classifier
+
+__all__ = ["decoder_mask", "full_mask", "model_inputs", "separate_configs", "token_mask", "without_labels"]
+
+
+def separate_configs(student: nn.Module, teacher: nn.Module) -> None:
+    """Give the student copies of all configs it shares with the teacher.
+
+    Switching the attention implementation writes to the config, so a shared one would switch both models.
+    """
+    theirs = {id(m.config) for m in teacher.modules() if hasattr(m, "config")}
+    copies: dict[int, Any] = {}
+    for module in student.modules():
+        config = getattr(module, "config", None)
+        if config is not None and id(config) in theirs:
+            module.config = copies.setdefault(id(config), copy.deepcopy(config))
+
+
+def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Select what a model's ``forward`` names; everything but ``row_id`` if it takes anything."""
+    names = _input_names(model)
+    inputs = {k: v for k, v in batch.items() if k != "row_id" and (not names or k in names)}
+    if "use_cache" in names:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def without_labels(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Leave the labels out; a decoder that would have made its input of them gets this input."""
+    labels = inputs.pop("labels", None)
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    given = any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+    if labels is not None and labels.ndim == 2 and shift is not None and not given:
+        inputs["decoder_input_ids"] = shift(labels=labels)
+    return inputs
+
+
+def _input_names(model: nn.Module) -> frozenset[str]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+
+
+def token_mask(batch: Mapping[str, Any], key: str = "attention_mask") -> Tensor | None:
+    """Tell which tokens are real, ``(batch, tokens)``; ``None`` where the batch doesn't say.
+
+    Raises:
+        CaptureError: the batch marks padding in a way that is not understood.
+    """
+    mask = batch.get(key)
+    if mask is None and batch.get("src_key_padding_mask") is not None:
+        mask = ~batch["src_key_padding_mask"].bool()  # torch's own Transformer marks what is padding
+    if mask is None:
+        unknown = [key for key in batch if key.endswith("padding_mask") and batch[key] is not None]
+        if unknown:
+            raise CaptureError(
+                f"The batch marks padding by {unknown[0]!r}, which is not understood, so padding would count. Name "
+                "it attention_mask (1 for real tokens) or src_key_padding_mask (true for padding)."
+            )
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise CaptureError(
+            f"{key} must have the shape (batch, tokens), got {tuple(mask.shape)}. Objectives count real "
+            "tokens by it; packed and custom masks are not understood."
+        )
+    return mask != 0
+
+
+def decoder_mask(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+    """Tell which positions of a decoder are real; ``None`` where the batch doesn't say.
+
+    In this order: what ``decoder_attention_mask`` says; where there is a label to predict; all up to the last token of
+    ``decoder_input_ids`` that isn't padding (a decoder may start with the padding token, so only what ends a row is
+    padding); and the encoder's mask for a model that reads its input twice, as classifiers do.
+    """
+    if batch.get("decoder_attention_mask") is not None:
+        return token_mask(batch, "decoder_attention_mask")
+    labels, tokens = batch.get("labels"), batch.get("decoder_input_ids")
+    if isinstance(labels, Tensor) and labels.ndim == 2 and not is_classifier(model):
+        return labels != -100
+    padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    if isinstance(tokens, Tensor):
+        real = tokens != padding if padding is not None else torch.ones_like(tokens, dtype=torch.bool)
+        real = real.flip(1).cumsum(1).flip(1) > 0
+        return real | (torch.arange(tokens.shape[1], device=tokens.device) == 0)
+    return None if batch.get("decoder_inputs_embeds") is not None else token_mask(batch)
+
+
+def full_mask(batch: Mapping[str, Any], states: Iterable[Tensor], masks: Iterable[Tensor]) -> Tensor:
+    """Make a mask for a batch without padding: as long as a hidden state, a mask of queries, or else the input."""
+    for mask in masks:
+        return mask
+    for state in states:
+        return torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
+    first = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim >= 2), None)
+    if first is None:
+        raise CaptureError(f"The batch has no tensor of shape (batch, ...): its keys are {sorted(batch)}.")
+    return torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)

@@ -1,0 +1,138 @@
+"""The records of one model's runs."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ildistil.capture.attention import Attention
+from ildistil.capture.taps import CaptureError, Tap
+
+__all__ = ["Key", "Masks", "Recorder"]
+
+Key = tuple[str | None, int]  # a stack and a layer of it
+Masks = dict[str | None, tuple[Tensor | None, Tensor | None]]  # of queries and of keys, by stack
+# What transformers hands to attention functions beside the tensors that doesn't change the scores.
+_HARMLESS = {
+    "dropout", "is_causal", "sliding_window", "softcap", "position_bias", "position_ids", "use_cache", "cache",
+    "cache_position", "past_key_values", "output_attentions", "output_hidden_states", "return_dict", "deterministic",
+    "layer_idx", "target_dtype", "num_items_in_batch", "encoder_hidden_states", "token_type_ids",
+}  # fmt: skip
+
+
+class Recorder:
+    """The records of one model's runs. Plain tuples, ints, dicts and a flag, which torch.compile can trace through."""
+
+    def __init__(self, wanted: Iterable[Tap]) -> None:
+        self.want(wanted)
+        self.paths: set[str] = set()
+        self.active = self.verify = False
+        self.stack: str | None = None
+        self.layer = 0
+        self.calls = 0
+        self.layers_run: dict[str | None, int] = {}
+        self.masks: Masks = {}
+        self.hidden: dict[Key, Tensor] = {}
+        self.attention: dict[Key, Attention] = {}
+        self.modules: dict[str, Any] = {}
+        self.parts: dict[str, Tensor] = {}
+
+    def want(self, wanted: Iterable[Tap]) -> None:
+        """Note what the next run is to record."""
+        layered = [tap for tap in wanted if tap.layer is not None]
+        self.wanted_hidden = {(tap.stack, tap.layer) for tap in layered if tap.name == "hidden"}
+        self.wanted_attention = {(tap.stack, tap.layer) for tap in layered if tap.name == "attention"}
+        self.wanted_names = {tap.name for tap in wanted}
+
+    def start(self, wanted: frozenset[Tap], masks: Masks, verify: bool) -> None:
+        """Begin a run."""
+        self.want(wanted)
+        self.active, self.verify, self.masks = True, verify, masks
+        self.layers_run = dict.fromkeys(masks, 0)
+
+    def stop(self) -> None:
+        """End a run; the records go with it."""
+        self.active, self.layer, self.calls, self.masks = False, 0, 0, {}
+        self.hidden, self.attention, self.modules, self.parts = {}, {}, {}, {}
+
+    def hook_layer(self, layer: nn.Module, stack: str | None) -> list[Any]:
+        """Put the hooks on a layer."""
+        before, after = functools.partial(self._before_layer, stack), functools.partial(self._after_layer, stack)
+        return [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
+
+    def _before_layer(
+        self, stack: str | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if not self.active:
+            return
+        # By call order, not by index: ALBERT runs one module L times.
+        self.layers_run[stack] += 1
+        self.stack, self.layer, self.calls = stack, self.layers_run[stack], 0
+        if self.layer == 1 and (stack, 0) in self.wanted_hidden:
+            self.hidden[(stack, 0)] = args[0] if args else kwargs["hidden_states"]
+
+    def _after_layer(self, stack: str | None, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.active and (stack, self.layer) in self.wanted_hidden:
+            state = output if isinstance(output, Tensor) else output[0]
+            if state.is_nested:
+                raise CaptureError(
+                    "The layers give nested tensors. Build the TransformerEncoder with enable_nested_tensor=False."
+                )
+            self.hidden[(stack, self.layer)] = state
+
+    def module_hook(self, path: str) -> Callable[..., None]:
+        """Make the hook of a module that is tapped by its path."""
+        self.paths.add(path)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self.active and path in self.wanted_names:
+                self.modules[path] = output
+
+        return hook
+
+    def note_part(self, name: str, value: Tensor) -> None:
+        """Note a part of an attention, the first one of its name: DeBERTa may project positions by the same module."""
+        self.parts.setdefault(name, value)
+
+    def take_parts(self) -> dict[str, Tensor]:
+        """Give the noted parts and forget them."""
+        parts, self.parts = self.parts, {}
+        return parts
+
+    def note_attention(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None,
+        kwargs: dict[str, Any], no_scores: str | None = None,
+    ) -> None:  # fmt: skip
+        """Note the attention of the layer that runs; the second one of a decoder's layer looks at the encoder."""
+        if not self.active:
+            return
+        self.calls += 1
+        stack = "cross" if self.stack == "decoder" and self.calls == 2 else self.stack
+        place = (stack, self.layer)
+        if place not in self.wanted_attention:
+            return
+        if place in self.attention:
+            raise CaptureError(f"Layer {self.layer} runs several attentions; only self-attention is understood.")
+        unknown = [name for name, v in kwargs.items() if v is not None and v is not False and name not in _HARMLESS]
+        if unknown:
+            raise CaptureError(
+                f"{type(module).__name__} passes {unknown} to its attention, which may change the scores and is not "
+                "understood. Use hidden-state objectives for this model."
+            )
+        causal = kwargs.get("is_causal")
+        query_mask, key_mask = self.masks[stack]
+        self.attention[place] = Attention(
+            query=query,
+            key=key,
+            value=value,
+            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            causal=bool(getattr(module, "is_causal", False) if causal is None else causal),
+            window=kwargs.get("sliding_window"),
+            softcap=kwargs.get("softcap"),
+            bias=kwargs.get("position_bias"),
+            key_mask=key_mask,
+            query_mask=query_mask,
+            mask_as_passed=mask if self.verify else None,
+            no_scores=no_scores,
+        )

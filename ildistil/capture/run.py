@@ -1,0 +1,331 @@
+"""The run of one model, and what it gave."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ildistil.capture import families
+from ildistil.capture.attention import Attention, divert, give_back, goes_through_interface, note_into
+from ildistil.capture.inputs import decoder_mask, full_mask, model_inputs, token_mask, without_labels
+from ildistil.capture.recorder import Key, Masks, Recorder
+from ildistil.capture.taps import CaptureError, Role, Sizes, Tap, check_stack, find_stacks, unwrapped
+
+__all__ = ["Activations", "Capture", "Layers"]
+
+T = TypeVar("T")
+
+
+class Layers(Mapping[int, T]):
+    """What was recorded per layer, by layer number; negative numbers count from the last layer of the model.
+
+    >>> states = Layers({0: "embedding", 3: "last"}, depth=3, what="hidden")
+    >>> states[-1]
+    'last'
+    """
+
+    def __init__(self, records: dict[int, T], depth: int, what: str) -> None:
+        self._records, self._depth, self._what = records, depth, what
+
+    def __getitem__(self, layer: int) -> T:
+        number = layer + self._depth + 1 if layer < 0 else layer
+        try:
+            return self._records[number]
+        except KeyError:
+            raise CaptureError(
+                f"{self._what}[{layer}] was not captured; captured: {sorted(self._records) or 'nothing'}. "
+                f"Name it in the objective's taps (taps = ('{self._what}',) captures every layer)."
+            ) from None
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(self._records))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one captured run gave.
+
+    ``mask`` is boolean ``(batch, tokens)``, true where a token is real; ``modules`` holds outputs by module path. Of
+    an encoder-decoder, hidden states and attention are in its ``stacks``, see :meth:`stack`, and ``mask`` is the
+    decoder's, to which the logits belong.
+    """
+
+    hidden: Layers[Tensor]
+    attention: Layers[Attention]
+    mask: Tensor
+    output: Any
+    modules: dict[str, Any] = field(default_factory=dict)
+    stacks: Mapping[str, "Activations"] = field(default_factory=dict)
+
+    @property
+    def logits(self) -> Tensor:
+        """The model's logits."""
+        return _from_output(self.output, "logits")
+
+    @property
+    def loss(self) -> Tensor:
+        """The model's own supervised loss."""
+        return _from_output(self.output, "loss")
+
+    def stack(self, name: str | None) -> "Activations":
+        """Give what one stack of layers gave, with the same output and modules.
+
+        Args:
+            name: ``"encoder"``, ``"decoder"`` or ``"cross"``; ``None`` for the one stack of other models.
+
+        Raises:
+            CaptureError: the model has several stacks and none is named, or it has none of this name.
+        """
+        check_stack("model", self.stacks, name)
+        return self if name is None else self.stacks[name]
+
+
+def _from_output(output: Any, name: str) -> Tensor:
+    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    if value is None and name == "logits" and isinstance(output, Tensor):
+        value = output
+    if not isinstance(value, Tensor):
+        remedy = (
+            "Give the batch 'labels' and use a model with a head that computes a loss"
+            if name == "loss"
+            else "Use a model with a head, such as AutoModelForSequenceClassification"
+        )
+        raise CaptureError(f"The model's output ({type(output).__name__}) has no {name!r}. {remedy}.")
+    return value
+
+
+class Capture:
+    """Runs one model while recording the wanted taps.
+
+    Args:
+        model: any module; for the ``attention`` tap a transformers model that uses ``AttentionInterface``, or one of
+            the families that are read otherwise (MPNet, DeBERTa).
+        wanted: the taps to record.
+        role: ``"student"`` or ``"teacher"``, for messages, and because a teacher gets no labels.
+
+    Raises:
+        CaptureError: the model can't give a wanted tap; says why and what to do.
+
+    The hooks are registered here, once, so make the capture before the model is compiled. They record only during
+    :meth:`__call__`: validation, export and the recomputation of checkpointed layers cost nothing. :meth:`close`
+    removes them.
+    """
+
+    def __init__(self, model: nn.Module, wanted: Iterable[Tap], role: Role = "student") -> None:
+        self.model, self.role = model, role
+        self.sizes = Sizes.of(model)
+        self.wanted = frozenset(wanted)
+        self._recorder = Recorder(self.wanted)
+        self._layers: dict[str | None, list[nn.Module]] = {}
+        self._handles: list[Any] = []
+        self._previous_attention: str | None = None
+        try:
+            self._attach()
+        except BaseException:
+            self.close()
+            raise
+
+    def __call__(
+        self, batch: Mapping[str, Any], *, wanted: frozenset[Tap] | None = None, verify: bool = False
+    ) -> Activations:
+        """Run the model on a batch.
+
+        Args:
+            batch: a mapping; what the model's ``forward`` does not name is left out.
+            wanted: the taps to record this time, some of those the capture was made for; ``None``: all of them.
+            verify: also check that the masks the model passed to its attention are those that were understood.
+
+        Raises:
+            CaptureError: something wanted did not arrive, or the capture was not made for it.
+        """
+        wanted = self._of_this_run(wanted)
+        self._refuse_reentrant_checkpointing()
+        recorder, masks = self._recorder, self._masks(batch)
+        recorder.start(wanted, masks, verify)
+        try:
+            with note_into(recorder):
+                output = self.model(**self.inputs(batch, wanted))
+            hidden, attention, modules = dict(recorder.hidden), dict(recorder.attention), dict(recorder.modules)
+        finally:
+            recorder.stop()
+        self._check_complete(wanted, hidden, attention, modules)
+        if verify:
+            for place, record in attention.items():
+                self._check_mask(place, record)
+        return self._activations(batch, masks, hidden, attention, modules, output)
+
+    def inputs(self, batch: Mapping[str, Any], wanted: frozenset[Tap] | None = None) -> dict[str, Any]:
+        """Select what the model's ``forward`` knows; labels only where the model's own loss is wanted."""
+        model = unwrapped(self.model)
+        inputs = model_inputs(model, batch)
+        labelled = Tap("loss") in (self.wanted if wanted is None else wanted)
+        return inputs if labelled else without_labels(model, inputs)
+
+    def close(self) -> None:
+        """Remove the hooks and give the model its attention implementation back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        model = unwrapped(self.model)
+        if self._previous_attention is not None and isinstance(model, PreTrainedModel):
+            give_back(model, self._previous_attention)
+            self._previous_attention = None
+
+    def _of_this_run(self, wanted: frozenset[Tap] | None) -> frozenset[Tap]:
+        if wanted is None:
+            return self.wanted
+        if unknown := sorted(str(tap) for tap in wanted - self.wanted):
+            raise CaptureError(
+                f"The capture of the {self.role} was not made for {', '.join(unknown)}; it was made for "
+                f"{', '.join(sorted(map(str, self.wanted))) or 'nothing'}. Name all taps when it is made."
+            )
+        return wanted
+
+    def _attach(self) -> None:
+        model, recorder = unwrapped(self.model), self._recorder
+        if recorder.wanted_hidden or recorder.wanted_attention:
+            self._layers = self._find_layers(model)
+            for stack, layers in self._layers.items():
+                for layer in layers:
+                    self._handles += recorder.hook_layer(layer, stack)
+        if recorder.wanted_attention:
+            self._attach_attention(model)
+        modules = dict(model.named_modules())
+        for path in {tap.name for tap in self.wanted} - {"hidden", "attention", "logits", "loss"}:
+            if path not in modules:
+                raise CaptureError(
+                    f"The {self.role} {self.sizes.name} has no module {path!r}. A tap is 'hidden', 'attention', "
+                    f"'logits', 'loss' or a module's path; at the top are {[n for n, _ in model.named_children()]}."
+                )
+            self._handles.append(modules[path].register_forward_hook(recorder.module_hook(path)))
+
+    def _find_layers(self, model: nn.Module) -> dict[str | None, list[nn.Module]]:
+        """Find the stacks, and check that every wanted layer belongs to one."""
+        for tap in self.wanted:
+            if tap.layer is not None:
+                self.sizes.stack(tap.stack)
+            if tap.name == "hidden" and tap.stack == "cross":
+                raise CaptureError(
+                    "The stack 'cross' has attention only. The decoder's hidden states come from stack='decoder'."
+                )
+        stacks = find_stacks(model)
+        if not all(stacks.values()):
+            raise CaptureError(
+                f"The {self.role} {self.sizes.name} has no single stack of layers to number 1..L. Tap its modules by "
+                "their paths instead."
+            )
+        return stacks
+
+    def _attach_attention(self, model: nn.Module) -> None:
+        if isinstance(model, PreTrainedModel) and goes_through_interface(model):
+            self._previous_attention = divert(model)
+            return
+        layers = [layer for stack in self._layers.values() for layer in stack]
+        handles = families.attach(layers, self._recorder)
+        if not handles:
+            raise CaptureError(
+                f"The attention of the {self.role} {self.sizes.name} can't be captured: it does not go through "
+                "transformers' AttentionInterface, nor is it of a family that is read otherwise (MPNet, DeBERTa). Use "
+                "hidden-state objectives, or tap its modules by path."
+            )
+        self._handles += handles
+
+    def _refuse_reentrant_checkpointing(self) -> None:
+        for layer in (layer for stack in self._layers.values() for layer in stack):
+            function = getattr(layer, "_gradient_checkpointing_func", None)
+            if function is not None and getattr(function, "keywords", {}).get("use_reentrant"):
+                raise CaptureError(
+                    f"The {self.role} uses reentrant gradient checkpointing, which gives captured tensors wrong "
+                    "gradients. Enable it with gradient_checkpointing_enable(), whose default is not reentrant."
+                )
+
+    def _masks(self, batch: Mapping[str, Any]) -> Masks:
+        """Give the real queries and the real keys of every stack."""
+        tokens = token_mask(batch)
+        if not self.sizes.stacks:
+            return {None: (tokens, tokens)}
+        decoder = decoder_mask(unwrapped(self.model), batch)
+        # The model hides no key of its decoder unless it is told: padding comes last there, behind causality.
+        keys = token_mask(batch, "decoder_attention_mask")
+        return {"encoder": (tokens, tokens), "decoder": (decoder, keys), "cross": (decoder, tokens)}
+
+    def _check_complete(
+        self,
+        wanted: frozenset[Tap],
+        hidden: Mapping[Key, Tensor],
+        attention: Mapping[Key, Attention],
+        modules: Mapping[str, Any],
+    ) -> None:
+        recorder = self._recorder
+        for stack in {stack for stack, _ in recorder.wanted_hidden | recorder.wanted_attention}:
+            layers, depth = recorder.layers_run["decoder" if stack == "cross" else stack], self._depth(stack)
+            if layers != depth:
+                where = "" if stack is None else f" in its {stack}"
+                raise CaptureError(
+                    f"The {self.role} {self.sizes.name} ran {layers} layers{where}, its depth is {depth}. "
+                    "Switch off whatever skips layers (layerdrop, early exit)."
+                )
+        missing = [Tap("hidden", k, stack) for stack, k in recorder.wanted_hidden - hidden.keys()]
+        missing += [Tap("attention", k, stack) for stack, k in recorder.wanted_attention - attention.keys()]
+        missing += [t for t in wanted if t.name in recorder.paths and t.name not in modules]
+        if missing:
+            remedy = (
+                "Its attention does not go through transformers' AttentionInterface; use hidden-state objectives, or "
+                "tap its modules by path."
+                if any(tap.name == "attention" for tap in missing)
+                else "Check that its forward really runs this module."
+            )
+            names = ", ".join(sorted(map(str, missing)))
+            raise CaptureError(f"The {self.role} {self.sizes.name} did not give {names}. {remedy}")
+
+    def _check_mask(self, place: Key, record: Attention) -> None:
+        passed = record.mask_as_passed
+        if passed is None or passed.ndim != 4:
+            return  # nothing is masked, or a flash kernel got the two-dimensional mask itself
+        understood = record.allowed() & record.real_queries()[:, None, :, None]
+        passed = passed if passed.dtype == torch.bool else passed > torch.finfo(passed.dtype).min / 2
+        if not torch.equal(understood, (passed & record.real_queries()[:, None, :, None]).expand_as(understood)):
+            raise CaptureError(
+                f"{Tap('attention', place[1], place[0])} of the {self.role} {self.sizes.name} uses a mask that is not "
+                f"its padding mask{', causality' if record.causal else ''}{' and window' if record.window else ''}. "
+                "Attention objectives would compare maps the model never makes; use hidden-state objectives for this "
+                "model."
+            )
+
+    def _depth(self, stack: str | None) -> int:
+        return self.sizes.stack(stack).depth
+
+    def _activations(
+        self,
+        batch: Mapping[str, Any],
+        masks: Masks,
+        hidden: Mapping[Key, Tensor],
+        attention: Mapping[Key, Attention],
+        modules: dict[str, Any],
+        output: Any,
+    ) -> Activations:
+        stacks: dict[str | None, Activations] = {}
+        for stack, (mask, _) in masks.items():
+            states = {layer: state for (of, layer), state in hidden.items() if of == stack}
+            records = {layer: record for (of, layer), record in attention.items() if of == stack}
+            if mask is None:
+                mask = full_mask(batch, states.values(), (record.real_queries() for record in records.values()))
+            prefix, depth = "" if stack is None else f"{stack}.", self._depth(stack)
+            stacks[stack] = Activations(
+                Layers(states, depth, f"{prefix}hidden"),
+                Layers(records, depth, f"{prefix}attention"),
+                mask,
+                output,
+                modules,
+            )
+        if None in stacks:
+            return stacks[None]
+        named = {stack: seen for stack, seen in stacks.items() if stack is not None}
+        none: tuple[Layers[Tensor], Layers[Attention]] = (Layers({}, 0, "hidden"), Layers({}, 0, "attention"))
+        return Activations(*none, named["decoder"].mask, output, modules, named)
