@@ -1,15 +1,16 @@
-"""Make a student: from chosen layers of the teacher, or at random."""
+"""Make a student: from chosen layers of the teacher or of another checkpoint, as wide or narrower, or at random."""
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ildistil.capture import find_layers
+from ildistil.narrow import Width, narrowed
 
 __all__ = ["init_student"]
 
@@ -18,6 +19,10 @@ def init_student(
     teacher: PreTrainedModel,
     layers: Sequence[int] | None = None,
     config: PreTrainedConfig | Mapping[str, Any] | None = None,
+    *,
+    width: Width | None = None,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    source: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """Make a student of the teacher's architecture.
 
@@ -27,7 +32,16 @@ def init_student(
             ``[1, 2, 3]`` gives three layers. Embeddings, head and everything outside the layers are copied too.
             ``None`` starts from random weights.
         config: with ``layers``: values to change in the copied config (dropout, say) that leave all shapes alone.
-            Without: a whole config, or values to change in the teacher's (``{"num_hidden_layers": 3}``).
+            Without: a whole config, or values to change in the teacher's (``{"num_hidden_layers": 3}``). With
+            ``width`` it may make the model narrower: ``{"hidden_size": 256, "num_attention_heads": 4}``.
+        width: how narrower weights are made from the teacher's. ``"importance"`` keeps the most important residual
+            dimensions (the same in all layers), attention heads, features in a head and inner neurons: those with
+            the largest mean absolute activation on ``batches``, or, without batches, with the largest weights.
+            ``"pca"`` takes the leading principal components of the hidden states as the residual stream, and the
+            rest by importance. ``layers`` is then by default all.
+        batches: calibration batches for ``width``. The teacher runs on them in eval mode and is left as it was.
+        source: another model of the teacher's architecture that the layers, embeddings and norms come from, such as
+            the pretrained model before fine-tuning. What it lacks (the head, maybe the pooler) comes from the teacher.
 
     Returns:
         The student, in train mode, in float32, on the teacher's device, with a config of its own. Its config notes
@@ -35,7 +49,8 @@ def init_student(
 
     Raises:
         ValueError: a layer is out of range; there are neither layers nor config; the config's labels or vocabulary
-            are not the teacher's; or shapes differ from those of the copied layers.
+            are not the teacher's; shapes differ from those of the copied layers; ``width`` does not know the family
+            or can't reach the widths; or the source's architecture, vocabulary, depth or shapes are not the teacher's.
 
     >>> from transformers import BertConfig, BertModel
     >>> tiny = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 11}
@@ -49,13 +64,68 @@ def init_student(
             f"init_student copies transformers models, got {type(teacher).__name__}. Build the student yourself and "
             "pass both to Distiller."
         )
+    depth = teacher.config.get_text_config().num_hidden_layers
+    if width is not None:
+        _check_width(width, config)
+        layers = range(1, depth + 1) if layers is None else layers
+    elif batches is not None:
+        raise ValueError("batches are for width=...: pass width='importance' or width='pca' too.")
+    if layers is None and source is not None:
+        raise ValueError("source=... gives layers to copy: name them, as in layers=[1, 2, 3].")
     if layers is None and config is None:
         raise ValueError("init_student needs layers=[...] to copy, or config=... for a random student.")
     if layers is None:
         return _random(teacher, config)
     if isinstance(config, PreTrainedConfig):
         raise ValueError("With layers=..., config takes only changed values, such as {'hidden_dropout_prob': 0.0}.")
-    return _from_layers(teacher, _resolve(layers, teacher.config.get_text_config().num_hidden_layers), config or {})
+    numbers = _resolve(layers, depth)
+    origin = teacher if source is None else _merged(teacher, source)
+    return _from_layers(origin, numbers, config or {}, width, batches)
+
+
+def _check_width(width: str, config: object) -> None:
+    if width not in get_args(Width):
+        raise ValueError(f"width must be 'importance', 'pca' or None, got {width!r}.")
+    if not config:
+        raise ValueError("width=... makes a narrower student: say how narrow, as in config={'hidden_size': 256}.")
+
+
+def _merged(teacher: PreTrainedModel, source: PreTrainedModel) -> PreTrainedModel:
+    """Give a model of the teacher's class with the source's weights, and the teacher's where the source has none."""
+    if not isinstance(source, PreTrainedModel) or type(source.config) is not type(teacher.config):
+        got = type(source).__name__
+        raise ValueError(f"source must be of the teacher's architecture, {type(teacher).__name__}; got a {got}.")
+    mine, theirs = source.config.get_text_config(), teacher.config.get_text_config()
+    for key, what in (("vocab_size", "vocabulary"), ("num_hidden_layers", "number of layers")):
+        if getattr(mine, key, None) != getattr(theirs, key, None):
+            raise ValueError(
+                f"The source's {what} is {getattr(mine, key, None)}, the teacher's {getattr(theirs, key, None)}. Both "
+                f"must agree ({key}); the student reads the teacher's tokens, and layers have the teacher's numbers."
+            )
+    weights, given = teacher.state_dict(), source.base_model.state_dict()
+    prefix = "" if teacher.base_model is teacher else f"{teacher.base_model_prefix}."
+    ties = _ties(weights)
+    for name, value in given.items():
+        for own in ties.get(prefix + name, ()):
+            if weights[own].shape != value.shape:
+                raise ValueError(
+                    f"The source's {name} has the shape {tuple(value.shape)}, the teacher's "
+                    f"{tuple(weights[own].shape)}. Take a source with the teacher's sizes; width=... can make both "
+                    "narrower."
+                )
+            weights[own] = value
+    with torch.random.fork_rng(devices=[]):
+        merged = type(teacher)(_changed(teacher.config, {}))
+    merged.load_state_dict(weights)
+    return merged.to(teacher.device)
+
+
+def _ties(weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Give, for each name, all names of the same tensor: embeddings and the decoder that is tied to them."""
+    names: dict[tuple[int, torch.Size], list[str]] = {}
+    for name, value in weights.items():
+        names.setdefault((value.data_ptr(), value.shape), []).append(name)
+    return {name: same for same in names.values() for name in same}
 
 
 def _random(teacher: PreTrainedModel, config: PreTrainedConfig | Mapping[str, Any] | None) -> PreTrainedModel:
@@ -76,7 +146,13 @@ def _random(teacher: PreTrainedModel, config: PreTrainedConfig | Mapping[str, An
     return _finished(type(teacher)(own), teacher)
 
 
-def _from_layers(teacher: PreTrainedModel, layers: list[int], changes: Mapping[str, Any]) -> PreTrainedModel:
+def _from_layers(
+    teacher: PreTrainedModel,
+    layers: list[int],
+    changes: Mapping[str, Any],
+    width: Width | None = None,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+) -> PreTrainedModel:
     stack = find_layers(teacher)
     if not stack:
         raise ValueError(
@@ -91,7 +167,8 @@ def _from_layers(teacher: PreTrainedModel, layers: list[int], changes: Mapping[s
     with torch.random.fork_rng(devices=[]):
         student = type(teacher)(config)
     shared = len(stack) != teacher.config.get_text_config().num_hidden_layers  # ALBERT: one module runs L times
-    weights = teacher.state_dict() if shared else _select(teacher, stack, layers)
+    weights = teacher.state_dict() if width is None else narrowed(teacher, student, width, batches)
+    weights = weights if shared else _select(weights, _path(teacher, stack), layers)
     _load(student, weights)
     return _finished(student, teacher)
 
@@ -129,12 +206,16 @@ def _keep_layers(config: PreTrainedConfig, layers: list[int]) -> None:
     text.num_hidden_layers = len(layers)
 
 
-def _select(teacher: PreTrainedModel, stack: list[nn.Module], layers: list[int]) -> dict[str, Tensor]:
+def _path(teacher: PreTrainedModel, stack: list[nn.Module]) -> str:
+    name: str = next(name for name, module in teacher.named_modules() if module is stack[0])
+    return name.removesuffix(".0")
+
+
+def _select(teacher: Mapping[str, Tensor], path: str, layers: list[int]) -> dict[str, Tensor]:
     """The teacher's weights under the student's names."""
-    path = next(name for name, module in teacher.named_modules() if module is stack[0]).removesuffix(".0")
     inside = re.compile(re.escape(path) + r"\.(\d+)\.(.*)")
     weights: dict[str, Tensor] = {}
-    for name, value in teacher.state_dict().items():
+    for name, value in teacher.items():
         if match := inside.fullmatch(name):
             for new, old in enumerate(layers):
                 if old == int(match[1]) + 1:
@@ -151,8 +232,9 @@ def _load(student: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     if wrong:
         raise ValueError(
             f"These weights of the teacher don't fit the student: {wrong[:3]}. Either the config changes a shape, "
-            "which copied layers can't follow (use layers=None), or a layer differs in kind from the one whose place "
-            "it takes (ModernBERT's first layer has no norm: it must stay the first)."
+            "which copied layers can't follow (use width='importance', or layers=None for random weights), or a layer "
+            "differs in kind from the one whose place it takes (ModernBERT's first layer has no norm: it must stay "
+            "the first)."
         )
     student.load_state_dict(weights)
 

@@ -9,11 +9,15 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import ClassVar
 
 from ildistil.capture import Sizes
 
-__all__ = ["Explicit", "First", "FromInit", "Last", "LayerMapping", "Random", "Uniform"]
+__all__ = [
+    "All", "Explicit", "First", "FromInit", "Last", "LayerMapping", "Random", "Skip", "Uniform", "UniformConsecutive",
+    "UniformLast",
+]  # fmt: skip
 
 Pairs = list[tuple[int, int]]
 
@@ -129,6 +133,81 @@ class First(LayerMapping):
 def _check_count(count: int, name: str) -> None:
     if count < 1:
         raise ValueError(f"{name}: count must be at least 1, got {count}.")
+
+
+@dataclass(frozen=True)
+class Skip(LayerMapping):
+    """Layer ``i`` learns from layer ``every * i``, as far as the teacher goes; the last student layer is left out.
+
+    The default ``every`` is the teacher's depth over the student's, rounded down. The last student layer is left out
+    whatever ``every`` is: the terms on the prediction teach it. Source: Sun et al., "Patient Knowledge Distillation",
+    2019 (PKD-skip).
+
+    >>> Skip()(6, 12)
+    [(1, 2), (2, 4), (3, 6), (4, 8), (5, 10)]
+    >>> Skip(5)(6, 12)
+    [(1, 5), (2, 10)]
+    """
+
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"Skip: every must be at least 1, got {self.every}.")
+
+    def __call__(self, student: int, teacher: int) -> Pairs:
+        """Give one pair for each student layer but the last."""
+        every = self.every or max(1, teacher // student)
+        return [(i, every * i) for i in range(1, student) if every * i <= teacher]
+
+
+@dataclass(frozen=True)
+class UniformConsecutive(LayerMapping):
+    """Cut the teacher into consecutive blocks, one per student layer, which learns from every layer of its block.
+
+    The block of layer ``i`` ends where ``Uniform`` points, so blocks differ by one layer at most.
+
+    >>> UniformConsecutive()(2, 4)
+    [(1, 1), (1, 2), (2, 3), (2, 4)]
+    """
+
+    def __call__(self, student: int, teacher: int) -> Pairs:
+        """Give one pair for each teacher layer."""
+        return [(i, t) for i, block in enumerate(_blocks(student, teacher), start=1) for t in block]
+
+
+@dataclass(frozen=True)
+class UniformLast(LayerMapping):
+    """Learn from the first layer of each block of ``UniformConsecutive``; the last layers meet too.
+
+    >>> UniformLast()(3, 12)
+    [(1, 1), (2, 5), (3, 9), (3, 12)]
+    """
+
+    def __call__(self, student: int, teacher: int) -> Pairs:
+        """Give one pair for each student layer, and one for the last of both."""
+        pairs = [(i, block[0]) for i, block in enumerate(_blocks(student, teacher), start=1)]
+        last = (student, teacher)
+        return pairs if last in pairs else [*pairs, last]
+
+
+def _blocks(student: int, teacher: int) -> list[range]:
+    ends = [0, *(t for _, t in Uniform()(student, teacher))]
+    # A student deeper than the teacher: a block holds one layer at least, which neighbours then share.
+    return [range(min(before + 1, end), end + 1) for before, end in pairwise(ends)]
+
+
+@dataclass(frozen=True)
+class All(LayerMapping):
+    """Every student layer learns from every teacher layer.
+
+    >>> All()(2, 2)
+    [(1, 1), (1, 2), (2, 1), (2, 2)]
+    """
+
+    def __call__(self, student: int, teacher: int) -> Pairs:
+        """Give all pairs."""
+        return [(s, t) for s in range(1, student + 1) for t in range(1, teacher + 1)]
 
 
 @dataclass(frozen=True)

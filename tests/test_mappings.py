@@ -3,7 +3,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ildistil.capture import Sizes
-from ildistil.mappings import Explicit, First, FromInit, Last, LayerMapping, Uniform
+from ildistil.mappings import (
+    All,
+    Explicit,
+    First,
+    FromInit,
+    Last,
+    LayerMapping,
+    Skip,
+    Uniform,
+    UniformConsecutive,
+    UniformLast,
+)
 
 
 def sizes(depth: int, init_layers: tuple[int, ...] | None = None) -> Sizes:
@@ -21,6 +32,16 @@ def sizes(depth: int, init_layers: tuple[int, ...] | None = None) -> Sizes:
         (First(), 3, 12, [(1, 1), (2, 2), (3, 3)]),
         (First(1), 3, 12, [(1, 1)]),
         (Explicit([[1, 4], [1, 8], [-1, -1]]), 3, 12, [(1, 4), (1, 8), (3, 12)]),
+        (Skip(), 6, 12, [(1, 2), (2, 4), (3, 6), (4, 8), (5, 10)]),
+        (Skip(), 5, 12, [(1, 2), (2, 4), (3, 6), (4, 8)]),
+        (Skip(1), 3, 12, [(1, 1), (2, 2)]),
+        (Skip(8), 3, 12, [(1, 8)]),
+        (UniformConsecutive(), 2, 4, [(1, 1), (1, 2), (2, 3), (2, 4)]),
+        (UniformConsecutive(), 2, 3, [(1, 1), (1, 2), (2, 3)]),
+        (UniformConsecutive(), 4, 2, [(1, 1), (2, 1), (3, 2), (4, 2)]),
+        (UniformLast(), 3, 12, [(1, 1), (2, 5), (3, 9), (3, 12)]),
+        (UniformLast(), 2, 2, [(1, 1), (2, 2)]),
+        (All(), 2, 3, [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3)]),
     ],
 )
 def test_rules(mapping: LayerMapping, student: int, teacher: int, pairs: list[tuple[int, int]]) -> None:
@@ -34,6 +55,14 @@ def test_uniform_is_increasing_and_ends_at_the_last_layer(student: int, more: in
     assert [s for s, _ in pairs] == list(range(1, student + 1))
     assert targets == sorted(set(targets))
     assert targets[-1] == student + more
+
+
+@given(st.integers(1, 24), st.integers(0, 24))
+def test_blocks_hold_every_teacher_layer_once_and_are_as_equal_as_possible(student: int, more: int) -> None:
+    pairs = UniformConsecutive().pairs(sizes(student), sizes(student + more))
+    assert [t for _, t in pairs] == list(range(1, student + more + 1))
+    lengths = [sum(s == i for s, _ in pairs) for i in range(1, student + 1)]
+    assert max(lengths) - min(lengths) <= 1
 
 
 def test_from_init_reads_where_the_student_started() -> None:
@@ -50,6 +79,7 @@ def test_from_init_reads_where_the_student_started() -> None:
         (Last(4), "student layer 0 is out of range"),
         (First(4), "student layer 4 is out of range"),
         (FromInit(), "does not say which teacher layers"),
+        (Skip(13), "gives no pair of layers for 3 student and 12 teacher layers"),
     ],
 )
 def test_bad_pairs_are_refused(mapping: LayerMapping, message: str) -> None:
@@ -57,7 +87,9 @@ def test_bad_pairs_are_refused(mapping: LayerMapping, message: str) -> None:
         mapping.pairs(sizes(3), sizes(12))
 
 
-@pytest.mark.parametrize("make", [lambda: Last(0), lambda: First(0), lambda: Explicit([]), lambda: Explicit([[1]])])
+@pytest.mark.parametrize(
+    "make", [lambda: Last(0), lambda: First(0), lambda: Skip(0), lambda: Explicit([]), lambda: Explicit([[1]])]
+)
 def test_bad_settings_are_refused(make: object) -> None:
     with pytest.raises(ValueError, match="must be at least 1|expected pairs"):
         make()  # type: ignore[operator]

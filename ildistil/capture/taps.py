@@ -40,7 +40,8 @@ class Sizes:
 
     ``positions`` is the longest input that learned position embeddings allow; ``init_layers`` are the teacher layers
     that a student was initialised from; ``stacks`` are the sizes of an encoder-decoder's stacks, empty for a model
-    with one; ``next_token`` says that the logits at a position predict the token after it.
+    with one; ``next_token`` says that the logits at a position predict the token after it; ``attention_width`` is that
+    of all attention heads together, which in some models is not the width of the hidden states.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Sizes:
     init_layers: tuple[int, ...] | None = None
     stacks: Mapping[str, "Sizes"] = field(default_factory=dict, hash=False)
     next_token: bool = False
+    attention_width: int | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> "Sizes":
@@ -68,6 +70,7 @@ class Sizes:
                 len(layers),
                 getattr(attention, "embed_dim", None),
                 getattr(attention, "num_heads", None),
+                attention_width=getattr(attention, "embed_dim", None),
             )
         text = config.get_text_config()
         init_layers = getattr(config, "init_layers", None)
@@ -84,6 +87,7 @@ class Sizes:
             init_layers=None if init_layers is None else tuple(init_layers),
             next_token=type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")),
         )
+        sizes = replace(sizes, attention_width=_attention_width(text, sizes))
         return replace(sizes, stacks=_stack_sizes(model, sizes))
 
     def stack(self, name: str | None) -> "Sizes":
@@ -118,8 +122,14 @@ def _stack_sizes(model: nn.Module, whole: Sizes) -> dict[str, Sizes]:
         config = getattr(coder, "config", None)
         heads = getattr(config, f"{name}_attention_heads", None) or getattr(config, "num_attention_heads", whole.heads)
         width = getattr(config, "hidden_size", whole.width)
-        sizes[name] = replace(whole, depth=len(_only_stack(coder)), width=width, heads=heads)
+        stack = replace(whole, depth=len(_only_stack(coder)), width=width, heads=heads)
+        sizes[name] = replace(stack, attention_width=_attention_width(config, stack))
     return sizes | {"cross": sizes["decoder"]} if sizes else {}
+
+
+def _attention_width(config: object, sizes: Sizes) -> int | None:
+    head = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    return sizes.width if head is None or sizes.heads is None else head * sizes.heads
 
 
 def _positions(model: nn.Module) -> int | None:
