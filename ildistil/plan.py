@@ -6,6 +6,7 @@ from torch import nn
 
 from ildistil.capture import Sizes, Tap, unwrapped
 from ildistil.distillation import Distillation, DryRun
+from ildistil.schedules import Schedule
 
 __all__ = ["describe", "table"]
 
@@ -65,12 +66,16 @@ def _terms(distillation: Distillation, dry_run: DryRun | None) -> str:
     rows = []
     for name, objective in distillation.objectives.items():
         learned = sum(p.numel() for p in objective.projections.parameters())
-        row = [name, type(objective).__name__, f"{objective.weight:g}", objective.describe()]
+        row = [name, type(objective).__name__, _weight(objective.weight), objective.describe()]
         row.append(_millions(learned) if learned else "none")
         if checks:
             row += [f"{checks[name].value:.4g}", f"{checks[name].gradient:.4g}"] if name in checks else ["off", "off"]
         rows.append(row)
     return table(header, rows)
+
+
+def _weight(weight: float | Schedule) -> str:
+    return str(weight) if isinstance(weight, Schedule) else f"{weight:g}"
 
 
 def _taps(taps: list[Tap]) -> str:

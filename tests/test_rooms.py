@@ -11,6 +11,9 @@ ROOT = Path(ildistil.__file__).parent
 # What each room may import of the others; __init__ sees all.
 MAY_IMPORT = {
     "functional": set(),
+    "ranks": set(),
+    "schedules": set(),
+    "balance": {"ranks"},
     "capture": set(),
     "metrics": set(),
     "data": {"metrics"},
@@ -20,9 +23,9 @@ MAY_IMPORT = {
     "models": {"initialize"},
     "export": set(),
     "monitor": set(),
-    "objectives": {"functional", "capture", "mappings"},
-    "distillation": {"capture", "objectives"},
-    "plan": {"capture", "distillation"},
+    "objectives": {"functional", "capture", "mappings", "ranks", "schedules"},
+    "distillation": {"balance", "capture", "objectives", "ranks", "schedules"},
+    "plan": {"capture", "distillation", "schedules"},
     "distiller": {"capture", "objectives", "metrics", "distillation", "plan"},
 }
 LAST = {"cli", "quickstart"}  # they may import every room

@@ -153,7 +153,7 @@ class CLSContrast(_Contrast):
         self._now = [rows[real], classes[real], s[real].detach(), t[real].detach()]
         drawn, drawn_for = self._draw(classes[real])
         allowed = drawn_for == classes[:, None]
-        bank = {role: vectors[drawn] for role, vectors in self._bank.items()}
+        bank = {role: vectors[drawn].to(s.dtype) for role, vectors in self._bank.items()}
         values = functional.info_nce(s, t, bank["teacher"], allowed, self.temperature)
         values = (values + functional.info_nce(t, s, bank["student"], allowed, self.temperature)) / 2
         return functional.example_mean(values, real)

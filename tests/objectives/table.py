@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ildistil import mappings, objectives
@@ -46,7 +46,8 @@ def run_by_hand(model: PreTrainedModel, batch: dict[str, Tensor]) -> Run:
     return Run(list(output.hidden_states), scores, output.logits, rows)
 
 
-Reference = Callable[[Run, Run, Tensor, Tensor], Tensor]  # student, teacher, mask, labels -> scalar
+# student, teacher, mask, labels, learned maps -> scalar
+Reference = Callable[[Run, Run, Tensor, Tensor, nn.ModuleDict], Tensor]
 
 
 def _examples(value: Callable[[int, list[int]], Tensor], mask: Tensor) -> Tensor:
@@ -57,9 +58,12 @@ def _examples(value: Callable[[int, list[int]], Tensor], mask: Tensor) -> Tensor
 
 
 def hidden_mse(pairs: list[tuple[int, int]]) -> Reference:
-    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor) -> Tensor:
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
         def value(b: int, tokens: list[int], pair: tuple[int, int]) -> Tensor:
             a, c = s.hidden[pair[0]][b], t.hidden[pair[1]][b]
+            if f"{pair[0]}_{pair[1]}" in learned:
+                own = learned[f"{pair[0]}_{pair[1]}"]
+                a = torch.stack([own.weight @ a[i] + own.bias for i in range(len(a))])
             return sum((a[i, k] - c[i, k]) ** 2 for i in tokens for k in range(a.shape[1])) / (len(tokens) * a.shape[1])
 
         return sum(_examples(lambda b, n, p=p: value(b, n, p), mask) for p in pairs) / len(pairs)
@@ -68,7 +72,7 @@ def hidden_mse(pairs: list[tuple[int, int]]) -> Reference:
 
 
 def hidden_cosine(pairs: list[tuple[int, int]]) -> Reference:
-    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor) -> Tensor:
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
         def value(b: int, tokens: list[int], pair: tuple[int, int]) -> Tensor:
             a, c = s.hidden[pair[0]][b], t.hidden[pair[1]][b]
             cosines = [(a[i] @ c[i]) / math.sqrt(c[i] @ c[i]) / torch.sqrt(a[i] @ a[i]) for i in tokens]
@@ -80,7 +84,7 @@ def hidden_cosine(pairs: list[tuple[int, int]]) -> Reference:
 
 
 def cls_mse(pairs: list[tuple[int, int]], normalize: bool) -> Reference:
-    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor) -> Tensor:
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
         def value(b: int, tokens: list[int], pair: tuple[int, int]) -> Tensor:
             a, c = s.hidden[pair[0]][b, tokens[0]], t.hidden[pair[1]][b, tokens[0]]
             if normalize:
@@ -93,7 +97,7 @@ def cls_mse(pairs: list[tuple[int, int]], normalize: bool) -> Reference:
 
 
 def relation_kl(pairs: list[tuple[int, int]], relations: list[tuple[str, str]], heads: int) -> Reference:
-    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor) -> Tensor:
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
         def row(run: Run, layer: int, b: int, h: int, i: int, tokens: list[int], parts: tuple[str, str]) -> Tensor:
             x, y = (run.vectors[part][layer - 1][b] for part in parts)
             size = x.shape[1] // heads
@@ -116,7 +120,7 @@ def relation_kl(pairs: list[tuple[int, int]], relations: list[tuple[str, str]], 
 
 
 def attention_mse(pairs: list[tuple[int, int]]) -> Reference:
-    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor) -> Tensor:
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
         def value(b: int, tokens: list[int], pair: tuple[int, int]) -> Tensor:
             a, c = s.scores[pair[0] - 1][b], t.scores[pair[1] - 1][b]
             return sum((a[h, i, j] - c[h, i, j]) ** 2 for h in range(a.shape[0]) for i in tokens for j in tokens) / (
@@ -129,7 +133,7 @@ def attention_mse(pairs: list[tuple[int, int]]) -> Reference:
 
 
 def attention_kl(pairs: list[tuple[int, int]]) -> Reference:
-    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor) -> Tensor:
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
         def row(a: Tensor, c: Tensor) -> Tensor:
             p, q = torch.exp(c) / torch.exp(c).sum(), torch.exp(a) / torch.exp(a).sum()
             return sum(p[j] * torch.log(p[j] / q[j]) for j in range(len(p)))
@@ -147,7 +151,7 @@ def attention_kl(pairs: list[tuple[int, int]]) -> Reference:
 
 
 def logits_kl(temperature: float) -> Reference:
-    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor) -> Tensor:
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
         def value(b: int, tokens: list[int]) -> Tensor:
             a, c = torch.exp(s.logits[b] / temperature), torch.exp(t.logits[b] / temperature)
             p, q = c / c.sum(), a / a.sum()
@@ -158,12 +162,239 @@ def logits_kl(temperature: float) -> Reference:
     return reference
 
 
-def logits_mse(s: Run, t: Run, mask: Tensor, labels: Tensor) -> Tensor:
+def logits_mse(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
     classes = s.logits.shape[1]
     return _examples(lambda b, _: sum((s.logits[b, k] - t.logits[b, k]) ** 2 for k in range(classes)) / classes, mask)
 
 
-def task_loss(s: Run, t: Run, mask: Tensor, labels: Tensor) -> Tensor:
+def divergence(kind: str, temperature: float, beta: float = 0.5, top_k: int | None = None) -> Reference:
+    def kl(p: list[Tensor], q: list[Tensor]) -> Tensor:
+        return sum(a * torch.log(a / b) for a, b in zip(p, q, strict=True))
+
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
+        def value(b: int, tokens: list[int]) -> Tensor:
+            q, p = (
+                list(torch.exp(x[b] / temperature) / torch.exp(x[b] / temperature).sum()) for x in (s.logits, t.logits)
+            )
+            if top_k is not None:
+                best = sorted(range(len(p)), key=lambda c: -float(p[c]))
+                p, q = ([x[c] for c in best[:top_k]] + [sum(x[c] for c in best[top_k:])] for x in (p, q))
+            m = [beta * x + (1 - beta) * y for x, y in zip(p, q, strict=True)]
+            found = {"forward": kl(p, q), "reverse": kl(q, p), "jsd": beta * kl(p, m) + (1 - beta) * kl(q, m)}
+            return temperature**2 * found[kind]
+
+        return _examples(value, mask)
+
+    return reference
+
+
+def _correlation(x: list[Tensor], y: list[Tensor]) -> Tensor:
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    top = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return top / torch.sqrt(sum((a - mean_x) ** 2 for a in x) * sum((b - mean_y) ** 2 for b in y))
+
+
+def logits_dist(temperature: float) -> Reference:
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
+        rows = [b for b in range(len(mask)) if mask[b].any()]
+        q, p = ([torch.softmax(x[b] / temperature, 0) for b in rows] for x in (s.logits, t.logits))
+        inter = sum(1 - _correlation(list(a), list(b)) for a, b in zip(q, p, strict=True)) / len(rows)
+        classes = range(s.logits.shape[1])
+        intra = sum(1 - _correlation([a[c] for a in q], [b[c] for b in p]) for c in classes) / len(classes)
+        return temperature**2 * (inter + intra)
+
+    return reference
+
+
+def hidden_concat(layers_s: list[int], layers_t: list[int]) -> Reference:
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
+        weight, bias = learned["all"].weight, learned["all"].bias
+
+        def value(b: int, tokens: list[int]) -> Tensor:
+            total = torch.zeros((), dtype=torch.float64)
+            for i in tokens:
+                own = [s.hidden[layer][b, i, k] for layer in layers_s for k in range(s.hidden[0].shape[2])]
+                theirs = [t.hidden[layer][b, i, k] for layer in layers_t for k in range(t.hidden[0].shape[2])]
+                mapped = weight @ torch.stack(own) + bias
+                total = total + sum((x - y) ** 2 for x, y in zip(mapped, theirs, strict=True)) / len(theirs)
+            return total / len(tokens)
+
+        return _examples(value, mask)
+
+    return reference
+
+
+def cls_attentive(layers: list[int], among: list[int]) -> Reference:
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
+        def value(b: int, tokens: list[int], layer: int) -> Tensor:
+            own = s.hidden[layer][b, tokens[0]]
+            states = [t.hidden[k][b, tokens[0]] for k in among]
+            e = [torch.exp((own @ x) / math.sqrt(len(own))) for x in states]
+            target = sum(a * x for a, x in zip(e, states, strict=True)) / sum(e)
+            return sum((own[k] - target[k]) ** 2 for k in range(len(own))) / len(own)
+
+        return sum(_examples(lambda b, n, x=x: value(b, n, x), mask) for x in layers) / len(layers)
+
+    return reference
+
+
+def hidden_cka(pairs: list[tuple[int, int]]) -> Reference:
+    """By Gram matrices of size tokens x tokens and a centring matrix: HSIC as it is defined."""
+
+    def hsic(k: Tensor, m: Tensor) -> Tensor:
+        n = len(k)
+        centre = torch.eye(n, dtype=k.dtype) - 1 / n
+        return torch.trace(k @ centre @ m @ centre)
+
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
+        def value(pair: tuple[int, int]) -> Tensor:
+            x, y = (
+                torch.stack([h[b, i] for b in range(len(mask)) for i in range(mask.shape[1]) if mask[b, i]])
+                for h in (s.hidden[pair[0]], t.hidden[pair[1]])
+            )
+            k, m = x @ x.T, y @ y.T
+            return 1 - hsic(k, m) / torch.sqrt(hsic(k, k) * hsic(m, m))
+
+        return sum(value(pair) for pair in pairs) / len(pairs)
+
+    return reference
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / torch.sqrt((x * x).sum())
+
+
+def _contrast_vectors(run: Run, layers: list[int], mask: Tensor, learned: nn.Module) -> dict[int, Tensor]:
+    vectors = {}
+    for b in range(len(mask)):
+        tokens = [i for i in range(mask.shape[1]) if mask[b, i]]
+        if tokens:
+            joined = torch.cat([run.hidden[layer][b, tokens[0]] for layer in layers])
+            vectors[b] = _unit(learned.weight @ joined + learned.bias)
+    return vectors
+
+
+def _nce(anchor: Tensor, positive: Tensor, negatives: list[Tensor], temperature: float) -> Tensor:
+    e = [torch.exp((anchor @ x) / temperature) for x in (positive, *negatives)]
+    return -torch.log(e[0] / sum(e))
+
+
+BANK_CLASSES = torch.tensor([0, 1, -1, 2, 1, 0, 2, 2])  # -1: a row that was not met yet
+
+
+def _bank() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    vectors = {
+        role: torch.nn.functional.normalize(torch.randn(8, 6, generator=generator, dtype=torch.float64), dim=1)
+        for role in ("student", "teacher")
+    }
+    return vectors | {"classes": BANK_CLASSES}
+
+
+def with_bank() -> Objective:
+    objective = objectives.CLSContrast(size=6, temperature=0.5)
+    objective.load_state_dict(_bank())
+    return objective
+
+
+def cls_contrast(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
+    own = _contrast_vectors(s, [1, 2], mask, learned["student"])
+    theirs = _contrast_vectors(t, [1, 2, 3, 4], mask, learned["teacher"])
+    bank = _bank()
+
+    def value(b: int, tokens: list[int]) -> Tensor:
+        others = [k for k in range(8) if BANK_CLASSES[k] not in (-1, labels[b])]
+        forth = _nce(own[b], theirs[b], [bank["teacher"][k] for k in others], 0.5)
+        back = _nce(theirs[b], own[b], [bank["student"][k] for k in others], 0.5)
+        return (forth + back) / 2
+
+    return _examples(value, mask)
+
+
+def cls_in_batch_contrast(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
+    own = _contrast_vectors(s, [1, 2], mask, learned["student"])
+    theirs = _contrast_vectors(t, [1, 2, 3, 4], mask, learned["teacher"])
+
+    def value(b: int, tokens: list[int]) -> Tensor:
+        forth = _nce(own[b], theirs[b], [theirs[k] for k in theirs if k != b], 0.5)
+        back = _nce(theirs[b], own[b], [own[k] for k in own if k != b], 0.5)
+        return (forth + back) / 2
+
+    return _examples(value, mask)
+
+
+def attention_dist(pairs: list[tuple[int, int]], over: str) -> Reference:
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
+        real = {b: [i for i in range(mask.shape[1]) if mask[b, i]] for b in range(len(mask)) if mask[b].any()}
+
+        def maps(run: Run, layer: int) -> dict[tuple[int, ...], Tensor]:
+            """Probabilities by example, head, query and key, both counted among the real tokens."""
+            found = {}
+            for b, tokens in real.items():
+                for h in range(run.scores[0].shape[1]):
+                    for i, query in enumerate(tokens):
+                        e = torch.exp(run.scores[layer - 1][b, h, query, tokens])
+                        for j in range(len(tokens)):
+                            found[b, h, i, j] = e[j] / e.sum()
+            return found
+
+        def mean(values: list[Tensor]) -> Tensor:
+            return sum(values) / len(values)
+
+        def value(pair: tuple[int, int]) -> Tensor:
+            q, p = maps(s, pair[0]), maps(t, pair[1])
+            dropped = {"tokens": 3, "heads": 1, "sentences": 0}[over]
+            groups: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+            for key in q:
+                groups.setdefault(key[:dropped] + key[dropped + 1 :], []).append(key)
+            distances = {
+                group: 1 - _correlation([q[k] for k in keys], [p[k] for k in keys])
+                for group, keys in groups.items()
+                if len(keys) > 1
+            }
+            if over == "sentences":
+                return mean(list(distances.values()))
+            by_example: dict[int, list[Tensor]] = {b: [] for b in real}
+            for group, distance in distances.items():
+                by_example[group[0]].append(distance)
+            return mean(
+                [mean(found) if found else torch.zeros((), dtype=torch.float64) for found in by_example.values()]
+            )
+
+        return mean([value(pair) for pair in pairs])
+
+    return reference
+
+
+def attention_states(pairs: list[tuple[int, int]], parts: list[str]) -> Reference:
+    """Of queries, keys, values, or of what attention gives ("context")."""
+
+    def state(run: Run, layer: int, b: int, i: int, tokens: list[int], part: str) -> Tensor:
+        if part != "context":
+            return run.vectors[part][layer - 1][b, i]
+        heads = run.scores[0].shape[1]
+        values = run.vectors["value"][layer - 1][b].unflatten(-1, (heads, -1))
+        mixed = []
+        for h in range(heads):
+            e = torch.exp(run.scores[layer - 1][b, h, i, tokens])
+            mixed.append(sum(e[k] * values[j, h] for k, j in enumerate(tokens)) / e.sum())
+        return torch.cat(mixed)
+
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
+        def value(b: int, tokens: list[int], pair: tuple[int, int], part: str) -> Tensor:
+            total = torch.zeros((), dtype=torch.float64)
+            for i in tokens:
+                x, y = state(s, pair[0], b, i, tokens, part), state(t, pair[1], b, i, tokens, part)
+                total = total + sum((x[k] - y[k]) ** 2 for k in range(len(x))) / len(x)
+            return total / len(tokens)
+
+        values = [_examples(lambda b, n, p=p, a=a: value(b, n, p, a), mask) for p in pairs for a in parts]
+        return sum(values) / len(values)
+
+    return reference
+
+
+def task_loss(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
     return _examples(lambda b, _: -torch.log(torch.exp(s.logits[b]) / torch.exp(s.logits[b]).sum())[labels[b]], mask)
 
 
@@ -172,7 +403,7 @@ class Case:
     """An objective, its reference, and whether it is zero for identical models."""
 
     make: Callable[[], Objective]
-    reference: Reference | None
+    reference: Reference
     zero: bool = True
 
 
@@ -180,12 +411,29 @@ PAIRS = [(1, 2), (2, 4)]  # Uniform, from a student of 2 layers to a teacher of 
 CASES = {
     "TaskLoss": Case(objectives.TaskLoss, task_loss, zero=False),
     "LogitsKL": Case(lambda: objectives.LogitsKL(temperature=2.5), logits_kl(2.5)),
+    "LogitsKL-reverse": Case(lambda: objectives.LogitsKL(divergence="reverse"), divergence("reverse", 2.0)),
+    "LogitsKL-jensen-shannon": Case(
+        lambda: objectives.LogitsKL(divergence="jensen-shannon", beta=0.3), divergence("jsd", 2.0, 0.3)
+    ),
+    "LogitsKL-top": Case(lambda: objectives.LogitsKL(top_k=1), divergence("forward", 2.0, top_k=1)),
+    "LogitsDIST": Case(lambda: objectives.LogitsDIST(temperature=3.0), logits_dist(3.0)),
     "LogitsMSE": Case(objectives.LogitsMSE, logits_mse),
     "HiddenMSE": Case(objectives.HiddenMSE, hidden_mse(PAIRS)),
     "HiddenMSE-embedding": Case(
         lambda: objectives.HiddenMSE(mapping=mappings.Explicit([[0, 0], [-1, 3]])), hidden_mse([(0, 0), (2, 3)])
     ),
-    "HiddenMSE-projected": Case(lambda: objectives.HiddenMSE(projection="always"), None, zero=False),
+    "HiddenMSE-projected": Case(lambda: objectives.HiddenMSE(projection="always"), hidden_mse(PAIRS), zero=False),
+    "HiddenMSE-drawn": Case(
+        lambda: objectives.HiddenMSE(mapping=mappings.Random(seed=1)), hidden_mse(mappings.Random(seed=1)(2, 4))
+    ),
+    "EmbeddingMSE": Case(objectives.EmbeddingMSE, hidden_mse([(0, 0)])),
+    "HiddenConcatMSE": Case(objectives.HiddenConcatMSE, hidden_concat([1, 2], [1, 2, 3, 4])),
+    "HiddenCKA": Case(objectives.HiddenCKA, hidden_cka(PAIRS)),
+    "CLSAttentiveMSE": Case(objectives.CLSAttentiveMSE, cls_attentive([1, 2], [1, 2, 3, 4])),
+    "CLSContrast": Case(with_bank, cls_contrast, zero=False),
+    "CLSInBatchContrast": Case(
+        lambda: objectives.CLSInBatchContrast(size=6, temperature=0.5), cls_in_batch_contrast, zero=False
+    ),
     "HiddenCosine": Case(objectives.HiddenCosine, hidden_cosine(PAIRS)),
     "CLSMSE": Case(objectives.CLSMSE, cls_mse(PAIRS, normalize=False)),
     "CLSMSE-normalised": Case(lambda: objectives.CLSMSE(normalize=True), cls_mse(PAIRS, normalize=True)),
@@ -200,6 +448,13 @@ CASES = {
     "AttentionMSE": Case(objectives.AttentionMSE, attention_mse(PAIRS)),
     "AttentionMSE-last": Case(lambda: objectives.AttentionMSE(mapping=mappings.Last()), attention_mse([(2, 4)])),
     "AttentionKL": Case(objectives.AttentionKL, attention_kl(PAIRS)),
+    "AttentionDIST": Case(objectives.AttentionDIST, attention_dist(PAIRS, "tokens")),
+    "AttentionDIST-heads": Case(lambda: objectives.AttentionDIST(over="heads"), attention_dist(PAIRS, "heads")),
+    "AttentionDIST-sentences": Case(
+        lambda: objectives.AttentionDIST(over="sentences"), attention_dist(PAIRS, "sentences")
+    ),
+    "AttentionOutputMSE": Case(objectives.AttentionOutputMSE, attention_states(PAIRS, ["context"])),
+    "QKVMSE": Case(objectives.QKVMSE, attention_states(PAIRS, ["query", "key", "value"])),
     "AttentionKL-many": Case(
         lambda: objectives.AttentionKL(mapping=mappings.Explicit([[1, 1], [1, 2], [2, 2]])),
         attention_kl([(1, 1), (1, 2), (2, 2)]),
