@@ -22,7 +22,8 @@ class Balance:
     ``share = w / sum_j(w_j)``. So the total is as large as with plain weights, and every term has its share of it.
 
     Args:
-        by: ``"magnitude"``, the absolute value of the term, or ``"gradient"``, the norm of its gradient in the student's
+        by: ``"magnitude"``, the absolute value of the term, or ``"gradient"``, the norm of its gradient in the
+        student's
             parameters (one more backward pass for each term, where it is measured).
         every: steps between two measurements.
         momentum: the old size's part in the new one, from 0 to below 1.

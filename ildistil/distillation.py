@@ -30,9 +30,9 @@ _NO_OBJECTIVE = (
 class Terms:
     """The terms of one step.
 
-    ``values`` are unweighted, ``total`` is ``sum(weight * value)``; ``counts`` says how many examples (or target tokens)
-    each value is a mean of, and ``gradients`` the share of each term's gradient norm, where these are balanced. Not
-    frozen: Fabric converts what a module returns.
+    ``values`` are unweighted, ``total`` is ``sum(weight * value)``; ``counts`` says how many examples (or target
+    tokens) each value is a mean of, and ``gradients`` the share of each term's gradient norm, where these are balanced.
+    Not frozen: Fabric converts what a module returns.
     """
 
     values: dict[str, Tensor]
@@ -179,11 +179,12 @@ class Distillation(nn.Module):
         """Put the hooks on both models; done by :meth:`set_objectives`, and again by a step after :meth:`detach`."""
         self.detach()
         used = [o for o in self.objectives.values() if o.weight != 0]
-        student, teacher = (None if m is None else Sizes.of(m) for m in (self.student, self.teacher))
-        assert student is not None
-        self._student_capture = Capture(self.student, {tap for o in used for tap in o.student_may_want(student)}, "student")
-        if self.teacher is not None and teacher is not None:
-            wanted = {tap for o in used if o.needs_teacher for tap in o.teacher_may_want(teacher)}
+        sizes = Sizes.of(self.student)
+        wanted = {tap for o in used for tap in o.student_may_want(sizes)}
+        self._student_capture = Capture(self.student, wanted, "student")
+        if self.teacher is not None:
+            sizes = Sizes.of(self.teacher)
+            wanted = {tap for o in used if o.needs_teacher for tap in o.teacher_may_want(sizes)}
             self._teacher_capture = Capture(self.teacher, wanted, "teacher") if wanted else None
         self._verified = set()
 
@@ -269,7 +270,9 @@ class Distillation(nn.Module):
                 self._teacher_capture.model.eval()  # somebody switched it since; it must never drop out
             sizes = self._teacher_capture.sizes
             with torch.no_grad():
-                teacher = self._captured(self._teacher_capture, [o.teacher_wants(sizes) for o in needing], batch, verify)
+                teacher = self._captured(
+                    self._teacher_capture, [o.teacher_wants(sizes) for o in needing], batch, verify
+                )
         sizes = self._student_capture.sizes
         wants = [o.student_wants(sizes) for o in active.values()]
         student = self._captured(self._student_capture, wants, batch, verify)
@@ -320,7 +323,8 @@ class Distillation(nn.Module):
     def dry_run(self, batch: Mapping[str, Any]) -> DryRun:
         """Run one step without a trace, and check that each term is finite and has finite gradients.
 
-        All terms take part, also those whose weight is 0 at first. Random state, buffers, gradients and modes are afterwards what they were.
+        All terms take part, also those whose weight is 0 at first. Random state, buffers, gradients and modes are
+        afterwards what they were.
 
         Raises:
             ObjectiveError: a term is not finite, or reaches no trainable parameter.

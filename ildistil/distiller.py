@@ -3,11 +3,12 @@
 import inspect
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -16,11 +17,15 @@ from torch.utils.data import IterableDataset
 from torchmetrics import MetricCollection
 from transformers import PreTrainedModel
 
+from ildistil import ranks, stages
+from ildistil.balance import Balance
 from ildistil.capture import CaptureError, Sizes, unwrapped
 from ildistil.distillation import Distillation, DryRun, Terms, check_label_order
 from ildistil.metrics import metric_collection
 from ildistil.objectives.base import Objective, ObjectiveError
 from ildistil.plan import describe
+from ildistil.schedules import Schedule
+from ildistil.stages import Plan, Stage
 
 __all__ = ["Distiller"]
 
@@ -31,12 +36,15 @@ class Distiller(L.LightningModule):
     """Trains a student by the objectives among the Trainer's callbacks.
 
     Args:
-        student: the model to train, for instance ``init_student(teacher, layers=[1, 2, 3])``.
-        teacher: the frozen model; ``None`` when no objective needs one (plain fine-tuning with ``TaskLoss``).
-        learning_rate: peak learning rate of AdamW.
-        weight_decay: of all parameters but biases and norms.
-        warmup: share of all steps in which the learning rate rises linearly from 0.
-        schedule: what it does then: fall to 0 (``"linear"``, ``"cosine"``) or stay (``"constant"``).
+        student: the model to train, for instance ``init_student(teacher, layers=[1, 2, 3])``. teacher: the frozen
+        model; ``None`` when no objective needs one (plain fine-tuning with ``TaskLoss``). learning_rate: peak learning
+        rate of AdamW. weight_decay: of all parameters but biases and norms. warmup: share of all steps in which the
+        learning rate rises linearly from 0. schedule: what it does then: fall to 0 (``"linear"``, ``"cosine"``) or stay
+        (``"constant"``). stages: stages of the training, in their order, each with some of the objectives; their epochs
+        must add up to the
+            Trainer's. Learning rate, warm-up and optimiser start anew with each; early stopping and the best checkpoint
+            watch the last.
+        balance: makes the objectives' weights shares of the total; by default they are plain factors.
         compile: compile the student with ``torch.compile``.
         tokenizer: name or folder of the tokenizer; the data module falls back to it, and the exported student gets
             it. Default: the teacher's, else the student's ``name_or_path``.
@@ -55,6 +63,8 @@ class Distiller(L.LightningModule):
         weight_decay: float = 0.01,
         warmup: float = 0.06,
         schedule: Literal["linear", "cosine", "constant"] = "linear",
+        stages: Sequence[Stage] = (),
+        balance: Balance | None = None,
         compile: bool = False,
         tokenizer: str | None = None,
     ) -> None:
@@ -66,10 +76,11 @@ class Distiller(L.LightningModule):
             )
         if schedule not in _SCHEDULES:
             raise ValueError(f"schedule must be one of {sorted(_SCHEDULES)}, got {schedule!r}.")
-        self.distillation = Distillation(student, teacher)
+        self.distillation = Distillation(student, teacher, balance=balance)
         self.learning_rate, self.weight_decay, self.warmup, self.schedule = (
             learning_rate, weight_decay, warmup, schedule,
         )  # fmt: skip
+        self.stages = list(stages)
         self.compile_student = compile
         self.tokenizer_source = tokenizer or _source(teacher) or _source(student)
         self.metrics = nn.ModuleDict()
@@ -77,6 +88,9 @@ class Distiller(L.LightningModule):
         self._make_metrics: Callable[[], MetricCollection] | None = None
         self._frozen: list[nn.Parameter] = []
         self._structural: DryRun | None = None
+        self._plan = Plan((), math.inf)
+        self._all_callbacks: list[Callback] = []
+        self._window: _Window | None = None
 
     @property
     def student(self) -> nn.Module:
@@ -115,6 +129,10 @@ class Distiller(L.LightningModule):
         self._unfreeze()
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         self.distillation.set_objectives([c for c in callbacks if isinstance(c, Objective)])
+        if self.stages:
+            stages.check(self.stages, self.distillation.objectives)
+            _check_epochs(self.trainer, self.stages)
+        self._check_accumulation()
         self._structural = self._try_synthetic_batch()
         if self._structural is not None:
             self._freeze(self._structural.unreached)
@@ -144,12 +162,13 @@ class Distiller(L.LightningModule):
     def on_train_start(self) -> None:
         """Dry-run the first batch and print the plan."""
         self.distillation.train()
+        self._watch_last_stage()
         batch = self._first_batch()
         with self.trainer.precision_plugin.train_step_context():
             found = self._structural if batch is None else self.distillation.dry_run(batch)
         if found is not None and self._structural is not None:
             found = DryRun(found.terms, self._structural.unreached)
-        rank_zero_info(describe(self.distillation, found))
+        rank_zero_info(describe(self.distillation, found, self.stages))
 
     def _first_batch(self) -> Any | None:
         loader: Any = self.trainer.train_dataloader
@@ -170,6 +189,7 @@ class Distiller(L.LightningModule):
     def give_back(self) -> None:
         """Leave the models as they came; the objectives call it when a run fails, as Lightning skips ``teardown``."""
         self._unfreeze()
+        self._give_back_callbacks()
         self.distillation.detach()
 
     def _unfreeze(self) -> None:
@@ -181,12 +201,73 @@ class Distiller(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Give the weighted sum of the terms."""
-        terms: Terms = self.distillation(batch)
+        step = self.global_step
+        place, names = self._plan.place(step), self._plan.names(step)
+        terms: Terms = self.distillation(batch, step=step, progress=place.progress, only=names)
         self._check_finite(terms, batch)
         logs, size = terms.logs("train"), _batch_size(batch)
         self.log("train/loss", logs.pop("train/loss"), prog_bar=True, batch_size=size)
         self.log_dict(logs, batch_size=size)
-        return terms.total
+        if self.stages:
+            self.log("train/stage", float(place.stage + 1), batch_size=size)
+        return self._exact(terms)
+
+    def _exact(self, terms: Terms) -> Tensor:
+        """Give what to differentiate, so that the step is the mean over all examples of all its batches.
+
+        Lightning divides by the number of accumulated batches and averages over processes, which is the mean only where
+        all batches count equally many. One batch a step: each term is scaled by its count. Several: the later ones'
+        counts aren't known yet, so the whole is scaled by this batch's count, and the gradient by their sum at the end.
+        """
+        accumulated, processes = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        if accumulated == 1:
+            if processes == 1:
+                return terms.total
+            counts = torch.stack([count.float() for count in terms.counts.values()])
+            factors = counts * processes / ranks.total(counts).clamp(min=1)
+            return terms.sum(dict(zip(terms.counts, factors, strict=True)))
+        self._check_accumulation()
+        count = _common_count(terms.counts)
+        if self._window is None:
+            self._window = _Window(ranks.total(count).clamp(min=1) / processes)
+        return terms.total * self._window.add(count)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Complete the mean over accumulated batches, unset zero gradients, give a new stage a fresh optimiser."""
+        self.distillation.drop_zero_gradients()
+        if self._window is not None and self._window.is_open:
+            factor = self._window.close(self.trainer.accumulate_grad_batches, self.trainer.world_size)
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, factor)
+        if self._plan.starts(self.global_step):
+            optimizer.state.clear()
+
+    def on_train_epoch_start(self) -> None:
+        """Let early stopping and the best checkpoint watch from the last stage on."""
+        self._watch_last_stage()
+
+    def _watch_last_stage(self) -> None:
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self._plan.is_last(self.global_step):
+            self._give_back_callbacks()
+        elif not self._all_callbacks:
+            self._all_callbacks = list(callbacks)
+            callbacks[:] = [c for c in callbacks if not _watches(c)]
+
+    def _give_back_callbacks(self) -> None:
+        if self._all_callbacks:
+            callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+            callbacks[:] = self._all_callbacks + [c for c in callbacks if c not in self._all_callbacks]
+            self._all_callbacks = []
+
+    def _check_accumulation(self) -> None:
+        coupled = [name for name, o in self.distillation.objectives.items() if o.batch_coupled]
+        if coupled and self.trainer.accumulate_grad_batches > 1:
+            raise ObjectiveError(
+                f"{coupled[0]} compares the examples of a batch with each other, so that "
+                f"{self.trainer.accumulate_grad_batches} accumulated batches are not one large batch. Use "
+                "accumulate_grad_batches=1 with larger batches or more devices, or leave this objective out."
+            )
 
     def _check_finite(self, terms: Terms, batch: Mapping[str, Any]) -> None:
         if torch.isfinite(terms.total):
@@ -209,14 +290,31 @@ class Distiller(L.LightningModule):
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.learning_rate)
         steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps) and self.schedule != "constant":
+        if not math.isfinite(steps) and (self.schedule != "constant" or self._has_schedules()):
+            what = "a weight's schedule" if self.schedule == "constant" else f"schedule={self.schedule!r}"
             raise ValueError(
-                f"schedule={self.schedule!r} needs to know the number of steps. Set the Trainer's max_epochs or "
-                "max_steps, or use schedule='constant'."
+                f"{what} needs to know the number of steps. Set the Trainer's max_epochs or max_steps, or use "
+                "schedule='constant' and plain weights."
             )
-        factor = _factor(self.schedule, self.warmup, steps)
+        self._plan = Plan(self.stages, steps)
+        self._check_weights()
+        factor = self._plan.factor(self.learning_rate, _shape(self.schedule, self.warmup))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _has_schedules(self) -> bool:
+        return any(isinstance(o.weight, Schedule) for o in self.distillation.objectives.values())
+
+    def _check_weights(self) -> None:
+        """Refuse a training that comes to a step without any term."""
+        for number, names in enumerate([stage.objectives for stage in self.stages] or [None], start=1):
+            for percent in range(100):
+                if not self.distillation.weights_at(percent / 100, names):
+                    where = f" of stage {number}" if self.stages else ""
+                    raise ObjectiveError(
+                        f"At {percent} %{where} of the training all terms have weight 0: nothing would be learned. Let "
+                        "the schedules overlap."
+                    )
 
     # Evaluation: the student alone
 
@@ -272,6 +370,7 @@ class Distiller(L.LightningModule):
             "tokenizer": self.tokenizer_source,
             "teacher": _source(self.teacher),
             "metrics": self._evaluated(),
+            "balance": {} if self.distillation.balance is None else self.distillation.balance.state_dict(),
         }
 
     def _evaluated(self) -> dict[str, float]:
@@ -293,6 +392,8 @@ class Distiller(L.LightningModule):
                     f"{_names_of(projections)}, this run {_names_of(own)}. Resume with the same objectives, or start a "
                     "new run from its student (ildistil export)."
                 )
+            if self.distillation.balance is not None:
+                self.distillation.balance.load_state_dict(saved.get("balance", {}))
         checkpoint["state_dict"] |= {key: projections.get(key, value) for key, value in own.items()}
 
 
@@ -327,15 +428,64 @@ def _cosine(progress: float) -> float:
 _SCHEDULES: dict[str, Callable[[float], float]] = {"linear": _linear, "cosine": _cosine, "constant": lambda _: 1.0}
 
 
-def _factor(schedule: str, warmup: float, steps: float) -> Callable[[int], float]:
-    """The learning rate at a step, as a factor of its peak; a pure function of the step."""
-    if not math.isfinite(steps):
-        return lambda step: 1.0
-    rise = round(warmup * steps)
-    fall = max(1, steps - rise)
+def _shape(schedule: str, warmup: float) -> Callable[[int, float], float]:
+    """The learning rate at a step of a stage, as a factor of its peak."""
     after = _SCHEDULES[schedule]
-    # step + 1: the very first step must not be lost to a learning rate of zero.
-    return lambda step: (step + 1) / (rise + 1) if step < rise else after((step - rise) / fall)
+
+    def at(step: int, steps: float) -> float:
+        if not math.isfinite(steps):
+            return 1.0
+        rise = round(warmup * steps)
+        # step + 1: the very first step must not be lost to a learning rate of zero.
+        return (step + 1) / (rise + 1) if step < rise else after((step - rise) / max(1, steps - rise))
+
+    return at
+
+
+def _watches(callback: Callback) -> bool:
+    """Whether it stops, or keeps a best checkpoint, by a metric."""
+    return isinstance(callback, EarlyStopping | ModelCheckpoint) and callback.monitor is not None
+
+
+class _Window:
+    """Counts what the accumulated batches of one optimiser step are a mean of.
+
+    ``unit``, the mean count of the first batches, keeps scaled losses in the range of half precision.
+    """
+
+    def __init__(self, unit: Tensor) -> None:
+        self.unit = unit
+        self.counted = torch.zeros_like(unit)
+        self.is_open = False
+
+    def add(self, count: Tensor) -> Tensor:
+        """Note the count of one batch, and give the factor of its loss."""
+        self.counted = self.counted + count
+        self.is_open = True
+        return count / self.unit
+
+    def close(self, accumulated: int, processes: int) -> Tensor:
+        """Give the factor that makes Lightning's mean over batches and processes the mean over what was counted."""
+        whole = ranks.total(self.counted).clamp(min=1)
+        self.counted, self.is_open = torch.zeros_like(self.counted), False
+        return accumulated * processes * self.unit / whole
+
+
+def _common_count(counts: Mapping[str, Tensor]) -> Tensor:
+    """The count of all terms; of the examples, where some count examples and others target tokens."""
+    return torch.stack([count.float() for count in counts.values()]).min()
+
+
+def _check_epochs(trainer: L.Trainer, stages: Sequence[Stage]) -> None:
+    epochs = sum(stage.epochs for stage in stages)
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    if trainer.max_epochs != epochs or trainer.max_steps != -1:
+        limit = f"max_epochs={trainer.max_epochs}" if trainer.max_steps == -1 else f"max_steps={trainer.max_steps}"
+        raise ValueError(
+            f"The stages last {epochs} epochs together, the Trainer has {limit}. Set max_epochs={epochs} and no "
+            "max_steps."
+        )
 
 
 def _check_data(data: Any, student: nn.Module) -> None:

@@ -7,19 +7,26 @@ from torch import nn
 from ildistil.capture import Sizes, Tap, unwrapped
 from ildistil.distillation import Distillation, DryRun
 from ildistil.schedules import Schedule
+from ildistil.stages import Stage
 
 __all__ = ["describe", "table"]
 
 
-def describe(distillation: Distillation, dry_run: DryRun | None = None) -> str:
+def describe(distillation: Distillation, dry_run: DryRun | None = None, stages: Sequence[Stage] = ()) -> str:
     """Say what a run will do: models, objectives with their layer pairs, what is captured, what the dry run found.
 
     Args:
         distillation: the engine, its objectives set.
         dry_run: what :meth:`~ildistil.Distillation.dry_run` found, if it ran.
+        stages: the stages of the training, if there are several.
     """
     parts = ["Distillation plan", _indent(_models(distillation)), "  terms (student layer<-teacher layer)"]
     parts.append(_indent(_terms(distillation, dry_run), 4))
+    if distillation.balance is not None:
+        parts.append(f"  weights are shares, by {distillation.balance.by}")
+    if stages:
+        rows = [(str(i), str(s.epochs), " ".join(s.objectives)) for i, s in enumerate(stages, start=1)]
+        parts.append(_indent(table(("stage", "epochs", "terms"), rows), 2))
     parts.append("  captured")
     parts += [f"    {role}: {_taps(taps)}" for role, taps in distillation.captured.items()]
     parts += [f"  note: {note}" for note in _notes(distillation, dry_run)]

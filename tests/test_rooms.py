@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "functional": set(),
     "ranks": set(),
     "schedules": set(),
+    "stages": set(),
     "balance": {"ranks"},
     "capture": set(),
     "metrics": set(),
@@ -25,8 +26,18 @@ MAY_IMPORT = {
     "monitor": set(),
     "objectives": {"functional", "capture", "mappings", "ranks", "schedules"},
     "distillation": {"balance", "capture", "objectives", "ranks", "schedules"},
-    "plan": {"capture", "distillation", "schedules"},
-    "distiller": {"capture", "objectives", "metrics", "distillation", "plan"},
+    "plan": {"capture", "distillation", "schedules", "stages"},
+    "distiller": {
+        "balance",
+        "capture",
+        "objectives",
+        "metrics",
+        "distillation",
+        "plan",
+        "ranks",
+        "schedules",
+        "stages",
+    },
 }
 LAST = {"cli", "quickstart"}  # they may import every room
 

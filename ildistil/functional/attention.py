@@ -176,5 +176,5 @@ def _log_probabilities(scores: Tensor, allowed: Tensor, heads: int) -> Tensor:
     log_p = F.log_softmax(torch.where(allowed, scores, torch.finfo(scores.dtype).min / 4), -1)
     if heads == scores.shape[1]:
         return log_p
-    groups = log_p.unflatten(1, (heads, -1))
-    return groups.logsumexp(2) - math.log(groups.shape[2])
+    merged = scores.shape[1] // heads
+    return log_p.reshape(len(log_p), heads, merged, *log_p.shape[2:]).logsumexp(2) - math.log(merged)

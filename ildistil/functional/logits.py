@@ -64,7 +64,7 @@ def logits_kl(
 def _rest_as_one(log_p: Tensor, kept: Tensor, k: int) -> Tensor:
     """Log-probabilities of the kept classes, and of all others together."""
     rest = log_p.masked_fill(kept, torch.finfo(log_p.dtype).min / 4).logsumexp(-1, keepdim=True)
-    return torch.cat([log_p[kept].unflatten(0, (-1, k)), rest], -1)
+    return torch.cat([log_p[kept].reshape(-1, k), rest], -1)
 
 
 def logits_mse(student: Tensor, teacher: Tensor) -> Tensor:

@@ -176,8 +176,8 @@ class AttentionDIST(_MergingObjective):
             return functional.example_mean(values, query_mask.sum(1))
         more = ranks.longest(student.shape[-1], student.device) - student.shape[-1]
         allowed = allowed.expand(len(student), *allowed.shape[1:])
-        maps = (F.pad(x, (0, more, 0, more)) for x in (student, teacher, allowed))
-        return functional.attention_dist_over_batch(*maps, F.pad(query_mask, (0, more)), ranks.total)
+        s, t, allowed = (F.pad(x, (0, more, 0, more)) for x in (student, teacher, allowed))
+        return functional.attention_dist_over_batch(s, t, allowed, F.pad(query_mask, (0, more)), ranks.total)
 
     def describe(self) -> str:
         """Give the pairs, and what the correlation runs over."""

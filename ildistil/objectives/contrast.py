@@ -194,7 +194,7 @@ class CLSContrast(_Contrast):
     def _draw(self, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Draw texts of other classes for every class of the batch; give their rows, and the class they are for."""
         drawn, drawn_for = [classes.new_empty(0)], [classes.new_empty(0)]
-        for present in classes.unique().tolist():
+        for present in torch.unique(classes).tolist():
             others = ((self._classes >= 0) & (self._classes != present)).nonzero().squeeze(1)
             # By class and step, not by batch: the same in all processes, and in all parts of an accumulated batch.
             seed = random.Random(f"{self.seed} {self._step} {present}").getrandbits(62)
@@ -206,7 +206,7 @@ class CLSContrast(_Contrast):
     def _learn(self) -> None:
         for waiting in self._waiting:
             # Samplers repeat rows to give every process as many: the first one counts.
-            once, where = waiting[0].unique(return_inverse=True)
+            once, where = torch.unique(waiting[0], return_inverse=True)
             numbers = torch.arange(len(where), device=where.device)
             first = torch.full_like(once, len(where)).scatter_reduce(0, where, numbers, "amin")
             rows, classes, *vectors = (x[first] for x in waiting)

@@ -36,7 +36,8 @@ class TaskLoss(Objective):
         labels = batch["labels"]
         if labels.is_floating_point():
             return torch.tensor(len(labels), device=labels.device)
-        return ((labels[:, 1:] if self._next_token and labels.ndim == 2 else labels) != -100).sum()
+        targets = labels[:, 1:] if self._next_token and labels.ndim == 2 else labels
+        return torch.as_tensor((targets != -100).sum())
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the student's loss."""

@@ -1,0 +1,108 @@
+"""Training in stages: first the intermediate layers, say, then the prediction."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["Place", "Plan", "Stage"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some epochs with some of the terms; the learning rate's schedule and the optimiser's state start anew.
+
+    Args:
+        objectives: names of the terms that take part.
+        epochs: how many epochs the stage lasts.
+        learning_rate: its peak; by default the module's.
+    """
+
+    objectives: Collection[str]
+    epochs: int
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or not self.objectives or isinstance(self.objectives, str):
+            raise ValueError(
+                "A stage has at least one epoch and a list of names of objectives, such as "
+                f"Stage(['attention_kl'], epochs=3); got {self.objectives!r} and {self.epochs}."
+            )
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"A stage's learning_rate must be > 0, got {self.learning_rate}.")
+
+
+class Place(NamedTuple):
+    """Where a step is: the stage's number from 0, the step within it, and the number of its steps."""
+
+    stage: int
+    step: int
+    steps: float
+
+    @property
+    def progress(self) -> float:
+        """How far the stage is, from 0 to 1; 0 where it has no end."""
+        return min(1.0, self.step / max(1.0, self.steps))
+
+
+class Plan:
+    """Where each optimiser step belongs: a function of the step alone, so that resuming needs nothing else.
+
+    Args:
+        stages: the stages; none for a training in one.
+        steps: number of all steps, perhaps infinite.
+
+    >>> plan = Plan([Stage(["hidden"], epochs=1), Stage(["logits"], epochs=3)], steps=40)
+    >>> plan.place(9), plan.place(10)
+    (Place(stage=0, step=9, steps=10), Place(stage=1, step=0, steps=30))
+    """
+
+    def __init__(self, stages: Sequence[Stage], steps: float) -> None:
+        self.stages = stages
+        epochs = sum(stage.epochs for stage in stages)
+        self._lengths: list[float] = [int(steps) * stage.epochs // epochs for stage in stages] or [steps]
+
+    def place(self, step: int) -> Place:
+        """Find a step."""
+        for number, length in enumerate(self._lengths[:-1]):
+            if step < length:
+                return Place(number, step, length)
+            step -= int(length)
+        return Place(len(self._lengths) - 1, step, self._lengths[-1])
+
+    def starts(self, step: int) -> bool:
+        """Tell whether a stage other than the first starts with a step."""
+        place = self.place(step)
+        return place.stage > 0 and place.step == 0
+
+    def is_last(self, step: int) -> bool:
+        """Tell whether a step belongs to the last stage."""
+        return self.place(step).stage == len(self._lengths) - 1
+
+    def names(self, step: int) -> Collection[str] | None:
+        """Give the names of the terms of a step's stage; ``None`` for all."""
+        return self.stages[self.place(step).stage].objectives if self.stages else None
+
+    def factor(self, peak: float, shape: Callable[[int, float], float]) -> Callable[[int], float]:
+        """Give the learning rate at a step as a factor of ``peak``; ``shape(step, steps)`` is that of one stage."""
+
+        def at(step: int) -> float:
+            place = self.place(step)
+            own = self.stages[place.stage].learning_rate if self.stages else None
+            return shape(place.step, place.steps) * (own or peak) / peak
+
+        return at
+
+
+def check(stages: Sequence[Stage], objectives: Mapping[str, object]) -> None:
+    """Compare the names in the stages with the objectives there are.
+
+    Raises:
+        ValueError: a name is unknown, or an objective is in no stage.
+    """
+    named = {name for stage in stages for name in stage.objectives}
+    if unknown := sorted(named - objectives.keys()):
+        raise ValueError(
+            f"A stage names {unknown[0]!r}, and there is no such objective. There are: {', '.join(sorted(objectives))}."
+        )
+    if idle := sorted(objectives.keys() - named):
+        raise ValueError(f"The objective {idle[0]!r} takes part in no stage. Name it in one, or leave it out.")
