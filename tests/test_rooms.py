@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "mappings": {"capture"},
     "narrow": {"capture"},
     "initialize": {"capture", "narrow"},
-    "models": {"initialize"},
+    "models": {"initialize", "narrow"},
     "export": set(),
     "monitor": set(),
     "objectives": {"functional", "capture", "mappings"},
