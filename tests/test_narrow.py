@@ -347,6 +347,16 @@ def test_the_teacher_and_the_random_state_are_left_as_they_were() -> None:
     assert teacher.config.hidden_size == 32
 
 
+def test_captured_and_half_precision_teachers() -> None:
+    teacher = classifiers()["bert"]
+    Distillation(tiny.bert(2, width=32), teacher, [objectives.HiddenMSE(), objectives.AttentionKL()])
+    student = init_student(teacher, None, narrow_config("bert"), width="pca", batches=BATCHES)
+    assert student.config._attn_implementation == "sdpa"
+    half = init_student(teacher.bfloat16(), None, narrow_config("bert"), width="pca", batches=BATCHES)
+    assert half.dtype == torch.float32
+    assert (logits(half, BATCHES[0]) - logits(student, BATCHES[0])).abs().max() < 1
+
+
 def test_padding_does_not_count() -> None:
     teacher = classifiers()["bert"]
     given = [tiny.batch(), tiny.batch(right=3)]
