@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
 from ildistil.initialize import init_student
+from ildistil.narrow import Width
 
 __all__ = ["ModelSource", "StudentOptions", "load", "pretrained"]
 
@@ -71,24 +72,46 @@ class StudentOptions:
         path: instead: another pretrained model, by name or folder.
         config: values to change in the teacher's config; without ``layers`` the student starts at random
             (``{num_hidden_layers: 3}``).
+        width: ``importance`` makes the student narrower by ``config`` (``{hidden_size: 256, ...}``), from the teacher's
+            largest weights. ``pca`` needs calibration batches, which only ``init_student`` in Python takes.
+        source: with ``layers``: another checkpoint of the teacher's architecture that they come from, by name or
+            folder, such as the pretrained model before fine-tuning.
     """
 
     layers: list[int] | None = None
     path: str | None = None
     config: dict[str, Any] | None = None
+    width: Width | None = None
+    source: str | None = None
 
     def make(self, teacher: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
         """Give the student for a teacher."""
         if self.path is None:
-            return init_student(teacher, self.layers, self.config)
+            return self._from_teacher(teacher, source)
         if self.layers is not None:
             raise ValueError("A student has either layers (of the teacher) or a path (of another model), not both.")
+        if self.width is not None or self.source is not None:
+            raise ValueError("A student with a path is that model as it is: leave out width and source, or the path.")
         if source.tokenizer is not None:
             _check_tokenizers(self.path, source.tokenizer)
         head: Head = next((h for h, a in _AUTO.items() if _has_head(teacher, a)), "none")
         labels = {"num_labels": teacher.config.num_labels, "id2label": teacher.config.id2label}
         labels |= {"label2id": teacher.config.label2id, "problem_type": teacher.config.problem_type}
         return load(self.path, head, config=labels | (self.config or {}), new_head=True).train()
+
+    def _from_teacher(self, teacher: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
+        if self.width == "pca":
+            raise ValueError(
+                "width: pca needs calibration batches, which a YAML file can't give. Use width: importance, or make "
+                "the student in Python with init_student(teacher, ..., width='pca', batches=[...]), save it with "
+                "save_pretrained and name its folder as path."
+            )
+        if self.source is None:
+            return init_student(teacher, self.layers, self.config, width=self.width)
+        if source.tokenizer is not None:
+            _check_tokenizers(self.source, source.tokenizer)
+        other = _without_random_weights(self.source)
+        return init_student(teacher, self.layers, self.config, width=self.width, source=other)
 
 
 def load(
@@ -130,6 +153,18 @@ def load(
         )
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _without_random_weights(path: str) -> PreTrainedModel:
+    """Load a checkpoint's body: with its pooler if it has one, else as the masked language model it is."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return load(path, "none")
+        except ValueError as error:
+            try:
+                return load(path, "masked-lm")
+            except ValueError:
+                raise error from None
 
 
 def _check_folder(path: str) -> None:

@@ -117,8 +117,11 @@ def narrowed(
     modules = _roles(model)
     heads = _Heads.of(model.config, student.config, rotary=family in _ROTARY)
     measured = None if batches is None else _measure(model, modules, batches, queries=heads.size != heads.new_size)
-    basis, factor = _basis(modules, measured, width, student.config.hidden_size, centred=family in _LAYER_NORM)
-    axes = _inner_axes(modules, _roles(student), heads, measured)
+    others = _roles(student)
+    _check_embeddings(modules, others)
+    size, last = student.config.hidden_size, family not in _NORM_BEFORE
+    basis, factor = _basis(modules, measured, width, size, centred=family in _LAYER_NORM, norms_last=last)
+    axes = _inner_axes(modules, others, heads, measured)
     weights = {name: value.detach() for name, value in model.state_dict().items()}
     norms = _norms_before(modules, _NORM_BEFORE.get(family, {}) if width == "pca" else {})
     for module in modules:
@@ -159,6 +162,18 @@ def _resolved(modules: list[_Module]) -> list[_Module]:
         _Module(m.name, m.module, axis(m.writes), axis(m.reads), "" if "p" in (m.writes, m.reads) else m.block)
         for m in modules
     ]
+
+
+def _check_embeddings(modules: list[_Module], students: list[_Module]) -> None:
+    """ELECTRA projects its embeddings only where their width is not the hidden size."""
+    mine, theirs = ({m.name for m in found if m.writes == "r"} for found in (students, modules))
+    embeddings = {name for name in mine ^ theirs if "embedding" in name}
+    if embeddings:
+        raise ValueError(
+            f"Only one of student and teacher has {embeddings.pop()}, which projects embeddings of another width than "
+            "the hidden size. Choose embedding_size and hidden_size such that both have it or neither (neither: set "
+            "embedding_size to the new hidden_size)."
+        )
 
 
 @dataclass(frozen=True)
@@ -268,7 +283,7 @@ def _add(measured: _Measured, seen: Mapping[str, list[Tensor]], hidden: list[Ten
 
 
 def _basis(
-    modules: list[_Module], measured: _Measured | None, width: Width, size: int, centred: bool
+    modules: list[_Module], measured: _Measured | None, width: Width, size: int, centred: bool, norms_last: bool
 ) -> tuple[Tensor, float]:
     """Give the basis of the student's residual stream, and the factor that its norms need.
 
@@ -283,7 +298,7 @@ def _basis(
         assert measured.moment is not None
         basis = principal_basis(measured.moment, size, centred)
     else:
-        score = _written(writers) if measured is None else measured.residual
+        score = _written(modules, norms_last) if measured is None else measured.residual
         assert score is not None
         basis = torch.eye(total, dtype=torch.double)[:, _top(score, size)]
     if measured is None or size == total:
@@ -326,10 +341,19 @@ def _to_ones(size: int) -> Tensor:
     return identity if size == 1 else identity - 2 * torch.outer(normal, normal) / normal.square().sum()
 
 
-def _written(writers: list[_Module]) -> Tensor:
-    """How large the weights are that write to each residual dimension, embeddings included."""
-    squares = [m.weight.square().sum(1) for m in writers if m.writes == "r"]
-    squares += [m.weight.square().sum(0) for m in writers if isinstance(m.module, nn.Embedding) and m.reads == "r"]
+def _written(modules: list[_Module], norms_last: bool) -> Tensor:
+    """How large the weights are that write to each residual dimension.
+
+    Where norms write to the stream themselves (BERT), these are their gains and biases alone.
+    """
+    squares = []
+    for m in modules:
+        bias = _bias(m)
+        if m.writes == "r" and (m.weight.ndim == 1) == norms_last:
+            squares.append(m.weight.square() if norms_last else m.weight.square().sum(1))
+            squares += [] if bias is None else [bias.square()]
+        elif isinstance(m.module, nn.Embedding) and m.reads == "r" and not norms_last:
+            squares.append(m.weight.square().sum(0))
     return torch.stack(squares).sum(0)
 
 

@@ -347,6 +347,16 @@ def test_the_teacher_and_the_random_state_are_left_as_they_were() -> None:
     assert teacher.config.hidden_size == 32
 
 
+def test_captured_and_half_precision_teachers() -> None:
+    teacher = classifiers()["bert"]
+    Distillation(tiny.bert(2, width=32), teacher, [objectives.HiddenMSE(), objectives.AttentionKL()])
+    student = init_student(teacher, None, narrow_config("bert"), width="pca", batches=BATCHES)
+    assert student.config._attn_implementation == "sdpa"
+    half = init_student(teacher.bfloat16(), None, narrow_config("bert"), width="pca", batches=BATCHES)
+    assert half.dtype == torch.float32
+    assert (logits(half, BATCHES[0]) - logits(student, BATCHES[0])).abs().max() < 1
+
+
 def test_padding_does_not_count() -> None:
     teacher = classifiers()["bert"]
     given = [tiny.batch(), tiny.batch(right=3)]
@@ -388,6 +398,7 @@ def test_narrowing_keeps_more_than_chance() -> None:
         ("bert", {"num_attention_heads": 2}, {"width": "importance"}, "heads can't grow"),
         ("llama", {"head_dim": 4}, {"width": "importance"}, "Rotary position embeddings"),
         ("modernbert", {"hidden_size": 16}, {"width": "importance"}, "Rotary position embeddings"),
+        ("electra", {"hidden_size": 24}, {"width": "importance"}, "Only one of student and teacher has electra.embed"),
         ("llama", {"num_attention_heads": 3}, {"width": "importance"}, "can't be chosen"),
         ("bert", {"hidden_size": 16}, {"layers": [1], "batches": []}, "batches are for width"),
     ],
@@ -395,6 +406,27 @@ def test_narrowing_keeps_more_than_chance() -> None:
 def test_what_is_not_possible_is_refused(name: str, config: Any, settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         init_student(classifiers()[name], config=config, **settings)
+
+
+def test_electra_without_a_projection_changes_both_sizes() -> None:
+    teacher = make(tf.ElectraForMaskedLM, tf.ElectraConfig(**SMALL, embedding_size=32))
+    student = init_student(teacher, config={"hidden_size": 16, "embedding_size": 16}, width="importance")
+    assert student.get_input_embeddings().weight.shape == (50, 16)
+    with pytest.raises(ValueError, match="set embedding_size to the new hidden_size"):
+        init_student(teacher, config={"hidden_size": 16}, width="importance")
+
+
+def test_weights_alone_find_the_dimensions_that_count() -> None:
+    """By the gains and biases where norms write to the stream, else by the weights that write to it."""
+    keep = torch.arange(1, 32, 2)
+    bert, llama = classifiers()["bert"], classifiers()["llama"]
+    for path, module in bert.named_modules():
+        if path.endswith("LayerNorm"):
+            module.weight.data[keep] += 2
+    unused_dimensions(llama, keep - 1)
+    for teacher in (bert, llama):
+        student = init_student(teacher, config={"hidden_size": 16}, width="importance")
+        assert torch.equal(student.get_input_embeddings().weight, teacher.get_input_embeddings().weight[:, keep])
 
 
 def test_unknown_families_and_weights_are_refused() -> None:

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "mappings": {"capture"},
     "narrow": {"capture"},
     "initialize": {"capture", "narrow"},
-    "models": {"initialize"},
+    "models": {"initialize", "narrow"},
     "export": set(),
     "monitor": set(),
     "objectives": {"functional", "capture", "mappings", "ranks", "schedules"},
