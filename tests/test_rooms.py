@@ -16,11 +16,12 @@ MAY_IMPORT = {
     "data": {"metrics"},
     "mappings": {"capture"},
     "initialize": {"capture"},
+    "synthetic": {"capture"},
     "models": {"initialize"},
     "export": set(),
     "monitor": set(),
     "objectives": {"functional", "capture", "mappings"},
-    "distillation": {"capture", "objectives"},
+    "distillation": {"capture", "objectives", "synthetic"},
     "plan": {"capture", "distillation"},
     "distiller": {"capture", "objectives", "metrics", "distillation", "plan"},
 }
