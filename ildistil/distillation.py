@@ -15,6 +15,7 @@ from ildistil.balance import Balance
 from ildistil.capture import Activations, Capture, Layers, Sizes, Tap, model_inputs, separate_configs, unwrapped
 from ildistil.objectives.base import Objective, ObjectiveError
 from ildistil.schedules import Schedule
+from ildistil.synthetic import synthetic_batch
 
 __all__ = ["Distillation", "DryRun", "TermCheck", "Terms"]
 
@@ -521,35 +522,3 @@ def _check_term(name: str, check: TermCheck) -> None:
                 f"The {what} of the term {name} is {number} in the dry run. Look for NaN in the models' weights, for "
                 "an unfit precision, or for a loss that divides by zero."
             )
-
-
-def synthetic_batch(model: nn.Module, tokens: int = 8) -> dict[str, Tensor] | None:
-    """Make a ragged batch of two for a transformers text model; ``None`` for any other."""
-    sizes = Sizes.of(model)
-    if not isinstance(model, PreTrainedModel) or sizes.vocabulary is None or model.config.is_encoder_decoder:
-        return None
-    if model.main_input_name != "input_ids":
-        return None
-    special = {getattr(model.config, f"{k}_token_id", None) for k in ("pad", "bos", "eos", "cls", "sep", "mask")}
-    ordinary = [i for i in range(min(sizes.vocabulary, 64)) if i not in special] or [0]
-    ids = torch.tensor([[ordinary[(3 * r + 5 * c) % len(ordinary)] for c in range(tokens)] for r in range(2)])
-    mask = torch.ones_like(ids)
-    mask[1, tokens - 3 :] = 0
-    batch = {"input_ids": ids, "attention_mask": mask}
-    if "ForSequenceClassification" in sizes.name:
-        batch["labels"] = _synthetic_labels(sizes)
-    elif sizes.name.endswith(("ForMaskedLM", "ForCausalLM", "LMHeadModel")):
-        batch["labels"] = ids
-    elif "For" in sizes.name:
-        return None  # another head, with labels of its own kind
-    # Without a padding token a classifier of the causal kind takes one row at a time.
-    rows = 1 if model.config.get_text_config().pad_token_id is None else 2
-    return {key: value[:rows].to(model.device) for key, value in batch.items()}
-
-
-def _synthetic_labels(sizes: Sizes) -> Tensor:
-    if sizes.problem_type == "multi_label_classification":
-        return torch.zeros(2, sizes.labels or 1)
-    if sizes.labels == 1 or sizes.problem_type == "regression":
-        return torch.zeros(2)
-    return torch.zeros(2, dtype=torch.long)

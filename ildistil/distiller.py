@@ -507,8 +507,11 @@ def _check_data(data: Any, student: nn.Module) -> None:
 
 
 def _specification(objective: Objective) -> str:
-    names = [n for n in inspect.signature(type(objective)).parameters if n != "name" and hasattr(objective, n)]
-    return f"{type(objective).__name__}({', '.join(f'{n}={getattr(objective, n)}' for n in sorted(names))})"
+    """Give the objective as one would write it: what differs from the defaults, and the weight."""
+    parameters = inspect.signature(type(objective)).parameters
+    values = {n: getattr(objective, n) for n in sorted(parameters) if n != "name" and hasattr(objective, n)}
+    told = [f"{n}={v}" for n, v in values.items() if n == "weight" or v != parameters[n].default]
+    return f"{type(objective).__name__}({', '.join(told)})"
 
 
 def _compare(saved: dict[str, str], now: dict[str, str]) -> None:

@@ -1,5 +1,5 @@
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
 from ildistil import Distillation, objectives
-from ildistil.capture import Attention, Capture, CaptureError, Sizes, Tap, find_layers
+from ildistil.capture import Activations, Attention, Capture, CaptureError, Sizes, Tap, find_layers
 from ildistil.objectives import ObjectiveError
 
 ALL = {Tap("hidden", i) for i in range(5)} | {Tap("attention", i) for i in range(1, 5)} | {Tap("logits")}
@@ -156,6 +156,12 @@ def test_values_outside_the_interface_are_those_of_the_model(family: str) -> Non
         torch.testing.assert_close(expected[seen.mask], context[seen.mask], rtol=1e-5, atol=1e-7)
 
 
+def switch(model: PreTrainedModel, implementation: str) -> None:
+    for part in model.modules():  # T5's stacks have configs of their own, which not every transformers sees
+        if isinstance(part, PreTrainedModel):
+            part.set_attn_implementation(implementation)
+
+
 def stacked(depths: dict[str, int]) -> set[Tap]:
     taps = {Tap("attention", i, stack) for stack, depth in depths.items() for i in range(1, depth + 1)}
     return taps | {Tap("hidden", i, s) for s, depth in depths.items() if s != "cross" for i in range(depth + 1)}
@@ -178,9 +184,9 @@ def test_three_stacks_of_an_encoder_decoder(family: str, implementation: str, to
     if told == "decoder_attention_mask":
         inputs["decoder_attention_mask"] = (batch["labels"] != -100).long()
     with torch.no_grad():
-        model.set_attn_implementation("eager")
+        switch(model, "eager")
         eager = model(**inputs, output_attentions=True, output_hidden_states=True)
-        model.set_attn_implementation(implementation)
+        switch(model, implementation)
         plain = model(**inputs, use_cache=False)
         capture = Capture(model, stacked({"encoder": 4, "decoder": 3, "cross": 3}) | {Tap("logits")})
         seen = capture(batch if told == "labels" else inputs, verify=True)
@@ -202,6 +208,43 @@ def test_three_stacks_of_an_encoder_decoder(family: str, implementation: str, to
     assert torch.equal(seen.mask, real)
     assert torch.equal(seen.stack("cross").mask, real)
     assert seen.stack("cross").attention[1].query.shape[2:] != seen.stack("cross").attention[1].key.shape[2:]
+    capture.close()
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    assert {part.config._attn_implementation for part in parts} == {implementation}
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder", "cross"])
+@pytest.mark.parametrize("family", ENCODER_DECODERS)
+def test_padding_changes_nothing_in_any_stack(family: str, stack: str) -> None:
+    """An objective that asks for its stack works unchanged, and padding of source or target doesn't reach it."""
+
+    class OneStack(objectives.AttentionKL):
+        def build(self, student: Sizes, teacher: Sizes) -> None:
+            super().build(student.stack(stack), teacher.stack(stack))
+
+        def student_wants(self, student: Sizes) -> set[Tap]:
+            return {Tap("attention", s, stack) for s, _ in self.pairs}
+
+        def teacher_wants(self, teacher: Sizes) -> set[Tap]:
+            return {Tap("attention", t, stack) for _, t in self.pairs}
+
+        def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> torch.Tensor:
+            return super().loss(student.stack(stack), teacher.stack(stack), batch)
+
+    student, teacher = (spread(ENCODER_DECODERS[family]()) for _ in range(2))
+    engine = Distillation(student, teacher, [OneStack()]).eval()
+    batch = translation()
+    padded = {
+        "input_ids": nn.functional.pad(batch["input_ids"], (0, 3)),
+        "attention_mask": nn.functional.pad(batch["attention_mask"], (0, 3)),
+        "labels": nn.functional.pad(batch["labels"], (0, 2), value=-100),
+    }
+    terms = [engine(b, verify=True).total for b in (batch, padded)]
+    assert terms[0] > 1e-3
+    torch.testing.assert_close(*terms, rtol=1e-9, atol=0)
+    terms[0].backward()
+    with_loss = Distillation(student, None, [objectives.TaskLoss()]).eval()(batch).total
+    assert with_loss.item() == pytest.approx(student(**batch).loss.item())
 
 
 def test_stacks_have_sizes_of_their_own() -> None:
@@ -247,7 +290,7 @@ def test_a_layer_that_does_not_run_is_found_in_each_stack(family: str) -> None:
     stack = model.get_decoder().block if family == "T5" else model.get_decoder().layers
     del stack[2]
     encoder(translation())
-    with pytest.raises(CaptureError, match="ran 2 layers in its cross, its depth is 3"):
+    with pytest.raises(CaptureError, match=r"ran 2 layers, its depth is 3 \(stack 'cross'\)"):
         decoder(translation())
 
 

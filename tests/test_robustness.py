@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import tiny
 from ildistil import Distillation, Distiller, cli, init_student, mappings, objectives
-from ildistil.capture import CaptureError
+from ildistil.capture import Capture, CaptureError, Tap
 from ildistil.objectives import Objective, ObjectiveError
+from ildistil.synthetic import synthetic_batch
 from test_distiller import loader, pair, trainer
 
 # Streams and samplers
@@ -93,6 +94,23 @@ def test_problem_type_is_left_to_the_real_labels() -> None:
 def test_heads_with_labels_of_their_own_kind_get_no_made_up_batch(head: str) -> None:
     model = getattr(tf, head)(tiny.bert(2).config)
     assert Distillation(model, tiny.bert(4)).synthetic_batch() is None
+
+
+@pytest.mark.parametrize("head", ["BartModel", "BartForConditionalGeneration", "BartForSequenceClassification"])
+def test_encoder_decoders_get_a_made_up_batch(head: str) -> None:
+    config = tf.BartConfig(
+        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=50, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=2, forced_eos_token_id=None,
+    )  # fmt: skip
+    model = getattr(tf, head)(config)
+    batch = synthetic_batch(model)
+    seen = Capture(model, {Tap("attention", 1, stack) for stack in ("encoder", "decoder", "cross")})(batch, verify=True)
+    for stack in ("encoder", "decoder"):
+        mask = seen.stack(stack).mask
+        assert mask[0].all()
+        assert not mask[1].all()
+        assert mask[1].any()
 
 
 def test_a_causal_classifier_without_padding_token_trains_on_single_rows() -> None:
@@ -179,12 +197,12 @@ def test_two_engines_share_a_teacher() -> None:
 
 
 def test_a_refused_pair_of_models_is_refused_again() -> None:
-    small = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
-    teacher = tf.MPNetForSequenceClassification(tf.MPNetConfig(**small, vocab_size=50, num_labels=3))
+    small = {"d_model": 32, "n_layer": 4, "n_head": 4, "d_inner": 64}
+    teacher = tf.XLNetForSequenceClassification(tf.XLNetConfig(**small, vocab_size=50, num_labels=3))
     student, terms = tiny.bert(2, labels=3), [objectives.AttentionKL()]
     engine = Distillation(student, teacher)
     for _ in range(2):
-        with pytest.raises(CaptureError, match="The attention of the teacher MPNetForSequenceClassification can't"):
+        with pytest.raises(CaptureError, match="The attention of the teacher XLNetForSequenceClassification can't"):
             engine.set_objectives(terms)
     assert student.config._attn_implementation == "sdpa"
 

@@ -21,11 +21,12 @@ MAY_IMPORT = {
     "mappings": {"capture"},
     "narrow": {"capture"},
     "initialize": {"capture", "narrow"},
+    "synthetic": {"capture"},
     "models": {"initialize", "narrow"},
     "export": set(),
     "monitor": set(),
     "objectives": {"functional", "capture", "mappings", "ranks", "schedules"},
-    "distillation": {"balance", "capture", "objectives", "ranks", "schedules"},
+    "distillation": {"balance", "capture", "objectives", "ranks", "schedules", "synthetic"},
     "plan": {"capture", "distillation", "schedules", "stages"},
     "distiller": {
         "balance",

@@ -159,7 +159,7 @@ def divert(model: PreTrainedModel) -> str:
     if twin not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         AttentionInterface.register(twin, _recording(previous))
         AttentionMaskInterface.register(twin, ALL_MASK_ATTENTION_FUNCTIONS[previous])
-    model.set_attn_implementation(twin)
+    _switch(model, twin)
     return previous
 
 
@@ -167,4 +167,12 @@ def give_back(model: PreTrainedModel, previous: str) -> None:
     """Give a model its attention implementation back, unless another capture needs the twin."""
     _diverted[model] -= 1
     if _diverted[model] == 0:
-        model.set_attn_implementation(previous)
+        _switch(model, previous)
+
+
+def _switch(model: PreTrainedModel, implementation: str) -> None:
+    model.set_attn_implementation(implementation)
+    # Before 5.23 transformers leaves out models inside whose config is a copy of the whole one's, as T5's stacks have.
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config._attn_implementation != implementation:
+            part.set_attn_implementation(implementation)

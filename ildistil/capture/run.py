@@ -266,9 +266,9 @@ class Capture:
         for stack in {stack for stack, _ in recorder.wanted_hidden | recorder.wanted_attention}:
             layers, depth = recorder.layers_run["decoder" if stack == "cross" else stack], self._depth(stack)
             if layers != depth:
-                where = "" if stack is None else f" in its {stack}"
+                where = "" if stack is None else f" (stack {stack!r})"
                 raise CaptureError(
-                    f"The {self.role} {self.sizes.name} ran {layers} layers{where}, its depth is {depth}. "
+                    f"The {self.role} {self.sizes.name} ran {layers} layers, its depth is {depth}{where}. "
                     "Switch off whatever skips layers (layerdrop, early exit)."
                 )
         missing = [Tap("hidden", k, stack) for stack, k in recorder.wanted_hidden - hidden.keys()]
