@@ -93,4 +93,4 @@ def _labels(sizes: Sizes) -> Tensor:
         return torch.zeros(2, sizes.labels or 1)
     if sizes.labels == 1 or sizes.problem_type == "regression":
         return torch.zeros(2)
-    return torch.zeros(2, dtype=torch.long)
+    return torch.arange(2) % (sizes.labels or 1)
