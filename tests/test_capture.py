@@ -418,6 +418,34 @@ def test_checkpointing_and_compile_give_the_same_gradients(checkpointing: bool, 
         torch.testing.assert_close(plain, changed, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated", "ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [("MPNet", "compile"), ("DeBERTa", "checkpointing"), ("DeBERTa-v3", "checkpointing"), ("DeBERTa-v3", "compile")],
+)
+def test_projections_are_read_in_checkpointed_and_compiled_models_too(family: str, change: str) -> None:
+    def gradients(changed: bool) -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        student, teacher = (OUTSIDE[family]().double() for _ in range(2))
+        terms = [objectives.AttentionKL(), objectives.RelationKL(), objectives.HiddenMSE()]
+        engine = Distillation(student, teacher, terms).eval()
+        if changed and change == "checkpointing":
+            engine.train()
+            for module in student.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+            enable_checkpointing(student)
+        elif changed:
+            student.compile(backend="aot_eager")
+        batch = {k: v for k, v in tiny.batch(labels=2).items() if k in ("input_ids", "attention_mask")}
+        engine(batch).total.backward()
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in student.parameters()]
+
+    for plain, changed in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(plain, changed, rtol=1e-7, atol=1e-10)
+
+
 def test_reentrant_checkpointing_is_refused() -> None:
     student = tiny.bert(2)
     enable_checkpointing(student, {"use_reentrant": True})
