@@ -1,4 +1,4 @@
-"""The command ``ildistil``: fit, validate, test, predict, finetune, export, quickstart."""
+"""The command ``ildistil``: fit, validate, test, predict, finetune, export, presets, quickstart."""
 
 import csv
 import difflib
@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import Logger
 
 import ildistil
 import ildistil.data  # so that a YAML file can name Glue and TextData
+from ildistil import presets
 from ildistil.capture import CaptureError
 from ildistil.distiller import Distiller
 from ildistil.export import export
@@ -30,6 +31,8 @@ from ildistil.mappings import LayerMapping
 from ildistil.models import ModelSource, StudentOptions, load
 from ildistil.monitor import Throughput
 from ildistil.objectives import Objective, TaskLoss
+from ildistil.plan import table
+from ildistil.schedules import Schedule
 
 __all__ = ["finetuner", "main", "make_distiller"]
 
@@ -45,6 +48,7 @@ Distil a Transformer into a smaller one.
   test         measure a student on the test set
   predict      write a student's predictions to a file
   export       write the student of a checkpoint as a plain transformers folder
+  presets      list the named configurations for 'fit --preset NAME': TinyBERT, MiniLM, PKD ...
 
 'ildistil COMMAND --help' shows the options of a command; '--print_config' with fit, validate,
 test, predict or finetune prints its whole configuration as YAML, to edit and give back with '--config FILE'.
@@ -53,50 +57,27 @@ _TRAINING = ("fit", "validate", "test", "predict")
 
 
 def make_distiller(
-    teacher: ModelSource,
-    student: StudentOptions,
-    learning_rate: float = 5e-5,
-    weight_decay: float = 0.01,
-    warmup: float = 0.06,
-    schedule: str = "linear",
-    compile: bool = False,
-    tokenizer: str | None = None,
+    teacher: ModelSource, student: StudentOptions, tokenizer: str | None = None, **options: Any
 ) -> Distiller:
     """Distil a student from a teacher.
 
     Args:
         teacher: Where the frozen model comes from, usually ``pretrained`` with a path.
         student: Where the student comes from: layers of the teacher, a config, or another model's path.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: Of all parameters but biases and norms.
-        warmup: Share of all steps in which the learning rate rises.
-        schedule: What it does then: linear, cosine or constant.
-        compile: Compile the student with torch.compile.
         tokenizer: Name or folder of the tokenizer; by default the teacher's.
+        options: Those of :class:`Distiller`.
     """
     loaded = teacher.load()
-    return Distiller(
-        student.make(loaded, teacher),
-        loaded,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        schedule=schedule,  # type: ignore[arg-type]
-        compile=compile,
-        tokenizer=tokenizer or teacher.tokenizer,
-    )
+    made = student.make(loaded, teacher)
+    return Distiller(made, loaded, tokenizer=tokenizer or teacher.tokenizer, **options)
 
 
 def finetuner(
     path: str,
     labels: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
-    learning_rate: float = 5e-5,
-    weight_decay: float = 0.01,
-    warmup: float = 0.06,
-    schedule: str = "linear",
-    compile: bool = False,
     tokenizer: str | None = None,
+    **options: Any,
 ) -> Distiller:
     """Fine-tune a pretrained model on a task.
 
@@ -104,23 +85,11 @@ def finetuner(
         path: Name on the hub, or a folder, of the pretrained model.
         labels: What the data module says of its labels.
         config: Values to change in the model's config, such as a dropout.
-        learning_rate: Peak learning rate of AdamW.
-        weight_decay: Of all parameters but biases and norms.
-        warmup: Share of all steps in which the learning rate rises.
-        schedule: What it does then: linear, cosine or constant.
-        compile: Compile the model with torch.compile.
         tokenizer: Name or folder of the tokenizer; by default the model's.
+        options: Those of :class:`Distiller`.
     """
     model = load(path, config=(labels or {}) | (config or {}), new_head=True)
-    return Distiller(
-        model,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        schedule=schedule,  # type: ignore[arg-type]
-        compile=compile,
-        tokenizer=tokenizer or path,
-    )
+    return Distiller(model, None, tokenizer=tokenizer or path, stages=(), balance=None, **options)
 
 
 class _Parser(LightningArgumentParser):
@@ -137,7 +106,7 @@ class _Parser(LightningArgumentParser):
         parsers = [self, *(p for a in self._actions for p in (getattr(a, "_name_parser_map", None) or {}).values())]
         options = [option.lstrip("-") for p in parsers for action in p._actions for option in action.option_strings]
         words = {part for option in options for part in option.split(".")}
-        for base in (Objective, LayerMapping, ModelSource, L.LightningDataModule, L.Callback, Logger):
+        for base in (Objective, LayerMapping, Schedule, ModelSource, L.LightningDataModule, L.Callback, Logger):
             for cls in _subclasses(base):
                 words |= {cls.__name__, *inspect.signature(cls).parameters}
         return words
@@ -200,22 +169,30 @@ class _CLI(LightningCLI):
         trains = self.subcommand in (None, "fit") and not config.get("fast_dev_run")
         trains = trains and config.get("enable_checkpointing") is not False
         if trains and not any(isinstance(c, ModelCheckpoint) for c in configured):
-            usual.append(self._best())
+            usual += self._checkpoints()
         return super().instantiate_trainer(callbacks=[*configured, *named.values(), *usual], **kwargs)
 
-    def _best(self) -> ModelCheckpoint:
+    def _checkpoints(self) -> list[ModelCheckpoint]:
+        """Keep the best student and the last; the last one alone where nothing is measured."""
         names = getattr(self.datamodule, "validation_names", ["val"])
         first = names[0] if names else "val"
         measured = names and self._get(self.config_init, "trainer").get("limit_val_batches") != 0
         primary = getattr(self.datamodule, "primary_metric", None) if measured else None
-        best: dict[str, Any] = {"monitor": f"{first}/{primary}", "mode": "max", "filename": "best", "save_last": True}
-        checkpoint = ModelCheckpoint(enable_version_counter=False, **(best if primary else {"filename": "last"}))
+        best: dict[str, Any] = {"monitor": f"{first}/{primary}", "mode": "max", "filename": "best"}
+        if not primary:
+            options: list[dict[str, Any]] = [{"filename": "last"}]
+        elif self.model.stages:
+            options = [best, {"filename": "last"}]  # the best is watched for in the last stage only
+        else:
+            options = [best | {"save_last": True}]
+        checkpoints = [ModelCheckpoint(enable_version_counter=False, **o) for o in options]
         path = self._get(self.config, "ckpt_path")
         if path and Path(path).is_file():
             # A run that goes on keeps its folder of checkpoints, and so what was best before.
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-            checkpoint.dirpath = _folder_of(path)
-        return checkpoint
+            for checkpoint in checkpoints:
+                checkpoint.dirpath = _folder_of(path)
+        return checkpoints
 
 
 def _folder_of(checkpoint: str) -> str:
@@ -323,7 +300,25 @@ def _finetune(arguments: list[str]) -> None:
 
 
 def _distill(arguments: list[str]) -> None:
-    _DistillCLI(make_distiller, arguments[0], args=arguments)
+    _DistillCLI(make_distiller, arguments[0], args=_with_preset(arguments))
+
+
+def _with_preset(arguments: list[str]) -> list[str]:
+    """Replace ``--preset NAME`` by the preset's file, before all other configuration."""
+    command, *rest = arguments
+    for i, word in enumerate(rest):
+        if word == "--preset" or word.startswith("--preset="):
+            _, equals, name = word.partition("=")
+            used = 1 if equals else 2
+            if not equals:
+                name = rest[i + 1] if i + 1 < len(rest) else ""
+            return [command, "--config", str(presets.file(name)), *rest[:i], *rest[i + used :]]
+    return arguments
+
+
+def _list_presets() -> None:
+    print(table(("preset", "what it is"), [(name, presets.title(name)) for name in presets.names()]))
+    print("\nUse one: ildistil fit --preset NAME --config run.yaml; see it: the same with --print_config.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -342,10 +337,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _distill(words)
         elif command == "finetune":
             _finetune(words[1:])
+        elif command == "presets":
+            _list_presets()
         elif command in ("export", "quickstart"):
             jsonargparse.auto_cli(_function(command), args=words[1:], prog=f"ildistil {command}")
         else:
-            commands = [*_TRAINING, "finetune", "export", "quickstart"]
+            commands = [*_TRAINING, "finetune", "export", "presets", "quickstart"]
             close = difflib.get_close_matches(command, commands, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else f" Commands: {', '.join(commands)}."
             raise ValueError(f"There is no command {command!r}.{hint}")

@@ -51,6 +51,10 @@ class Terms:
         weighted = [self.weights[name] * value * factors.get(name, 1.0) for name, value in self.values.items()]
         return sum(weighted[1:], start=weighted[0])
 
+    def count_values(self) -> Tensor:
+        """Stack the counts, in the terms' order and precision."""
+        return torch.stack([self.counts[name].to(value.dtype) for name, value in self.values.items()])
+
     def shares(self) -> dict[str, Tensor]:
         """Give each term's share of the total: ``|weight * value| / sum``; detached."""
         sizes = {name: (self.weights[name] * value.detach()).abs() for name, value in self.values.items()}

@@ -223,11 +223,12 @@ class Distiller(L.LightningModule):
         if accumulated == 1:
             if processes == 1:
                 return terms.total
-            counts = torch.stack([count.float() for count in terms.counts.values()])
+            counts = terms.count_values()
             factors = counts * processes / ranks.total(counts).clamp(min=1)
             return terms.sum(dict(zip(terms.counts, factors, strict=True)))
         self._check_accumulation()
-        count = _common_count(terms.counts)
+        # Of the examples, where some terms count examples and others target tokens.
+        count = terms.count_values().min()
         if self._window is None:
             self._window = _Window(ranks.total(count).clamp(min=1) / processes)
         return terms.total * self._window.add(count)
@@ -469,11 +470,6 @@ class _Window:
         whole = ranks.total(self.counted).clamp(min=1)
         self.counted, self.is_open = torch.zeros_like(self.counted), False
         return accumulated * processes * self.unit / whole
-
-
-def _common_count(counts: Mapping[str, Tensor]) -> Tensor:
-    """The count of all terms; of the examples, where some count examples and others target tokens."""
-    return torch.stack([count.float() for count in counts.values()]).min()
 
 
 def _check_epochs(trainer: L.Trainer, stages: Sequence[Stage]) -> None:

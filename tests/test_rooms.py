@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "monitor": set(),
     "objectives": {"functional", "capture", "mappings", "ranks", "schedules"},
     "distillation": {"balance", "capture", "objectives", "ranks", "schedules", "synthetic"},
+    "presets": {"objectives", "stages"},
     "plan": {"capture", "distillation", "schedules", "stages"},
     "distiller": {
         "balance",

@@ -33,12 +33,14 @@ class TaskLoss(Objective):
 
     def count(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the number of labels: of examples, or of the target tokens of a language model."""
-        labels = batch["labels"]
+        labels = batch.get("labels")
+        if labels is None:  # the model takes them from elsewhere
+            return super().count(student, batch)
         if labels.is_floating_point():
             return torch.tensor(len(labels), device=labels.device)
         targets = labels[:, 1:] if self._next_token and labels.ndim == 2 else labels
         return torch.as_tensor((targets != -100).sum())
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
-        """Give the student's loss."""
-        return student.loss
+        """Give the student's loss; 0 for a batch without any label, of which the model makes a mean of nothing."""
+        return torch.where(self.count(student, batch) > 0, student.loss, 0)
