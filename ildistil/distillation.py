@@ -237,7 +237,9 @@ class Distillation(nn.Module):
         if not weights:
             raise ObjectiveError(_no_weight(progress))
         active = {name: self.objectives[name] for name in weights}
-        values, counts = self._run(batch, active, step, verify)
+        for objective in active.values():
+            objective.begin(step)
+        values, counts = self._run(batch, active, verify)
         values = self._attach_unreached(values)
         if self.training:
             for objective in active.values():
@@ -260,14 +262,12 @@ class Distillation(nn.Module):
         return {name: weight for name, weight in weights.items() if weight > 0}
 
     def _run(
-        self, batch: Mapping[str, Any], active: Mapping[str, Objective], step: int | None, verify: bool
+        self, batch: Mapping[str, Any], active: Mapping[str, Objective], verify: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Run both models, recording what the active terms want, and give their values and counts."""
         if self._student_capture is None:
             self.attach()
         assert self._student_capture is not None
-        for objective in active.values():
-            objective.begin(step)
         teacher = _NOTHING
         needing = [o for o in active.values() if o.needs_teacher]
         if self._teacher_capture is not None and needing:
@@ -339,7 +339,7 @@ class Distillation(nn.Module):
         self._reach = {}
         used = {name: o for name, o in self.objectives.items() if o.weight != 0}
         with _without_trace(self), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            values, _ = self._run(batch, used, 0, verify=True)
+            values, _ = self._run(batch, used, verify=True)
             for name, value in values.items():
                 gradients = _gradients(name, value, parameters)
                 checks[name] = TermCheck(value.item(), _norm(gradients))

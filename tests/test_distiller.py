@@ -352,7 +352,7 @@ def test_bad_optimiser_settings_are_refused(options: dict[str, Any]) -> None:
 
 
 def test_plain_ddp_trains_what_some_terms_do_not_reach(tmp_path: Path) -> None:
-    """Two gloo ranks, no 'unused parameters' setting, a pooler and a head that no term reaches."""
+    """Two gloo ranks, no 'unused parameters' setting, and in each stage parameters that no term reaches."""
     import subprocess
     import sys
 
@@ -360,4 +360,9 @@ def test_plain_ddp_trains_what_some_terms_do_not_reach(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert all(torch.equal(value, ranks[1][name]) for name, value in ranks[0].items())
+    assert all(torch.equal(value, ranks[1]["student"][name]) for name, value in ranks[0]["student"].items())
+    heads = ranks[0]["heads"]
+    start = init_student(tiny.bert(4), layers=[1, 2]).classifier.weight
+    assert torch.equal(heads[0][0], start)  # nothing but weight decay could have moved it in the first stage
+    assert not torch.equal(heads[2][0], start)
+    assert all(torch.equal(first, last) for first, last in zip(heads[0][1:], heads[2][1:], strict=True))
