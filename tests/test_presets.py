@@ -1,0 +1,93 @@
+"""The named configurations: each trains, is what its name says, and can be overridden."""
+
+import json
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from test_cli import fails
+
+import tiny
+from ildistil import Distiller, cli, init_student, objectives, presets
+from ildistil.data import Glue
+from test_distiller import loader, trainer
+
+RUN = """
+model:
+  teacher: {class_path: pretrained, init_args: {path: ./teacher}}
+  student: {layers: [1, 2]}
+data: {class_path: Glue, init_args: {task: sst2, path: glue, batch_size: 8, cache_dir: cache}}
+trainer: {accelerator: cpu, enable_progress_bar: false}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tiny.save_teacher(Path("teacher"), layers=4)
+    tiny.save_data(Path("glue/sst2"))
+    Path("run.yaml").write_text(RUN)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_preset_trains(name: str, folder: Path) -> None:
+    heads = ["--objectives.relations.heads=4"] if name == "minilmv2" else []  # the tiny models have a width of 32
+    cli.main(["fit", "--preset", name, "--config=run.yaml", *heads, "--trainer.fast_dev_run=1"])
+
+
+def test_a_preset_with_stages_trains_through_all_of_them(folder: Path) -> None:
+    chosen = [{"objectives": names, "epochs": 1} for names in (["embedding", "hidden", "attention"], ["logits"])]
+    stages = f"--model.stages={json.dumps(chosen)}"
+    cli.main(["fit", "--config=run.yaml", "--preset=tinybert", stages, "--trainer.max_epochs=2"])
+    checkpoints = Path("runs/fit/version_0/checkpoints")
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert torch.load(checkpoints / "best.ckpt", weights_only=True)["epoch"] == 1
+    cli.main(["fit", "--config=run.yaml", "--preset=tinybert", stages, "--trainer.max_epochs=2",
+              f"--ckpt_path={checkpoints / 'last.ckpt'}"])  # fmt: skip
+
+
+def test_a_preset_is_shown_and_overridden(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--preset=pkd", "--config=run.yaml", "--objectives.logits.temperature=5", "--print_config"])
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert sorted(shown["objectives"]) == ["logits", "patience", "task"]
+    assert shown["objectives"]["logits"]["init_args"]["temperature"] == 5
+    assert shown["objectives"]["patience"]["init_args"]["mapping"]["class_path"] == "ildistil.mappings.Skip"
+
+
+def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["presets"])
+    listed = capsys.readouterr().out
+    assert all(name in listed and presets.title(name) in listed for name in presets.names())
+
+
+def test_an_unknown_preset_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "There is no preset 'tinybrt'. Did you mean 'tinybert'?" in fails(capsys, "fit", "--preset", "tinybrt")
+    assert "There is no preset ''. There are: distilbert" in fails(capsys, "fit", "--preset")
+
+
+def test_presets_in_python() -> None:
+    terms = presets.objectives("tinybert")
+    assert {name: type(term) for name, term in terms.items()} == {
+        "embedding": objectives.EmbeddingMSE,
+        "hidden": objectives.HiddenMSE,
+        "attention": objectives.AttentionMSE,
+        "logits": objectives.LogitsKL,
+    }
+    assert [term.name for term in terms.values()] == list(terms)
+    assert presets.objectives("tinybert")["hidden"] is not terms["hidden"]
+    teacher = tiny.bert(4)
+    module = Distiller(init_student(teacher, layers=[1, 2]), teacher, stages=presets.stages("tinybert"))
+    run = trainer(*terms.values(), max_epochs=23, limit_train_batches=1)
+    run.fit(module, loader())
+    assert run.global_step == 23
+
+
+def test_the_data_modules_give_what_the_memory_bank_needs(folder: Path) -> None:
+    data: L.LightningDataModule = Glue("sst2", path="glue", tokenizer="./teacher", batch_size=4)
+    data.prepare_data()
+    data.setup("fit")
+    assert {"row_id", "labels"} <= next(iter(data.train_dataloader())).keys()
