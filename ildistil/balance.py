@@ -23,8 +23,7 @@ class Balance:
 
     Args:
         by: ``"magnitude"``, the absolute value of the term, or ``"gradient"``, the norm of its gradient in the
-        student's
-            parameters (one more backward pass for each term, where it is measured).
+            student's parameters (one more backward pass for each term, where it is measured).
         every: steps between two measurements.
         momentum: the old size's part in the new one, from 0 to below 1.
 
