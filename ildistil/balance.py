@@ -23,8 +23,7 @@ class Balance:
 
     Args:
         by: ``"magnitude"``, the absolute value of the term, or ``"gradient"``, the norm of its gradient in the
-        student's
-            parameters (one more backward pass for each term, where it is measured).
+            student's parameters (one more backward pass for each term, where it is measured).
         every: steps between two measurements.
         momentum: the old size's part in the new one, from 0 to below 1.
 
@@ -64,10 +63,10 @@ class Balance:
             for name, value in values.items():
                 self._note(name, self._size(value, parameters))
             self._measured = step, frozenset(values)
-        whole = sum(weights.values())
         sizes = {name: self.sizes[name].to(value.device) for name, value in values.items()}
+        # A term of size 0 has nothing to scale: it keeps its plain weight, and the others share the total.
+        whole = torch.stack([weights[name] * (size > 0) for name, size in sizes.items()]).sum()
         total = torch.stack([weights[name] * size for name, size in sizes.items()]).sum()
-        # A term of size 0 has nothing to scale: it keeps its plain weight.
         return {
             name: torch.where(size > 0, weights[name] / whole * total / torch.where(size > 0, size, 1), weights[name])
             for name, size in sizes.items()
@@ -103,6 +102,7 @@ class Balance:
         return ranks.total(size) / ranks.size()
 
     def _note(self, name: str, size: Tensor) -> None:
-        old = self.sizes.get(name)
-        new = size if old is None else self.momentum * old.to(size.device) + (1 - self.momentum) * size
-        self.sizes[name] = torch.where(torch.isfinite(new), new, size if old is None else old.to(size.device))
+        old = self.sizes.get(name, torch.zeros_like(size)).to(size.device)
+        # From 0, as of a term that begins later, there is nothing to smooth: it would look too small for long.
+        new = torch.where(old > 0, self.momentum * old + (1 - self.momentum) * size, size)
+        self.sizes[name] = torch.where(torch.isfinite(new), new, old)

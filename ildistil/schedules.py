@@ -32,7 +32,8 @@ class _Ramp(Schedule):
     def __call__(self, progress: float) -> float:
         """Give the weight: ``start`` before ``begin``, ``end`` after ``until``, between them in between."""
         done = min(1.0, max(0.0, (progress - self.begin) / (self.until - self.begin)))
-        return self.start + (self.end - self.start) * self.shape(done)
+        risen = self.shape(done)
+        return (1 - risen) * self.start + risen * self.end  # exact at both ends
 
     def shape(self, done: float) -> float:
         """Rise from 0 to 1."""

@@ -7,11 +7,11 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from test_cli import fails
 
 import tiny
 from ildistil import Distiller, cli, init_student, objectives, presets
 from ildistil.data import Glue
+from test_cli import fails
 from test_distiller import loader, trainer
 
 RUN = """

@@ -65,6 +65,11 @@ class Attention:
             query, key = (
                 x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (self.query, self.key)
             )
+            # Padding may hold anything, NaN included, and 0 times NaN is NaN.
+            if self.query_mask is not None:
+                query = torch.where(self.query_mask[:, None, :, None], query, 0)
+            if self.key_mask is not None:
+                key = torch.where(self.key_mask[:, None, :, None], key, 0)
             groups = query.shape[1] // key.shape[1]
             if groups > 1:
                 key = key.repeat_interleave(groups, dim=1)

@@ -64,7 +64,8 @@ def attention_kl(student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: 
     """
     with full_precision(student, teacher) as (s, t):
         heads = math.gcd(s.shape[1], t.shape[1])
-        log_s, log_t = (_log_probabilities(x, allowed, heads) for x in (s, t))
+        counted = allowed & query_mask[:, None, :, None]
+        log_s, log_t = (_log_probabilities(x, counted, heads) for x in (s, t))
         return within(kl(log_s, log_t).mean(1), query_mask)[0]
 
 
@@ -89,6 +90,7 @@ def attention_output(scores: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
         groups = a.shape[1] // v.shape[1]
         if groups > 1:  # grouped-query attention
             v = v.repeat_interleave(groups, dim=1)
+        v = torch.where(allowed.any(2).unsqueeze(-1), v, 0)  # 0 times NaN is NaN
         return (_log_probabilities(a, allowed, a.shape[1]).exp() @ v).transpose(1, 2).flatten(2)
 
 
@@ -121,8 +123,8 @@ def attention_dist(
     """
     with full_precision(student, teacher) as (s, t):
         heads = math.gcd(s.shape[1], t.shape[1])
-        p, q = (_log_probabilities(x, allowed, heads).exp() for x in (s, t))
-        counted = (allowed & query_mask[:, None, :, None]).expand(len(p), 1, *p.shape[2:])
+        counted = (allowed & query_mask[:, None, :, None]).expand(len(s), 1, *s.shape[2:])
+        p, q = (_log_probabilities(x, counted, heads).exp() for x in (s, t))
         return within(*pearson_distance(p, q, counted, -1 if over == "tokens" else 1))[0]
 
 
@@ -158,7 +160,7 @@ def attention_dist_over_batch(
         # Real tokens first, in their order.
         order = (~query_mask).int().argsort(dim=1, stable=True)[:, None, :]
         p, q, counted = (
-            _reordered(x, order) for x in (*(_log_probabilities(x, allowed, heads).exp() for x in (s, t)), counted)
+            _reordered(x, order) for x in (*(_log_probabilities(x, counted, heads).exp() for x in (s, t)), counted)
         )
         distance, defined = pearson_distance(p, q, counted, 0, total)
         return distance.sum() / defined.sum().clamp(min=1)

@@ -1,10 +1,9 @@
 """Contrastive losses."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ildistil.functional.reduction import full_precision
+from ildistil.functional.reduction import full_precision, unit
 
 __all__ = ["info_nce"]
 
@@ -32,7 +31,7 @@ def info_nce(anchors: Tensor, positives: Tensor, negatives: Tensor, allowed: Ten
     tensor([0.3133])
     """
     with full_precision(anchors, positives, negatives) as (a, p, n):
-        a, p, n = (F.normalize(x, dim=-1) for x in (a, p, n))
+        a, p, n = (unit(x) for x in (a, p, n))
         near = (a * p).sum(-1, keepdim=True) / temperature
         far = torch.where(allowed, a @ n.T / temperature, torch.finfo(a.dtype).min / 4)
         return torch.cat([near, far], dim=1).logsumexp(1) - near.squeeze(1)

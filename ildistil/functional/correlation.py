@@ -39,6 +39,7 @@ def pearson_distance(
     (2.0, True)
     """
     mask = mask.expand_as(student)
+    student, teacher = (torch.where(mask, x, 0) for x in (student, teacher))
     count = total(mask.sum(dim).to(student.dtype))
     size = count.clamp(min=1)
 

@@ -1,11 +1,10 @@
 """Losses on hidden states."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ildistil.functional.correlation import Total, unchanged
-from ildistil.functional.reduction import full_precision, within
+from ildistil.functional.reduction import full_precision, unit, within
 
 __all__ = ["cls_mse", "first_token", "hidden_cka", "hidden_cosine", "hidden_mse", "token_mean"]
 
@@ -30,7 +29,7 @@ def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     tensor([4.])
     """
     with full_precision(student, teacher) as (s, t):
-        return within((s - t).square().mean(-1), mask)[0]
+        return within(torch.where(mask.unsqueeze(-1), s - t, 0).square().mean(-1), mask)[0]
 
 
 def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -53,7 +52,8 @@ def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     tensor([1.])
     """
     with full_precision(student, teacher) as (s, t):
-        return within(1 - F.cosine_similarity(s, t, dim=-1), mask)[0]
+        s, t = (unit(torch.where(mask.unsqueeze(-1), x, 0)) for x in (s, t))
+        return within(1 - (s * t).sum(-1), mask)[0]
 
 
 def cls_mse(student: Tensor, teacher: Tensor, mask: Tensor, normalize: bool = False) -> Tensor:
@@ -79,7 +79,7 @@ def cls_mse(student: Tensor, teacher: Tensor, mask: Tensor, normalize: bool = Fa
     with full_precision(student, teacher) as (s, t):
         s, t = first_token(s, mask), first_token(t, mask)
         if normalize:
-            return (F.normalize(s, dim=-1) - F.normalize(t, dim=-1)).square().sum(-1)
+            return (unit(s) - unit(t)).square().sum(-1)
         return (s - t).square().mean(-1)
 
 
@@ -108,21 +108,26 @@ def hidden_cka(student: Tensor, teacher: Tensor, mask: Tensor, total: Total = un
         keep = mask.unsqueeze(-1)
         count = total(mask.sum().to(s.dtype)).clamp(min=1)
         s, t = (torch.where(keep, x, 0).flatten(0, 1) for x in (s, t))
+        raw_s, raw_t = (total(x.detach().square().sum()) for x in (s, t))
         # A constant shift near the mean keeps the sums from cancelling; the exact mean goes off in the Gram matrices,
         # which are sums over tokens, as sums over processes need for gradients.
         row = mask.flatten().unsqueeze(-1).to(s.dtype)
         s, t = ((x - total(x.detach().sum(0)) / count) * row for x in (s, t))
+        # States that are all equal leave no more than the rounding errors of their mean.
+        var_s, var_t = (total(x.detach().square().sum()) for x in (s, t))
+        rounding = (8 * torch.finfo(s.dtype).eps) ** 2
+        varies_s, varies_t = var_s > rounding * raw_s, var_t > rounding * raw_t
         # The ratio doesn't know the scale; states of large norm would overflow in the fourth power.
-        s, t = (x / total(x.detach().square().sum()).sqrt().clamp(min=torch.finfo(x.dtype).tiny ** 0.5) for x in (s, t))
+        s, t = s / torch.where(varies_s, var_s, 1).sqrt(), t / torch.where(varies_t, var_t, 1).sqrt()
         sum_s, sum_t = total(s.sum(0)), total(t.sum(0))
 
         def gram(x: Tensor, y: Tensor, sum_x: Tensor, sum_y: Tensor) -> Tensor:
             return (total(x.T @ y) - torch.outer(sum_x, sum_y) / count).square().sum()
 
         cross, own, theirs = gram(s, t, sum_s, sum_t), gram(s, s, sum_s, sum_s), gram(t, t, sum_t, sum_t)
-        tiny = torch.finfo(s.dtype).eps ** 2
-        similarity = cross / (torch.where(own > tiny, own, 1) * torch.where(theirs > tiny, theirs, 1)).sqrt()
-        return torch.where(theirs > tiny, 1 - torch.where(own > tiny, similarity, 0 * own), 0 * cross)
+        # Where both vary, the traces are 1, and these at least 1 / width.
+        similarity = cross / (torch.where(varies_s, own, 1) * torch.where(varies_t, theirs, 1)).sqrt()
+        return torch.where(varies_t, 1 - torch.where(varies_s, similarity, 0), 0)
 
 
 def first_token(states: Tensor, mask: Tensor) -> Tensor:
@@ -133,12 +138,13 @@ def first_token(states: Tensor, mask: Tensor) -> Tensor:
         mask: boolean ``(batch, tokens)``.
 
     Returns:
-        ``(batch, width)``.
+        ``(batch, width)``; zeros for an example without a real token.
 
     >>> first_token(torch.tensor([[[9.0], [1.0], [2.0]]]), torch.tensor([[False, True, True]]))
     tensor([[1.]])
     """
-    return states[torch.arange(len(mask), device=mask.device), mask.int().argmax(1)]
+    first = states[torch.arange(len(mask), device=mask.device), mask.int().argmax(1)]
+    return torch.where(mask.any(1, keepdim=True), first, 0)
 
 
 def token_mean(states: Tensor, mask: Tensor) -> Tensor:

@@ -136,6 +136,6 @@ def logits_dist_over_batch(
     tensor(2.)
     """
     with full_precision(student, teacher) as (s, t):
-        p, q = (s / temperature).softmax(-1), (t / temperature).softmax(-1)
+        p, q = (torch.where(mask[:, None], x / temperature, 0).softmax(-1) for x in (s, t))
         distance, defined = pearson_distance(p, q, mask[:, None], 0, total)
         return temperature**2 * distance.sum() / defined.sum().clamp(min=1)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["example_mean", "full_precision", "kl", "masked_mean", "within"]
+__all__ = ["example_mean", "full_precision", "kl", "masked_mean", "unit", "within"]
 
 
 @contextmanager
@@ -61,9 +61,21 @@ def within(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of each example's unmasked entries, and their number."""
     mask = mask.expand_as(values).flatten(1)
     counts = mask.sum(1)
-    # where, not a product: whatever stands in masked places, NaN included, must not reach the sum or its gradient.
+    # where, not a product: whatever stands in masked places, NaN included, must not reach the sum. For their gradient
+    # callers mask what the values are made of, too: behind a NaN even a gradient of zero becomes NaN.
     sums = torch.where(mask, values.flatten(1), 0).sum(1)
     return sums / counts.clamp(min=1), counts
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Divide vectors by their length; zero vectors stay zero, with a gradient that is not huge.
+
+    >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+    """
+    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / torch.where(length > 0, length, 1)
 
 
 def kl(log_s: Tensor, log_t: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ildistil import functional, ranks
 from ildistil.capture import Activations, Sizes
+from ildistil.functional.reduction import unit
 from ildistil.mappings import All, LayerMapping
 from ildistil.objectives.base import LayerObjective, ObjectiveError, Stack, Weight, same_tokens
 
@@ -70,7 +70,7 @@ class _Contrast(LayerObjective):
             same_tokens(mask, hidden[layers[0]], axis=1)
             joined = torch.cat([functional.first_token(hidden[layer], mask) for layer in layers], dim=-1)
             with functional.full_precision(self.projections[role](joined)) as (vector,):
-                vectors.append(F.normalize(vector, dim=-1))
+                vectors.append(unit(vector))
         return vectors[0], vectors[1], mask.any(1)
 
 
@@ -158,6 +158,10 @@ class CLSContrast(_Contrast):
         values = (values + functional.info_nce(t, s, bank["student"], allowed, self.temperature)) / 2
         return functional.example_mean(values, real)
 
+    def count(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:
+        """Give the number of examples with a token and a class."""
+        return (student.stack(self.stack).mask.any(1) & (self._rows(batch)[1] >= 0)).sum()
+
     def remember(self) -> None:
         """Note the texts of this step, of all processes."""
         if self._now:
@@ -217,7 +221,7 @@ class CLSContrast(_Contrast):
                 bank = self._bank[role]
                 now = now.to(bank.dtype)
                 moved = self.momentum * bank[rows] + (1 - self.momentum) * now
-                bank[rows] = F.normalize(torch.where(known, moved, now), dim=-1)
+                bank[rows] = unit(torch.where(known, moved, now))
             self._classes[rows] = classes
         self._waiting = []
 

@@ -194,7 +194,8 @@ class CLSAttentiveMSE(_HiddenObjective):
     def _layer_loss(self, layer: int, chosen: list[int], student: Activations, teacher: Activations) -> Tensor:
         mask = student.mask
         same_tokens(student.hidden[layer], teacher.hidden[chosen[0]], axis=1)
-        own = self.projected(self.key((layer, 0), ""), functional.first_token(student.hidden[layer], mask))
+        first = functional.first_token(student.hidden[layer], mask)
+        own = self.projected(self.key((layer, 0), ""), first, mask.any(1))
         theirs = torch.stack([functional.first_token(teacher.hidden[t], mask) for t in chosen], dim=1)
         with functional.full_precision(own, theirs) as (s, t):
             attention = (torch.einsum("bd,bld->bl", s, t) * t.shape[-1] ** -0.5).softmax(-1)
@@ -250,7 +251,7 @@ class HiddenConcatMSE(_HiddenObjective):
             for a, layers in zip((student, teacher), self._layers(), strict=True)
         )
         same_tokens(s, t, axis=1)
-        values = functional.hidden_mse(self.projected("all", s), t, student.mask)
+        values = functional.hidden_mse(self.projected("all", s, student.mask), t, student.mask)
         return functional.example_mean(values, student.mask.sum(1))
 
     def _layers(self) -> tuple[list[int], list[int]]:

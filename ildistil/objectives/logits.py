@@ -47,6 +47,8 @@ class _LogitsObjective(Objective):
         targets = self._targets(student, batch)
         if s.ndim == 3:  # only the rows that count: whole vocabularies are large
             s, t, targets = s[targets], t[targets], torch.ones_like(targets[targets])
+        else:  # whatever stands in rows of padding, NaN included, must not reach a gradient
+            s, t = (torch.where(targets[:, None], x, 0) for x in (s, t))
         return self.compare(s, t, targets)
 
     @abstractmethod

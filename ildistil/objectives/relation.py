@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ildistil import functional
@@ -97,14 +98,16 @@ class RelationKL(LayerObjective):
         return functional.example_mean(values, rows.sum(1))
 
     def _scores(self, attention: Attention, relation: str) -> Tensor:
-        left, right = (self._cut(attention, _PARTS[part]) for part in (relation[0], relation[2]))
+        left, right = (self._cut(attention, part) for part in (relation[0], relation[2]))
         with functional.full_precision(left, right) as (x, y):
             scores: Tensor = x @ y.transpose(-1, -2) * x.shape[-1] ** -0.5
             return scores
 
     def _cut(self, attention: Attention, part: str) -> Tensor:
         """(batch, heads, tokens, size) -> (batch, relation heads, tokens, size): join the heads, then cut anew."""
-        x: Tensor = getattr(attention, part)
+        x: Tensor = getattr(attention, _PARTS[part])
+        mask = attention.real_queries() if part == "q" else real_keys(attention)
+        x = torch.where(mask[:, None, :, None], x, 0)  # 0 times NaN is NaN
         groups = attention.heads // x.shape[1]
         if groups > 1:  # grouped-query attention
             x = x.repeat_interleave(groups, dim=1)

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from ildistil import functional
@@ -79,11 +80,11 @@ class StateObjective(LayerObjective):
         what = "shared" if self.projection.shared else str(pair[0]) if self.mapping.draws else f"{pair[0]}_{pair[1]}"
         return what if len(self.parts) == 1 else f"{part}_{what}"
 
-    def projected(self, key: str, states: Tensor) -> Tensor:
-        """Apply the map of a key, if there is one."""
+    def projected(self, key: str, states: Tensor, mask: Tensor) -> Tensor:
+        """Apply the map of a key, if there is one; what is masked, NaN included, must not reach its gradient."""
         if key not in self.projections:
             return states
-        result: Tensor = self.projections[key](states)
+        result: Tensor = self.projections[key](torch.where(mask.unsqueeze(-1), states, 0))
         return result
 
     def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
@@ -94,6 +95,6 @@ class StateObjective(LayerObjective):
     def _part_loss(self, pair: tuple[int, int], part: str, student: Activations, teacher: Activations) -> Tensor:
         s, t = self.state(student, pair[0], part), self.state(teacher, pair[1], part)
         same_tokens(s, t, axis=1)
-        s = self.projected(self.key(pair, part), s)
         mask = self.token_mask(student, pair[0], part)
+        s = self.projected(self.key(pair, part), s, mask)
         return functional.example_mean(self.compare(s, t, mask), mask.sum(1))

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,9 +9,9 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 from transformers import PreTrainedModel
 
+import handmade
 import tiny
 from ildistil import Distillation, mappings, objectives
-from ildistil.capture import Activations, Attention, Layers, Sizes
 from table import CASES, Case, run_by_hand
 
 Models = tuple[PreTrainedModel, PreTrainedModel]
@@ -137,37 +136,19 @@ def test_eager_equals_sdpa(case: Case, models: Models) -> None:
 
 def test_gradcheck(case: Case) -> None:
     """The gradient of the term with respect to all that was captured of the student, by finite differences."""
-    objective = case.make()
-    if objective.taps == ("loss",):
+    if case.make().taps == ("loss",):
         pytest.skip("the student's own loss")
-    known = {"width": 4, "heads": 2, "labels": 3, "attention_width": 4}
-    sizes = Sizes("student", 2, **known), Sizes("teacher", 4, **known)
-    objective.build(*sizes)
-    objective.projections.double()
+    objective = handmade.built(case, torch.float64)
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]], dtype=torch.bool)
-    teacher = _activations(iter([torch.randn(s).double() for s in _shapes(4)]), 4, mask)
-    inputs = tuple(torch.randn(s, dtype=torch.float64, requires_grad=True) for s in _shapes(2))
-
-    batch = {"row_id": torch.arange(2), "labels": torch.tensor([0, 2])}
+    made = [torch.randn(s).double() for s in handmade.shapes(handmade.TEACHER)]
+    teacher = handmade.activations(made, handmade.TEACHER, mask)
+    inputs = tuple(torch.randn(s, dtype=torch.float64, requires_grad=True) for s in handmade.shapes(handmade.STUDENT))
 
     def term(*tensors: Tensor) -> Tensor:
-        return objective.loss(_activations(iter(tensors), 2, mask), teacher, batch)
+        student = handmade.activations(tensors, handmade.STUDENT, mask)
+        return objective.loss(student, teacher, handmade.batch(2))
 
     assert gradcheck(term, inputs)
-
-
-def _shapes(depth: int) -> list[tuple[int, ...]]:
-    return [(2, 3, 4)] * (depth + 1) + [(2, 2, 3, 2)] * (2 * depth) + [(2, 3)]
-
-
-def _activations(tensors: Iterator[Tensor], depth: int, mask: Tensor) -> Activations:
-    hidden = {i: next(tensors) for i in range(depth + 1)}
-    attention = {}
-    for i in range(1, depth + 1):
-        query, key = next(tensors), next(tensors)
-        attention[i] = Attention(query, key, key, scale=0.7, key_mask=mask, query_mask=mask)
-    output = {"logits": next(tensors)}
-    return Activations(Layers(hidden, depth, "hidden"), Layers(attention, depth, "attention"), mask, output)
 
 
 def test_the_table_is_complete() -> None:
