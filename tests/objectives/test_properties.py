@@ -217,6 +217,22 @@ def test_padding_columns_change_nothing(law: Law, d: Draw) -> None:
     torch.testing.assert_close(law.loss(*wider, d), value, rtol=1e-4, atol=rounding(d.dtype))
 
 
+@pytest.mark.parametrize("law", [law for law in LAWS.values() if law.shape != "logits"])
+@checked
+@given(d=draws())
+def test_where_padding_stands_changes_nothing(law: Law, d: Draw) -> None:
+    """In each example by itself: to the left, to the right, or between the tokens."""
+    student, teacher = law.inputs(d)
+    value = law.loss(student, teacher, d)
+    first = (~d.mask).int().argsort(dim=1, stable=True)  # real tokens to the front
+    moved = []
+    for x in (student, teacher):
+        rows = [x[b][first[b]] if x.ndim == 3 else x[b][:, first[b]][:, :, first[b]] for b in range(d.batch)]
+        moved.append(torch.stack(rows))
+    d.mask = d.mask.gather(1, first)
+    torch.testing.assert_close(law.loss(*moved, d), value, rtol=1e-4, atol=rounding(d.dtype))
+
+
 @checked
 @given(
     d=draws(), scale=st.floats(1e-3, 1e3), shift=st.floats(-10, 10), length=st.integers(3, 30), offset=st.floats(-9, 9)
@@ -232,6 +248,10 @@ def test_pearson(d: Draw, scale: float, shift: float, length: int, offset: float
     assert distance.item() == pytest.approx(wanted, abs=1e-9)
     assert pearson_distance(scale * student + shift, teacher, mask, 0)[0].item() == pytest.approx(wanted, abs=1e-7)
     assert pearson_distance(-student, teacher, mask, 0)[0].item() == pytest.approx(2 - wanted, abs=1e-9)
+    student, teacher = (torch.where(mask, x, math.nan).requires_grad_() for x in (student, teacher))
+    distance = pearson_distance(student, teacher, mask, 0)[0]
+    assert distance.item() == pytest.approx(wanted, abs=1e-9)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(distance, (student, teacher)))
     single = pearson_distance(student.float(), teacher.float(), mask, 0)[0]
     assert single.item() == pytest.approx(wanted, abs=1e-4)
 
@@ -265,10 +285,13 @@ def test_kl(d: Draw, temperature: float) -> None:
 
 @checked
 @given(d=draws(), beta=st.floats(0.05, 0.95))
-def test_jensen_shannon_changes_sides_with_its_weight(d: Draw, beta: float) -> None:
+def test_jensen_shannon_is_a_gap_of_entropies(d: Draw, beta: float) -> None:
     student, teacher = d.normal(d.batch, 4).double(), d.normal(d.batch, 4).double()
-    one = functional.logits_kl(student, teacher, 1.0, "jensen-shannon", beta)
-    torch.testing.assert_close(functional.logits_kl(teacher, student, 1.0, "jensen-shannon", 1 - beta), one)
+    q, p = (scipy.special.softmax(x.numpy(), axis=1) for x in (student, teacher))
+    mixed, own = beta * p + (1 - beta) * q, [scipy.stats.entropy(x, axis=1) for x in (p, q)]
+    wanted = scipy.stats.entropy(mixed, axis=1) - beta * own[0] - (1 - beta) * own[1]
+    found = functional.logits_kl(student, teacher, 1.0, "jensen-shannon", beta)
+    np.testing.assert_allclose(found.numpy(), wanted, atol=1e-12)
 
 
 @checked
