@@ -32,7 +32,7 @@ class Terms:
     """The terms of one step.
 
     ``values`` are unweighted, ``total`` is ``sum(weight * value)``; ``counts`` says how many examples (or target
-    tokens) each value is a mean of, and ``gradients`` the share of each term's gradient norm, where these are balanced.
+    tokens) each value is a mean of, ``of_tokens`` which of them are target tokens, and ``gradients`` the share of each term's gradient norm, where these are balanced.
     Not frozen: Fabric converts what a module returns.
     """
 
@@ -40,6 +40,7 @@ class Terms:
     weights: dict[str, float | Tensor]
     counts: dict[str, Tensor]
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    of_tokens: frozenset[str] = frozenset()
 
     @cached_property
     def total(self) -> Tensor:
@@ -54,6 +55,12 @@ class Terms:
     def count_values(self) -> Tensor:
         """Stack the counts, in the terms' order and precision."""
         return torch.stack([self.counts[name].to(value.dtype) for name, value in self.values.items()])
+
+    def common_count(self) -> Tensor:
+        """Give what the whole is a mean of: examples, or target tokens where no term counts examples."""
+        counts = dict(zip(self.values, self.count_values(), strict=True))
+        examples = [count for name, count in counts.items() if name not in self.of_tokens]
+        return torch.stack(examples or list(counts.values())).max()
 
     def shares(self) -> dict[str, Tensor]:
         """Give each term's share of the total: ``|weight * value| / sum``; detached."""
@@ -244,11 +251,12 @@ class Distillation(nn.Module):
         if self.training:
             for objective in active.values():
                 objective.remember()
+        of_tokens = frozenset(name for name, objective in active.items() if objective.counts_tokens)
         if self.balance is None:
-            return Terms(values, dict(weights), counts)
+            return Terms(values, dict(weights), counts, of_tokens=of_tokens)
         trained = [p for p in self.student.parameters() if p.requires_grad]
         balanced = self.balance.weights(values, weights, trained, step)
-        return Terms(values, dict(balanced), counts, self.balance.gradient_shares(balanced))
+        return Terms(values, dict(balanced), counts, self.balance.gradient_shares(balanced), of_tokens)
 
     def weights_at(self, progress: float | None, only: Collection[str] | None = None) -> dict[str, float]:
         """Give the weights that are not 0 at a progress of training, by name.

@@ -227,8 +227,7 @@ class Distiller(L.LightningModule):
             factors = counts * processes / ranks.total(counts).clamp(min=1)
             return terms.sum(dict(zip(terms.counts, factors, strict=True)))
         self._check_accumulation()
-        # Of the examples, where some terms count examples and others target tokens.
-        count = terms.count_values().min()
+        count = terms.common_count()
         if self._window is None:
             self._window = _Window(ranks.total(count).clamp(min=1) / processes)
         return terms.total * self._window.add(count)

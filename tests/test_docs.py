@@ -22,7 +22,7 @@ from transformers import AutoModel
 
 import ildistil.data
 import tiny
-from ildistil import cli, init_student, mappings, objectives
+from ildistil import cli, init_student, mappings, objectives, presets
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -170,25 +170,26 @@ def prose(page: Path) -> str:
 
 
 def first_column(page: Path, header: str) -> list[str]:
-    """The names in the first column of the table with this header."""
+    """The names in the first column of the table with this header; rows without one are titles."""
     lines = page.read_text(encoding="utf-8").splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {header} |"))
     rows = [line.split("|")[1] for line in lines[start + 2 : lines.index("", start)]]
-    return [re.findall(r"`(\w+)", row)[0] for row in rows]
+    return [name for row in rows for name in re.findall(r"`([\w-]+)", row)[:1]]
 
 
-def concrete(module: Any) -> set[str]:
+def concrete(module: Any, base: type) -> set[str]:
     classes = {name: getattr(module, name) for name in module.__all__}
-    return {n for n, c in classes.items() if not inspect.isabstract(c) and not issubclass(c, Exception)}
+    return {n for n, c in classes.items() if issubclass(c, base) and not inspect.isabstract(c)}
 
 
 @pytest.mark.parametrize(
     ("page", "header", "names"),
     [
-        ("README.md", "objective", concrete(objectives)),
-        ("docs/objectives.md", "objective", concrete(objectives)),
-        ("README.md", "mapping", concrete(mappings)),
-        ("docs/layers.md", "mapping", concrete(mappings)),
+        ("README.md", "objective", concrete(objectives, objectives.Objective)),
+        ("docs/objectives.md", "objective", concrete(objectives, objectives.Objective)),
+        ("README.md", "mapping", concrete(mappings, mappings.LayerMapping)),
+        ("docs/layers.md", "mapping", concrete(mappings, mappings.LayerMapping)),
+        ("docs/objectives.md", "preset", set(presets.names())),
     ],
 )
 def test_tables_list_what_there_is(page: str, header: str, names: set[str]) -> None:

@@ -46,11 +46,13 @@ class Objective(Callback, ABC):
         projections: learnable parts, made in :meth:`build`; trained and resumed, never exported.
         batch_coupled: true where the examples of a batch are compared with each other. Such a term sums over the
             batches of all processes (see :mod:`ildistil.ranks`) and can't be accumulated over several batches.
+        counts_tokens: whether :meth:`count` gave target tokens, not examples.
     """
 
     taps: ClassVar[tuple[str, ...]] = ()
     teacher_taps: ClassVar[tuple[str, ...] | None] = None
     batch_coupled: bool = False
+    counts_tokens: bool = False
 
     def __init__(self, weight: Weight = 1.0, name: str | None = None) -> None:
         number = isinstance(weight, int | float)

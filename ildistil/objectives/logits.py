@@ -34,7 +34,9 @@ class _LogitsObjective(Objective):
 
     def count(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the number of examples, or of target tokens of a language model."""
-        return self._targets(student, batch).sum()
+        targets = self._targets(student, batch)
+        self.counts_tokens = targets.ndim == 2
+        return targets.sum()
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the mean over examples, or over the target tokens of a language model."""

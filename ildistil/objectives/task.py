@@ -36,6 +36,7 @@ class TaskLoss(Objective):
         labels = batch.get("labels")
         if labels is None:  # the model takes them from elsewhere
             return super().count(student, batch)
+        self.counts_tokens = labels.ndim == 2 and not labels.is_floating_point()
         if labels.is_floating_point():
             return torch.tensor(len(labels), device=labels.device)
         targets = labels[:, 1:] if self._next_token and labels.ndim == 2 else labels
