@@ -31,9 +31,9 @@ _NO_OBJECTIVE = (
 class Terms:
     """The terms of one step.
 
-    ``values`` are unweighted, ``total`` is ``sum(weight * value)``; ``counts`` says how many examples (or target
-    tokens) each value is a mean of, ``of_tokens`` which of them are target tokens, and ``gradients`` the share of each term's gradient norm, where these are balanced.
-    Not frozen: Fabric converts what a module returns.
+    ``values`` are unweighted, ``total`` is ``sum(weight * value)``; ``counts`` says how many examples each value is a
+    mean of, or how many target tokens for those named in ``of_tokens``; ``gradients`` holds the share of each term's
+    gradient norm, where these are balanced. Not frozen: Fabric converts what a module returns.
     """
 
     values: dict[str, Tensor]
