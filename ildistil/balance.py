@@ -50,6 +50,7 @@ class Balance:
         weights: Mapping[str, float],
         parameters: Sequence[Tensor],
         step: int | None = None,
+        measuring: bool = True,
     ) -> dict[str, Tensor]:
         """Measure, if it is time to, and give the factors of the terms.
 
@@ -58,12 +59,13 @@ class Balance:
             weights: their shares, which need not sum to 1.
             parameters: what gradients are taken with respect to.
             step: number of the optimiser step; all batches of a step get the same factors. ``None``: measure always.
+            measuring: false in evaluation; a term that was never measured then has its plain weight.
         """
-        if self._is_due(values, step):
+        if measuring and self._is_due(values, step):
             for name, value in values.items():
                 self._note(name, self._size(value, parameters))
             self._measured = step, frozenset(values)
-        sizes = {name: self.sizes[name].to(value.device) for name, value in values.items()}
+        sizes = {name: self.sizes.get(name, torch.zeros(())).to(value.device) for name, value in values.items()}
         # A term of size 0 has nothing to scale: it keeps its plain weight, and the others share the total.
         whole = torch.stack([weights[name] * (size > 0) for name, size in sizes.items()]).sum()
         total = torch.stack([weights[name] * size for name, size in sizes.items()]).sum()
@@ -76,7 +78,7 @@ class Balance:
         """Give each term's part of the sum of gradient norms, where these are what is balanced."""
         if self.by != "gradient":
             return {}
-        norms = {name: weight * self.sizes[name] for name, weight in weights.items()}
+        norms = {name: weight * self.sizes.get(name, torch.zeros(())) for name, weight in weights.items()}
         whole = torch.stack(list(norms.values())).sum().clamp(min=torch.finfo(torch.float32).tiny)
         return {name: norm / whole for name, norm in norms.items()}
 

@@ -318,9 +318,8 @@ def _with_preset(arguments: list[str]) -> list[str]:
 
 def _list_presets() -> None:
     print(table(("preset", "what it is"), [(name, presets.title(name)) for name in presets.names()]))
-    print(
-        "\nUse one: ildistil fit --preset NAME --config run.yaml (without objectives of its own); see it: --print_config."
-    )
+    print("\nUse one: ildistil fit --preset NAME --config run.yaml, a file without objectives of its own.")
+    print("See one: add --print_config.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """The engine: one teacher run, one student run, all objectives. A plain ``nn.Module`` that needs no Trainer."""
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,8 +54,9 @@ class Terms:
         return sum(weighted[1:], start=weighted[0])
 
     def count_values(self) -> Tensor:
-        """Stack the counts, in the terms' order and precision."""
-        return torch.stack([self.counts[name].to(value.dtype) for name, value in self.values.items()])
+        """Stack the counts in the terms' order, at least in float32."""
+        dtypes = {name: torch.promote_types(value.dtype, torch.float32) for name, value in self.values.items()}
+        return torch.stack([self.counts[name].to(dtype) for name, dtype in dtypes.items()])
 
     def common_count(self) -> Tensor:
         """Give what the whole is a mean of: examples, or target tokens where no term counts examples."""
@@ -148,7 +150,9 @@ class Distillation(nn.Module):
         self._verified: set[tuple[str, Tap]] = set()
         self._reach: dict[str, set[int]] = {}
         self._attached: list[nn.Parameter] = []
-        self.balance = balance
+        self._step: int | None = None
+        self.balance = copy.deepcopy(balance)  # it holds what it measured of these models
+        self._hooked: frozenset[str] = frozenset()
         if objectives:
             self.set_objectives(objectives)
 
@@ -190,7 +194,8 @@ class Distillation(nn.Module):
     def attach(self) -> None:
         """Put the hooks on both models; done by :meth:`set_objectives`, and again by a step after :meth:`detach`."""
         self.detach()
-        used = [o for o in self.objectives.values() if o.weight != 0]
+        self._hooked = frozenset(name for name, o in self.objectives.items() if o.weight != 0)
+        used = [self.objectives[name] for name in self._hooked]
         sizes = Sizes.of(self.student)
         wanted = {tap for o in used for tap in o.student_may_want(sizes)}
         self._student_capture = Capture(self.student, wanted, "student")
@@ -246,6 +251,7 @@ class Distillation(nn.Module):
         active = {name: self.objectives[name] for name in weights}
         for objective in active.values():
             objective.begin(step)
+        self._step = step
         values, counts = self._run(batch, active, verify)
         values = self._attach_unreached(values)
         if self.training:
@@ -255,7 +261,8 @@ class Distillation(nn.Module):
         if self.balance is None:
             return Terms(values, dict(weights), counts, of_tokens=of_tokens)
         trained = [p for p in self.student.parameters() if p.requires_grad]
-        balanced = self.balance.weights(values, weights, trained, step)
+        measuring = self.training and torch.is_grad_enabled()
+        balanced = self.balance.weights(values, weights, trained, step, measuring)
         return Terms(values, dict(balanced), counts, self.balance.gradient_shares(balanced), of_tokens)
 
     def weights_at(self, progress: float | None, only: Collection[str] | None = None) -> dict[str, float]:
@@ -265,6 +272,8 @@ class Distillation(nn.Module):
             progress: from 0 to 1; ``None`` is fine where no weight is a schedule.
             only: names of the terms that take part; by default all do.
         """
+        if only is not None and (isinstance(only, str) or not set(only) <= self.objectives.keys()):
+            raise ObjectiveError(f"only names some of the objectives {list(self.objectives)}, in a list; got {only!r}.")
         chosen = {n: o for n, o in self.objectives.items() if only is None or n in only}
         weights = {name: objective.weight_at(progress) for name, objective in chosen.items()}
         return {name: weight for name, weight in weights.items() if weight > 0}
@@ -273,8 +282,8 @@ class Distillation(nn.Module):
         self, batch: Mapping[str, Any], active: Mapping[str, Objective], verify: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Run both models, recording what the active terms want, and give their values and counts."""
-        if self._student_capture is None:
-            self.attach()
+        if self._student_capture is None or not active.keys() <= self._hooked:
+            self.attach()  # for the first time, after detach(), or because somebody raised a weight from 0
         assert self._student_capture is not None
         teacher = _NOTHING
         needing = [o for o in active.values() if o.needs_teacher]
@@ -346,6 +355,8 @@ class Distillation(nn.Module):
         checks: dict[str, TermCheck] = {}
         self._reach = {}
         used = {name: o for name, o in self.objectives.items() if o.weight != 0}
+        for objective in used.values():
+            objective.begin(self._step or 0)  # the step they are in: nothing is drawn or learned anew
         with _without_trace(self), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             values, _ = self._run(batch, used, verify=True)
             for name, value in values.items():

@@ -25,7 +25,7 @@ from ildistil.metrics import metric_collection
 from ildistil.objectives.base import Objective, ObjectiveError
 from ildistil.plan import describe
 from ildistil.schedules import Schedule
-from ildistil.stages import Plan, Stage
+from ildistil.stages import Stage, Timeline
 
 __all__ = ["Distiller"]
 
@@ -36,14 +36,15 @@ class Distiller(L.LightningModule):
     """Trains a student by the objectives among the Trainer's callbacks.
 
     Args:
-        student: the model to train, for instance ``init_student(teacher, layers=[1, 2, 3])``. teacher: the frozen
-        model; ``None`` when no objective needs one (plain fine-tuning with ``TaskLoss``). learning_rate: peak learning
-        rate of AdamW. weight_decay: of all parameters but biases and norms. warmup: share of all steps in which the
-        learning rate rises linearly from 0. schedule: what it does then: fall to 0 (``"linear"``, ``"cosine"``) or stay
-        (``"constant"``). stages: stages of the training, in their order, each with some of the objectives; their epochs
-        must add up to the
-            Trainer's. Learning rate, warm-up and optimiser start anew with each; early stopping and the best checkpoint
-            watch the last.
+        student: the model to train, for instance ``init_student(teacher, layers=[1, 2, 3])``.
+        teacher: the frozen model; ``None`` when no objective needs one (plain fine-tuning with ``TaskLoss``).
+        learning_rate: peak learning rate of AdamW.
+        weight_decay: of all parameters but biases and norms.
+        warmup: share of all steps in which the learning rate rises linearly from 0.
+        schedule: what it does then: fall to 0 (``"linear"``, ``"cosine"``) or stay (``"constant"``).
+        stages: stages of the training, in their order, each with some of the objectives; their epochs must add up to
+            the Trainer's. Learning rate, warm-up and optimiser start anew with each; early stopping and the best
+            checkpoint watch the last.
         balance: makes the objectives' weights shares of the total; by default they are plain factors.
         compile: compile the student with ``torch.compile``.
         tokenizer: name or folder of the tokenizer; the data module falls back to it, and the exported student gets
@@ -88,7 +89,7 @@ class Distiller(L.LightningModule):
         self._make_metrics: Callable[[], MetricCollection] | None = None
         self._frozen: list[nn.Parameter] = []
         self._structural: DryRun | None = None
-        self._plan = Plan((), math.inf)
+        self._timeline = Timeline((), math.inf)
         self._all_callbacks: list[Callback] = []
         self._window: _Window | None = None
 
@@ -132,10 +133,15 @@ class Distiller(L.LightningModule):
         if self.stages:
             stages.check(self.stages, self.distillation.objectives)
             _check_epochs(self.trainer, self.stages)
+            _check_checkpoints(callbacks)
         self._check_accumulation()
         self._structural = self._try_synthetic_batch()
         if self._structural is not None:
             self._freeze(self._structural.unreached)
+        balance = self.distillation.balance
+        if self.compile_student and balance is not None and balance.by == "gradient":
+            # Each term has a backward pass of its own through the compiled student, which then must keep its buffers.
+            torch._functorch.config.donated_buffer = False
         if self.compile_student and not getattr(self.student, "_compiled_call_impl", None):
             self.student.compile()
 
@@ -162,6 +168,7 @@ class Distiller(L.LightningModule):
     def on_train_start(self) -> None:
         """Dry-run the first batch and print the plan."""
         self.distillation.train()
+        self._window = None  # a run that failed may have left one half filled
         self._watch_last_stage()
         batch = self._first_batch()
         with self.trainer.precision_plugin.train_step_context():
@@ -202,7 +209,7 @@ class Distiller(L.LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Give the weighted sum of the terms."""
         step = self.global_step
-        place, names = self._plan.place(step), self._plan.names(step)
+        place, names = self._timeline.place(step), self._timeline.names(step)
         terms: Terms = self.distillation(batch, step=step, progress=place.progress, only=names)
         self._check_finite(terms, batch)
         logs, size = terms.logs("train"), _batch_size(batch)
@@ -216,8 +223,8 @@ class Distiller(L.LightningModule):
         """Give what to differentiate, so that the step is the mean over all examples of all its batches.
 
         Lightning divides by the number of accumulated batches and averages over processes, which is the mean only where
-        all batches count equally many. One batch a step: each term is scaled by its count. Several: the later ones'
-        counts aren't known yet, so the whole is scaled by this batch's count, and the gradient by their sum at the end.
+        all batches count equally many. One batch a step: each term is scaled by its count over that of all processes.
+        Several: the later ones' counts aren't known yet, so see :class:`_Window`.
         """
         accumulated, processes = self.trainer.accumulate_grad_batches, self.trainer.world_size
         if accumulated == 1:
@@ -226,11 +233,8 @@ class Distiller(L.LightningModule):
             counts = terms.count_values()
             factors = counts * processes / ranks.total(counts).clamp(min=1)
             return terms.sum(dict(zip(terms.counts, factors, strict=True)))
-        self._check_accumulation()
-        count = terms.common_count()
-        if self._window is None:
-            self._window = _Window(ranks.total(count).clamp(min=1) / processes)
-        return terms.total * self._window.add(count)
+        self._window = self._window or _Window()
+        return terms.sum(self._window.add(terms))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Complete the mean over accumulated batches, unset zero gradients, give a new stage a fresh optimiser."""
@@ -239,7 +243,7 @@ class Distiller(L.LightningModule):
             factor = self._window.close(self.trainer.accumulate_grad_batches, self.trainer.world_size)
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, factor)
-        if self._plan.starts(self.global_step):
+        if self._timeline.starts_anew(self.global_step):
             optimizer.state.clear()
 
     def on_train_epoch_start(self) -> None:
@@ -248,7 +252,7 @@ class Distiller(L.LightningModule):
 
     def _watch_last_stage(self) -> None:
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if self._plan.is_last(self.global_step):
+        if self._timeline.is_last(self.global_step):
             self._give_back_callbacks()
         elif not self._all_callbacks:
             self._all_callbacks = list(callbacks)
@@ -290,30 +294,36 @@ class Distiller(L.LightningModule):
         ]
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.learning_rate)
         steps = self.trainer.estimated_stepping_batches
+        steps = math.inf if steps < 0 else steps  # a stream without max_steps
+        if not math.isfinite(steps) and self.stages:
+            raise ValueError("Stages last whole epochs, and the data's length isn't known. Use data with a length.")
         if not math.isfinite(steps) and (self.schedule != "constant" or self._has_schedules()):
             what = "a weight's schedule" if self.schedule == "constant" else f"schedule={self.schedule!r}"
             raise ValueError(
                 f"{what} needs to know the number of steps. Set the Trainer's max_epochs or max_steps, or use "
                 "schedule='constant' and plain weights."
             )
-        self._plan = Plan(self.stages, steps)
-        self._check_weights()
-        factor = self._plan.factor(self.learning_rate, _shape(self.schedule, self.warmup))
+        self._timeline = Timeline(self.stages, steps)
+        self._check_gaps()
+        factor = self._timeline.factor(self.learning_rate, _shape(self.schedule, self.warmup))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _has_schedules(self) -> bool:
         return any(isinstance(o.weight, Schedule) for o in self.distillation.objectives.values())
 
-    def _check_weights(self) -> None:
+    def _check_gaps(self) -> None:
         """Refuse a training that comes to a step without any term."""
-        for number, names in enumerate([stage.objectives for stage in self.stages] or [None], start=1):
-            for percent in range(100):
-                if not self.distillation.weights_at(percent / 100, names):
+        if not self._has_schedules():
+            return
+        for number, (names, steps) in enumerate(self._timeline.parts(), start=1):
+            checked = int(min(steps, 100_000))
+            for i in range(checked):
+                if not self.distillation.weights_at(i / checked, names):
                     where = f" of stage {number}" if self.stages else ""
                     raise ObjectiveError(
-                        f"At {percent} %{where} of the training all terms have weight 0: nothing would be learned. Let "
-                        "the schedules overlap."
+                        f"At {i / checked:.1%}{where} of the training all terms have weight 0: nothing would be "
+                        "learned. Let the schedules overlap."
                     )
 
     # Evaluation: the student alone
@@ -370,6 +380,7 @@ class Distiller(L.LightningModule):
             "tokenizer": self.tokenizer_source,
             "teacher": _source(self.teacher),
             "metrics": self._evaluated(),
+            "stages": _stage_lines(self.stages),
             "balance": {} if self.distillation.balance is None else self.distillation.balance.state_dict(),
         }
 
@@ -386,6 +397,7 @@ class Distiller(L.LightningModule):
             _compare(
                 saved.get("objectives", {}), {n: _specification(o) for n, o in self.distillation.objectives.items()}
             )
+            _compare(saved.get("stages", {}), _stage_lines(self.stages))
             if projections.keys() != own.keys():
                 raise ValueError(
                     "This checkpoint was made with other projections, so its optimiser state doesn't fit: it has "
@@ -442,33 +454,64 @@ def _shape(schedule: str, warmup: float) -> Callable[[int, float], float]:
     return at
 
 
+def _check_checkpoints(callbacks: Sequence[Callback]) -> None:
+    checkpoints = [c for c in callbacks if isinstance(c, ModelCheckpoint)]
+    if checkpoints and all(_watches(c) for c in checkpoints):
+        rank_zero_warn(
+            "Every ModelCheckpoint monitors a metric, so none is written before the last stage. To be able to resume "
+            "in an earlier one, add ModelCheckpoint(filename='last')."
+        )
+
+
 def _watches(callback: Callback) -> bool:
     """Whether it stops, or keeps a best checkpoint, by a metric."""
     return isinstance(callback, EarlyStopping | ModelCheckpoint) and callback.monitor is not None
 
 
 class _Window:
-    """Counts what the accumulated batches of one optimiser step are a mean of.
+    """Makes the mean over the accumulated batches of one optimiser step.
 
-    ``unit``, the mean count of the first batches, keeps scaled losses in the range of half precision.
+    Each batch's terms are scaled by their counts, in units of what a batch counts on average; at the end the gradient
+    is divided by the sum of the counts. There is one gradient, so there can be one sum: that of the examples. Where a
+    term counts something else (target tokens beside examples), its batches are weighed exactly against each other, and
+    its weight against the other terms is off by how far the window differs from the average.
     """
 
-    def __init__(self, unit: Tensor) -> None:
-        self.unit = unit
-        self.counted = torch.zeros_like(unit)
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # of the counts of all batches before this window, over all processes
+        self._batches: dict[str, Tensor] = {}
+        self._now: dict[str, list[Tensor]] = {}
         self.is_open = False
 
-    def add(self, count: Tensor) -> Tensor:
-        """Note the count of one batch, and give the factor of its loss."""
-        self.counted = self.counted + count
+    def add(self, terms: Terms) -> dict[str, Tensor]:
+        """Note the counts of one batch, and give the factors of its terms."""
+        counts = {**dict(zip(terms.values, terms.count_values(), strict=True)), "": terms.common_count()}
+        if counts.keys() != self._sums.keys():  # other terms: averages of one history, so that equal counts stay equal
+            self._sums, self._batches = {}, {}
+            self._learn({name: [count] for name, count in counts.items()})
+        for name, count in counts.items():
+            self._now.setdefault(name, []).append(count)
         self.is_open = True
-        return count / self.unit
+        return {name: count / self._unit(name) for name, count in counts.items() if name}
 
     def close(self, accumulated: int, processes: int) -> Tensor:
         """Give the factor that makes Lightning's mean over batches and processes the mean over what was counted."""
-        whole = ranks.total(self.counted).clamp(min=1)
-        self.counted, self.is_open = torch.zeros_like(self.counted), False
-        return accumulated * processes * self.unit / whole
+        whole = ranks.total(torch.stack(self._now[""]).sum()).clamp(min=1) / self._unit("")
+        self._learn(self._now)
+        self._now, self.is_open = {}, False
+        return accumulated * processes / whole
+
+    def _unit(self, name: str) -> Tensor:
+        known = torch.where(self._sums[name] > 0, self._sums[name], self._sums[""])
+        return (known / self._batches[name]).clamp(min=1)
+
+    def _learn(self, counts: Mapping[str, list[Tensor]]) -> None:
+        """Take counts into the average, the same in all processes."""
+        seen = torch.stack([torch.stack(own).sum() for own in counts.values()])
+        number = torch.tensor([float(len(own)) for own in counts.values()], device=seen.device)
+        for name, sum_, batches in zip(counts, ranks.total(seen), ranks.total(number), strict=True):
+            self._sums[name] = self._sums.get(name, 0) + sum_
+            self._batches[name] = self._batches.get(name, 0) + batches
 
 
 def _check_epochs(trainer: L.Trainer, stages: Sequence[Stage]) -> None:
@@ -509,6 +552,10 @@ def _specification(objective: Objective) -> str:
     return f"{type(objective).__name__}({', '.join(told)})"
 
 
+def _stage_lines(chosen: Sequence[Stage]) -> dict[str, str]:
+    return {f"stage {i}": f"{', '.join(s.objectives)}, {s.epochs} epochs" for i, s in enumerate(chosen, start=1)}
+
+
 def _compare(saved: dict[str, str], now: dict[str, str]) -> None:
     lines = [
         f"  {name}: {saved.get(name, 'not there')} in the checkpoint, {now.get(name, 'not there')} now"
@@ -516,7 +563,7 @@ def _compare(saved: dict[str, str], now: dict[str, str]) -> None:
         if saved.get(name) != now.get(name)
     ]
     if lines:
-        rank_zero_warn("Training goes on with other objectives than the checkpoint's:\n" + "\n".join(lines))
+        rank_zero_warn("Training goes on with other objectives or stages than the checkpoint's:\n" + "\n".join(lines))
 
 
 def _names_of(projections: Mapping[str, Tensor]) -> list[str]:

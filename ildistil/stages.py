@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Place", "Plan", "Stage"]
+__all__ = ["Place", "Stage", "Timeline"]
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Place(NamedTuple):
         return min(1.0, self.step / max(1.0, self.steps))
 
 
-class Plan:
+class Timeline:
     """Where each optimiser step belongs: a function of the step alone, so that resuming needs nothing else.
 
     Args:
         stages: the stages; none for a training in one.
         steps: number of all steps, perhaps infinite.
 
-    >>> plan = Plan([Stage(["hidden"], epochs=1), Stage(["logits"], epochs=3)], steps=40)
-    >>> plan.place(9), plan.place(10)
+    >>> timeline = Timeline([Stage(["hidden"], epochs=1), Stage(["logits"], epochs=3)], steps=40)
+    >>> timeline.place(9), timeline.place(10)
     (Place(stage=0, step=9, steps=10), Place(stage=1, step=0, steps=30))
     """
 
@@ -69,7 +69,7 @@ class Plan:
             step -= int(length)
         return Place(len(self._lengths) - 1, step, self._lengths[-1])
 
-    def starts(self, step: int) -> bool:
+    def starts_anew(self, step: int) -> bool:
         """Tell whether a stage other than the first starts with a step."""
         place = self.place(step)
         return place.stage > 0 and place.step == 0
@@ -77,6 +77,11 @@ class Plan:
     def is_last(self, step: int) -> bool:
         """Tell whether a step belongs to the last stage."""
         return self.place(step).stage == len(self._lengths) - 1
+
+    def parts(self) -> list[tuple[Collection[str] | None, float]]:
+        """Give the names of the terms of each stage (``None``: all) and the number of its steps."""
+        names: list[Collection[str] | None] = [stage.objectives for stage in self.stages]
+        return list(zip(names or [None], self._lengths, strict=True))
 
     def names(self, step: int) -> Collection[str] | None:
         """Give the names of the terms of a step's stage; ``None`` for all."""

@@ -125,7 +125,7 @@ def test_a_schedule_needs_to_know_how_far_training_is() -> None:
 
 def test_a_training_that_comes_to_nothing_is_refused_before_it_starts() -> None:
     terms = [objectives.LogitsKL(weight=Window(until=0.4)), objectives.TaskLoss(weight=Window(begin=0.6))]
-    with pytest.raises(ObjectiveError, match=r"At 40 % of the training all terms have weight 0"):
+    with pytest.raises(ObjectiveError, match=r"At 50.0% of the training all terms have weight 0"):
         trainer(*terms).fit(Distiller(*pair()), loader())
 
 
@@ -201,7 +201,8 @@ def test_stopping_and_the_best_checkpoint_watch_the_last_stage_only(tmp_path: Pa
     stages = [Stage(["hidden_mse"], epochs=3), Stage(["logits_kl", "task_loss"], epochs=3)]
     stop = EarlyStopping("score", mode="max", patience=1)
     best = ModelCheckpoint(tmp_path, filename="best", monitor="score", mode="max")
-    run = trainer(stop, best, *staged(), max_epochs=6, enable_checkpointing=True)
+    last = ModelCheckpoint(tmp_path, filename="last")
+    run = trainer(stop, best, last, *staged(), max_epochs=6, enable_checkpointing=True)
     before = list(run.callbacks)
     run.fit(Judge(*pair(), stages=stages), loader(), loader())
     assert run.current_epoch == 6
@@ -248,6 +249,71 @@ def test_what_a_stage_does_not_train_stays_as_it_was() -> None:
     assert not torch.equal(heads[2], head)
 
 
+def test_a_best_checkpoint_alone_is_warned_of(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="val/loss")
+    with pytest.warns(UserWarning, match="none is written before the last stage"):
+        trainer(best, *staged(), max_epochs=4, enable_checkpointing=True).fit(
+            Distiller(*pair(), stages=STAGES), loader(), loader()
+        )
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_resuming_with_other_stages_names_the_differences(tmp_path: Path) -> None:
+    student, teacher = pair()
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer(keep, *staged(), max_epochs=4, enable_checkpointing=True).fit(
+        Distiller(student, teacher, stages=STAGES), loader()
+    )
+    other = [Stage(["hidden_mse"], 1), Stage(["logits_kl", "task_loss"], 3)]
+    with pytest.warns(UserWarning, match=r"stage 1: hidden_mse, 2 epochs in the checkpoint, hidden_mse, 1 epochs now"):
+        trainer(*staged(), max_epochs=4).fit(
+            Distiller(student, teacher, stages=other), loader(), ckpt_path=tmp_path / "epoch=2.ckpt", weights_only=True
+        )
+
+
+def test_a_stream_without_a_known_length() -> None:
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(loader().dataset)  # type: ignore[arg-type]
+
+    stream = torch.utils.data.DataLoader(Stream(), 4)
+    with pytest.raises(ValueError, match="needs to know the number of steps"):
+        trainer(objectives.TaskLoss(), max_epochs=2).fit(Distiller(*pair()), stream)
+    with pytest.raises(ValueError, match="Stages last whole epochs, and the data's length isn't known"):
+        trainer(*staged(), max_epochs=4).fit(Distiller(*pair(), stages=STAGES, schedule="constant"), stream)
+
+
+def test_terms_that_take_part_are_named_in_a_list() -> None:
+    engine = Distillation(*pair(), staged())
+    assert list(engine(tiny.batch(), only=["task_loss"]).values) == ["task_loss"]
+    for only in ("task_loss", ["task"]):
+        with pytest.raises(ObjectiveError, match="only names some of the objectives"):
+            engine(tiny.batch(), only=only)
+
+
+def test_a_weight_may_be_raised_from_zero() -> None:
+    hidden = objectives.HiddenMSE(weight=0.0)
+    engine = Distillation(*pair(), [hidden, objectives.TaskLoss()])
+    assert list(engine(tiny.batch()).values) == ["task_loss"]
+    hidden.weight = 1.0
+    assert sorted(engine(tiny.batch()).values) == ["hidden_mse", "task_loss"]
+
+
+def test_unlabelled_rows_leave_the_other_terms_exact_under_accumulation() -> None:
+    """The second batch has no label: it still teaches hidden states."""
+    import exact
+
+    rows = exact.rows()
+    for row in rows[4:]:
+        row["labels"] = torch.tensor(-100)
+    terms = lambda: [objectives.HiddenMSE(), objectives.TaskLoss(weight=1e-9)]  # noqa: E731
+    whole = exact.step(terms(), rows, exact.models(), 8)
+    parts = exact.step(terms(), rows, exact.models(), 4, accumulate_grad_batches=2)
+    for name, expected in whole.items():
+        if "classifier" not in name and "pooler" not in name:
+            torch.testing.assert_close(parts[name], expected, rtol=1e-6, atol=1e-8, msg=name)
+
+
 # Balancing
 
 
@@ -289,6 +355,18 @@ def test_impossible_balancing_is_refused() -> None:
         Balance("size")  # type: ignore[arg-type]
 
 
+def test_balancing_does_not_measure_in_evaluation() -> None:
+    engine = Distillation(*pair(), [objectives.HiddenMSE(), objectives.LogitsKL()], balance=Balance("gradient"))
+    engine.eval()
+    with torch.no_grad():
+        assert [float(w) for w in engine(tiny.batch()).weights.values()] == [1.0, 1.0]
+    engine.train()(tiny.batch())
+    sizes = dict(engine.balance.sizes)
+    with torch.no_grad():
+        engine.eval()(tiny.batch(seed=1))
+    assert engine.balance.sizes == sizes
+
+
 # The memory bank
 
 
@@ -306,16 +384,20 @@ def test_the_bank_keeps_a_vector_of_every_row_and_resumes(tmp_path: Path) -> Non
     start = copy.deepcopy(student)
     term, run = bank_fit(student, teacher, trainer={"max_epochs": 1})
     state = term.state_dict()
-    assert (state["classes"][:16] == torch.cat([b["labels"] for b in loader()])).all()
-    assert (state["classes"][16:] == -1).all()
-    assert state["student"][:16].norm(dim=1) == pytest.approx(torch.ones(16))
+    assert len(state["row_ids"]) == 12  # the last step's four are learned when the next one begins
+    assert len(state["waiting"][0][0]) == 4
+    labels = {int(r): int(y) for b in loader() for r, y in zip(b["row_id"], b["labels"], strict=True)}
+    assert {int(r): int(y) for r, y in zip(state["row_ids"], state["classes"], strict=True)}.items() <= labels.items()
+    assert state["student"].norm(dim=1) == pytest.approx(torch.ones(12))
     run.save_checkpoint(tmp_path / "run.ckpt")
     term, _ = bank_fit(student, teacher, trainer={"max_epochs": 1})  # another run starts with an empty bank
     again = objectives.CLSContrast(negatives=5, size=8)
     resumed = trainer(again, objectives.TaskLoss(), max_epochs=1)
     module = Distiller(start, teacher)
     resumed.fit(module, loader(), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
-    assert all(torch.equal(again.state_dict()[key], value) for key, value in state.items())
+    restored = again.state_dict()
+    assert all(torch.equal(restored[key], state[key]) for key in ("row_ids", "classes", "student", "teacher"))
+    assert all(torch.equal(x, y) for x, y in zip(restored["waiting"][0], state["waiting"][0], strict=True))
 
 
 def test_the_bank_is_untouched_by_dry_runs_and_within_a_step() -> None:
@@ -340,8 +422,41 @@ def test_the_bank_moves_by_its_momentum() -> None:
         term.remember()
         term._learn()
     expected = torch.nn.functional.normalize(torch.tensor([0.25, 0.75]), dim=0)
-    torch.testing.assert_close(term._bank["teacher"][3], expected)
-    assert term._classes[:4].tolist() == [-1, 1, -1, 0]
+    state = term.state_dict()
+    assert state["row_ids"].tolist() == [1, 3]
+    assert state["classes"].tolist() == [1, 0]
+    torch.testing.assert_close(state["teacher"][1], expected)
+
+
+def test_the_bank_draws_other_texts_at_every_step_and_grows_with_texts_not_ids() -> None:
+    term = objectives.CLSContrast(size=8, negatives=2)
+    engine = Distillation(*pair(), [term])
+    batch = tiny.batch((4,) * 12) | {"row_id": torch.arange(12) * 10**12}
+    for step in range(3):
+        engine(batch, step=step)
+    assert term.state_dict()["student"].shape == (12, 8)
+    drawn = {tuple(term._others(0, torch.Generator().manual_seed(seed)).tolist()) for seed in range(20)}
+    assert len(drawn) > 3
+    many = objectives.CLSContrast(size=1, negatives=2)
+    many.load_state_dict({
+        "row_ids": torch.arange(100), "classes": torch.arange(100) % 2, "student": torch.ones(100, 1),
+        "teacher": torch.ones(100, 1), "waiting": [],
+    })  # fmt: skip
+    for seed in range(20):
+        found = many._others(1, torch.Generator().manual_seed(seed))
+        assert len(set(found.tolist())) == 2
+        assert (many._classes[found] == 0).all()
+    with pytest.raises(ObjectiveError, match="draws texts anew at every step"):
+        engine(batch)
+
+
+def test_the_bank_is_of_one_pair_of_models() -> None:
+    term = objectives.CLSContrast(size=8)
+    engine = Distillation(*pair(), [term])
+    for step in range(2):
+        engine(tiny.batch(), step=step)
+    engine.release()
+    assert len(term.state_dict()["row_ids"]) == 0
 
 
 @pytest.mark.parametrize(("missing", "message"), [("row_id", "has no 'row_id'"), ("labels", "'labels' are no classes")])

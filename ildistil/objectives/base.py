@@ -243,6 +243,15 @@ class LayerObjective(Objective):
         depth = teacher.stack(self.stack).depth
         return {Tap(self.taps[0], layer, self.stack) for layer in range(1, depth + 1)}
 
+    def layers(self) -> tuple[list[int], list[int]]:
+        """Give the mapped layers of the student, and those of the teacher, whichever belong together."""
+        return sorted({s for s, _ in self.pairs}), sorted({t for _, t in self.pairs})
+
+    def describe_layers(self) -> str:
+        """Say which layers take part on either side."""
+        student, teacher = (" ".join(map(str, layers)) for layers in self.layers())
+        return f"[{student}]<-[{teacher}]"
+
     def describe(self) -> str:
         """Give the pairs, student layer first."""
         stack = "" if self.stack is None else f"{self.stack} "

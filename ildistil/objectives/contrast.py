@@ -42,7 +42,7 @@ class _Contrast(LayerObjective):
     def build(self, student: Sizes, teacher: Sizes) -> None:
         """Resolve the mapping and make a projection of each model."""
         super().build(student, teacher)
-        for role, sizes, layers in zip(("student", "teacher"), self.sizes, self._layers(), strict=True):
+        for role, sizes, layers in zip(("student", "teacher"), self.sizes, self.layers(), strict=True):
             if sizes.width is None:
                 raise ObjectiveError(
                     f"{type(self).__name__} needs the width of the {role}, and a config doesn't say it."
@@ -51,21 +51,17 @@ class _Contrast(LayerObjective):
 
     def describe(self) -> str:
         """Give the layers of both sides."""
-        student, teacher = (" ".join(map(str, layers)) for layers in self._layers())
-        return f"[{student}]<-[{teacher}]"
+        return self.describe_layers()
 
     def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
         """Not used: all layers are compared together."""
         raise NotImplementedError
 
-    def _layers(self) -> tuple[list[int], list[int]]:
-        return sorted({s for s, _ in self.pairs}), sorted({t for _, t in self.pairs})
-
     def _vectors(self, student: Activations, teacher: Activations) -> tuple[Tensor, Tensor, Tensor]:
         """Give a vector of length 1 for each example, of both models, and which examples have a token at all."""
         mask = student.stack(self.stack).mask
         vectors = []
-        for role, run, layers in zip(("student", "teacher"), (student, teacher), self._layers(), strict=True):
+        for role, run, layers in zip(("student", "teacher"), (student, teacher), self.layers(), strict=True):
             hidden = run.stack(self.stack).hidden
             same_tokens(mask, hidden[layers[0]], axis=1)
             joined = torch.cat([functional.first_token(hidden[layer], mask) for layer in layers], dim=-1)
@@ -84,7 +80,7 @@ class CLSContrast(_Contrast):
     it has met, by the batch's ``row_id``, and moves it by ``new = momentum * old + (1 - momentum) * now``. Until it
     knows texts of other classes, which is in the first step, the term is 0.
 
-    The bank is the same in all processes, grows with the row ids it meets, and is in the checkpoint, not in the
+    The bank is the same in all processes, grows with the texts it meets, and is in the checkpoint, not in the
     exported student. Draws depend on ``seed``, step and class only.
 
     Args:
@@ -105,6 +101,13 @@ class CLSContrast(_Contrast):
     (CoDIR), 2020; Tian et al., "Contrastive Representation Distillation", 2020; Wang et al., 2023.
     """
 
+    _slots: dict[int, int]  # row id -> row of the bank
+    _bank: dict[str, Tensor]
+    _classes: Tensor
+    _step: int | None
+    _now: list[Tensor]
+    _waiting: list[list[Tensor]]
+
     def __init__(
         self,
         weight: Weight = 1.0,
@@ -123,11 +126,7 @@ class CLSContrast(_Contrast):
                 f"CLSContrast: negatives must be at least 1 and momentum in [0, 1), got {negatives} and {momentum}."
             )
         self.negatives, self.momentum, self.seed = negatives, momentum, seed
-        self._bank = {"student": torch.empty(0, size), "teacher": torch.empty(0, size)}
-        self._classes = torch.empty(0, dtype=torch.long)  # -1: not met yet
-        self._step: int | None = None
-        self._now: list[Tensor] = []
-        self._waiting: list[list[Tensor]] = []
+        self._forget()
 
     def build(self, student: Sizes, teacher: Sizes) -> None:
         """Make the projections."""
@@ -138,10 +137,20 @@ class CLSContrast(_Contrast):
             )
         super().build(student, teacher)
 
+    def claim(self, engine: object | None) -> None:
+        """Note which engine uses this objective; without one the bank is empty, as its vectors are of that engine."""
+        super().claim(engine)
+        if engine is None:
+            self._forget()
+
     def begin(self, step: int | None) -> None:
         """Let the bank learn what was met in the step before; within a step it stays, whatever is accumulated."""
         super().begin(step)
-        if step is None or step != self._step:
+        if step is None:
+            raise ObjectiveError(
+                f"{self.name} draws texts anew at every step. Say which it is: distill(batch, step=step)."
+            )
+        if step != self._step:
             self._learn()
         self._step = step
 
@@ -169,15 +178,28 @@ class CLSContrast(_Contrast):
         self._now = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the bank for a checkpoint."""
-        self._learn()
-        return {"student": self._bank["student"], "teacher": self._bank["teacher"], "classes": self._classes}
+        """Give the bank for a checkpoint, and what it is about to learn."""
+        used = len(self._slots)
+        bank = {role: vectors[:used].clone() for role, vectors in self._bank.items()}
+        return {
+            "row_ids": torch.tensor(list(self._slots), dtype=torch.long),
+            "classes": self._classes[:used].clone(),
+            "waiting": list(self._waiting),
+            **bank,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the bank of a checkpoint."""
+        self._slots = {row: slot for slot, row in enumerate(state_dict["row_ids"].tolist())}
         self._bank = {role: state_dict[role] for role in self._bank}
         self._classes = state_dict["classes"]
-        self._waiting = []
+        self._waiting = list(state_dict["waiting"])
+
+    def _forget(self) -> None:
+        self._slots = {}
+        self._bank = {"student": torch.empty(0, self.size), "teacher": torch.empty(0, self.size)}
+        self._classes = torch.empty(0, dtype=torch.long)
+        self._step, self._now, self._waiting = None, [], []
 
     def _rows(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         rows, classes = batch.get("row_id"), batch.get("labels")
@@ -199,24 +221,37 @@ class CLSContrast(_Contrast):
         """Draw texts of other classes for every class of the batch; give their rows, and the class they are for."""
         drawn, drawn_for = [classes.new_empty(0)], [classes.new_empty(0)]
         for present in torch.unique(classes).tolist():
-            others = ((self._classes >= 0) & (self._classes != present)).nonzero().squeeze(1)
             # By class and step, not by batch: the same in all processes, and in all parts of an accumulated batch.
             seed = random.Random(f"{self.seed} {self._step} {present}").getrandbits(62)
-            picked = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[: self.negatives]
-            drawn.append(others[picked.to(others.device)])
+            drawn.append(self._others(present, torch.Generator().manual_seed(seed)).to(classes.device))
             drawn_for.append(torch.full_like(drawn[-1], present))
         return torch.cat(drawn), torch.cat(drawn_for)
 
+    def _others(self, present: int, generator: torch.Generator) -> Tensor:
+        """Draw rows of other classes, each once."""
+        used = len(self._slots)
+        if used > 16 * self.negatives:  # a few tries find enough, without shuffling a large bank
+            tried = torch.randint(used, (8 * self.negatives,), generator=generator).to(self._classes.device)
+            found = list(dict.fromkeys(tried[self._classes[tried] != present].tolist()))
+            if len(found) >= self.negatives:
+                return torch.tensor(found[: self.negatives])
+        others: Tensor = (self._classes[:used] != present).nonzero().squeeze(1).cpu()
+        return others[torch.randperm(len(others), generator=generator)[: self.negatives]]
+
     def _learn(self) -> None:
         for waiting in self._waiting:
-            # Samplers repeat rows to give every process as many: the first one counts.
+            # Samplers repeat rows to give every process as many: the first one counts. In the order of their ids,
+            # whichever process had them.
             once, where = torch.unique(waiting[0], return_inverse=True)
             numbers = torch.arange(len(where), device=where.device)
             first = torch.full_like(once, len(where)).scatter_reduce(0, where, numbers, "amin")
-            rows, classes, *vectors = (x[first] for x in waiting)
-            self._to(rows.device)
-            self._grow(int(rows.max()) + 1 if len(rows) else 0)
-            known = (self._classes[rows] >= 0).unsqueeze(1)
+            ids, classes, *vectors = (x[first] for x in waiting)
+            self._to(ids.device)
+            new = [row for row in ids.tolist() if row not in self._slots]
+            known = torch.tensor([row in self._slots for row in ids.tolist()], device=ids.device).unsqueeze(1)
+            self._slots.update({row: len(self._slots) + i for i, row in enumerate(new)})
+            self._grow(len(self._slots))
+            rows = torch.tensor([self._slots[row] for row in ids.tolist()], dtype=torch.long, device=ids.device)
             for role, now in zip(self._bank, vectors, strict=True):
                 bank = self._bank[role]
                 now = now.to(bank.dtype)
@@ -226,9 +261,8 @@ class CLSContrast(_Contrast):
         self._waiting = []
 
     def _grow(self, rows: int) -> None:
-        more = rows - len(self._classes)
-        if more > 0:
-            more += len(self._classes)  # twice as large at least, so that growing is rare
+        if rows > len(self._classes):
+            more = max(rows, 2 * len(self._classes)) - len(self._classes)  # twice as large, so that growing is rare
             self._classes = torch.cat([self._classes, self._classes.new_full((more,), -1)])
             self._bank = {role: torch.cat([b, b.new_zeros(more, self.size)]) for role, b in self._bank.items()}
 

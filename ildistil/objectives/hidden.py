@@ -240,7 +240,7 @@ class HiddenConcatMSE(_HiddenObjective):
 
     def make_projections(self, keys: Iterable[str], student: int | None, teacher: int | None) -> None:
         """Make one map for all layers."""
-        layers_s, layers_t = self._layers()
+        layers_s, layers_t = self.layers()
         super().make_projections(["all"], student and student * len(layers_s), teacher and teacher * len(layers_t))
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
@@ -248,14 +248,11 @@ class HiddenConcatMSE(_HiddenObjective):
         student, teacher = student.stack(self.stack), teacher.stack(self.stack)
         s, t = (
             torch.cat([a.hidden[layer] for layer in layers], dim=-1)
-            for a, layers in zip((student, teacher), self._layers(), strict=True)
+            for a, layers in zip((student, teacher), self.layers(), strict=True)
         )
         same_tokens(s, t, axis=1)
         values = functional.hidden_mse(self.projected("all", s, student.mask), t, student.mask)
         return functional.example_mean(values, student.mask.sum(1))
-
-    def _layers(self) -> tuple[list[int], list[int]]:
-        return sorted({s for s, _ in self.pairs}), sorted({t for _, t in self.pairs})
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         """Not used: all layers are compared together, see :meth:`loss`."""
@@ -263,8 +260,7 @@ class HiddenConcatMSE(_HiddenObjective):
 
     def describe(self) -> str:
         """Give the layers of both sides."""
-        student, teacher = (" ".join(map(str, layers)) for layers in self._layers())
-        return f"[{student}]<-[{teacher}]"
+        return self.describe_layers()
 
 
 class HiddenCKA(LayerObjective):

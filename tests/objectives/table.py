@@ -7,7 +7,7 @@ its hidden states, in float64, in loops over examples, heads, tokens and feature
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -279,16 +279,16 @@ def _nce(anchor: Tensor, positive: Tensor, negatives: list[Tensor], temperature:
     return -torch.log(e[0] / sum(e))
 
 
-BANK_CLASSES = torch.tensor([0, 1, -1, 2, 1, 0, 2, 2])  # -1: a row that was not met yet
+BANK_CLASSES = torch.tensor([0, 1, 0, 2, 1, 0, 2, 2])
 
 
-def _bank() -> dict[str, Tensor]:
+def _bank() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(4)
     vectors = {
         role: torch.nn.functional.normalize(torch.randn(8, 6, generator=generator, dtype=torch.float64), dim=1)
         for role in ("student", "teacher")
     }
-    return vectors | {"classes": BANK_CLASSES}
+    return vectors | {"classes": BANK_CLASSES, "row_ids": torch.arange(90, 98), "waiting": []}
 
 
 def with_bank() -> Objective:
@@ -303,7 +303,7 @@ def cls_contrast(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.Modul
     bank = _bank()
 
     def value(b: int, tokens: list[int]) -> Tensor:
-        others = [k for k in range(8) if BANK_CLASSES[k] not in (-1, labels[b])]
+        others = [k for k in range(8) if BANK_CLASSES[k] != labels[b]]
         forth = _nce(own[b], theirs[b], [bank["teacher"][k] for k in others], 0.5)
         back = _nce(theirs[b], own[b], [bank["student"][k] for k in others], 0.5)
         return (forth + back) / 2
