@@ -12,6 +12,7 @@ ROOT = Path(ildistil.__file__).parent
 MAY_IMPORT = {
     "functional": set(),
     "ranks": set(),
+    "kernels": {"functional"},
     "schedules": set(),
     "stages": set(),
     "balance": {"ranks"},
@@ -25,7 +26,7 @@ MAY_IMPORT = {
     "models": {"initialize", "narrow"},
     "export": set(),
     "monitor": set(),
-    "objectives": {"functional", "capture", "mappings", "ranks", "schedules"},
+    "objectives": {"functional", "kernels", "capture", "mappings", "ranks", "schedules"},
     "distillation": {"balance", "capture", "objectives", "ranks", "schedules", "synthetic"},
     "presets": {"objectives", "stages"},
     "plan": {"capture", "distillation", "schedules", "stages"},

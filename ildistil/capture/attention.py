@@ -48,10 +48,13 @@ class Attention:
         """Number of query heads."""
         return self.query.shape[1]
 
-    def scores(self) -> Tensor:
-        """Give the scores before the softmax, ``(batch, heads, queries, keys)``, at least in float32.
+    @property
+    def is_product(self) -> bool:
+        """Whether the scores are the product of :meth:`vectors` and nothing else."""
+        return self.softcap is None and self.bias is None
 
-        ``softcap * tanh(q k^T scale / softcap) + bias``, without masks: see :meth:`allowed`.
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """Give the scaled queries and the keys, as many heads of either, at least in float32, with zeros for padding.
 
         Raises:
             CaptureError: the model makes its scores otherwise.
@@ -73,7 +76,19 @@ class Attention:
             groups = query.shape[1] // key.shape[1]
             if groups > 1:
                 key = key.repeat_interleave(groups, dim=1)
-            scores = query @ key.transpose(-1, -2) * self.scale
+            return query * self.scale, key
+
+    def scores(self) -> Tensor:
+        """Give the scores before the softmax, ``(batch, heads, queries, keys)``, at least in float32.
+
+        ``softcap * tanh(q k^T scale / softcap) + bias``, without masks: see :meth:`allowed`.
+
+        Raises:
+            CaptureError: the model makes its scores otherwise.
+        """
+        query, key = self.vectors()
+        with torch.autocast(query.device.type, enabled=False):
+            scores = query @ key.transpose(-1, -2)
             if self.softcap is not None:
                 scores = self.softcap * torch.tanh(scores / self.softcap)
             return scores if self.bias is None else scores + self.bias
@@ -94,6 +109,12 @@ class Attention:
         if self.query_mask is not None:
             return self.query_mask
         return torch.ones(self.query.shape[0], self.query.shape[2], dtype=torch.bool, device=self.query.device)
+
+    def real_keys(self) -> Tensor:
+        """Tell which keys are real tokens: boolean, ``(batch, keys)``."""
+        if self.key_mask is not None:
+            return self.key_mask
+        return torch.ones(self.key.shape[0], self.key.shape[2], dtype=torch.bool, device=self.key.device)
 
 
 class Notebook(Protocol):

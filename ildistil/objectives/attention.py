@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor
 
-from ildistil import functional, ranks
+from ildistil import functional, kernels, ranks
 from ildistil.capture import Activations, Attention, Sizes
 from ildistil.mappings import LayerMapping
 from ildistil.objectives.base import LayerObjective, ObjectiveError, Stack, Weight, same_tokens
@@ -45,10 +45,17 @@ class _AttentionObjective(LayerObjective):
         s, t = student.attention[pair[0]], teacher.attention[pair[1]]
         same_tokens(s.query, t.query, axis=2)
         same_tokens(s.key, t.key, axis=2)
+        fast = self.compare_vectors(s, t)
+        if fast is not None:
+            return functional.example_mean(fast, s.real_queries().sum(1))
         allowed = s.allowed()
         if (s.causal, s.window) != (t.causal, t.window):
             allowed = allowed & t.allowed()
         return self.compare(s.scores(), t.scores(), allowed, s.real_queries())
+
+    def compare_vectors(self, student: Attention, teacher: Attention) -> Tensor | None:
+        """Compare two layers without making their scores: one value per example; ``None`` where that isn't possible."""
+        return None
 
     @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor) -> Tensor:
@@ -72,6 +79,12 @@ class AttentionMSE(_AttentionObjective):
 
     Source: Jiao et al., "TinyBERT", 2020; Wang et al., "How to Distill your BERT", 2023.
     """
+
+    def compare_vectors(self, student: Attention, teacher: Attention) -> Tensor | None:
+        """Give the squared errors in linear time, where padding is all that is masked."""
+        if not (student.is_product and teacher.is_product) or any(a.causal or a.window for a in (student, teacher)):
+            return None
+        return kernels.attention_mse(student.vectors(), teacher.vectors(), student.real_queries(), student.real_keys())
 
     def compare(self, student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor) -> Tensor:
         """Give the mean over examples of the squared error."""
@@ -121,6 +134,14 @@ class AttentionKL(_MergingObjective):
 
     Source: Wang et al., "MiniLM", 2020; Wang et al., "How to Distill your BERT", 2023.
     """
+
+    def compare_vectors(self, student: Attention, teacher: Attention) -> Tensor | None:
+        """Give the divergences block by block, where scores are plain products of as many heads."""
+        same = student.heads == teacher.heads and (student.causal, student.window) == (teacher.causal, teacher.window)
+        if not (same and student.is_product and teacher.is_product and kernels.suits(student.query)):
+            return None
+        real = student.real_queries(), student.real_keys()
+        return kernels.attention_kl(student.vectors(), teacher.vectors(), *real, student.causal, student.window)
 
     def compare(self, student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor) -> Tensor:
         """Give the mean over examples of the divergence."""
@@ -268,14 +289,8 @@ class QKVMSE(_AttentionStates):
     def token_mask(self, activations: Activations, layer: int, part: str) -> Tensor:
         """Keys and values have the tokens that are attended to, which in cross attention are others."""
         attention = activations.attention[layer]
-        return attention.real_queries() if part == "q" else real_keys(attention)
+        return attention.real_queries() if part == "q" else attention.real_keys()
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         """Give the squared error of each example."""
         return functional.hidden_mse(student, teacher, mask)
-
-
-def real_keys(attention: Attention) -> Tensor:
-    """Tell which keys are real tokens: boolean, ``(batch, keys)``."""
-    key = attention.key
-    return key.new_ones(len(key), key.shape[2]).bool() if attention.key_mask is None else attention.key_mask

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ildistil import functional
+from ildistil import functional, kernels
 from ildistil.capture import Activations, Attention, Sizes
 from ildistil.mappings import Last, LayerMapping
-from ildistil.objectives.attention import real_keys
 from ildistil.objectives.base import LayerObjective, ObjectiveError, Stack, Weight, same_tokens
 
 __all__ = ["RelationKL", "ValueRelationKL"]
@@ -85,28 +84,31 @@ class RelationKL(LayerObjective):
         return sum(losses[1:], start=losses[0]) / len(losses)
 
     def _relation_loss(self, student: Attention, teacher: Attention, relation: str) -> Tensor:
-        if self.stack == "cross":  # queries and keys are of different texts: no causality, two masks
-            rows, columns = (
-                student.real_queries() if part == "q" else real_keys(student) for part in (relation[0], relation[2])
-            )
-            allowed = columns[:, None, None, :]
-        else:
-            rows, allowed = student.real_queries(), student.allowed()
-        values = functional.attention_kl(
-            self._scores(student, relation), self._scores(teacher, relation), allowed, rows
+        (q_s, k_s), (q_t, k_t) = (self._vectors(attention, relation) for attention in (student, teacher))
+        rows, columns = (
+            student.real_queries() if part == "q" else student.real_keys() for part in (relation[0], relation[2])
         )
+        if self.stack != "cross":
+            rows, columns = student.real_queries(), student.real_keys()
+        if kernels.suits(q_s):
+            # In cross attention queries and keys are of different texts: no causality.
+            causal, window = (False, None) if self.stack == "cross" else (student.causal, student.window)
+            values = kernels.attention_kl((q_s, k_s), (q_t, k_t), rows, columns, causal, window)
+        else:
+            allowed = columns[:, None, None, :] if self.stack == "cross" else student.allowed()
+            values = functional.attention_kl(q_s @ k_s.mT, q_t @ k_t.mT, allowed, rows)
         return functional.example_mean(values, rows.sum(1))
 
-    def _scores(self, attention: Attention, relation: str) -> Tensor:
+    def _vectors(self, attention: Attention, relation: str) -> tuple[Tensor, Tensor]:
+        """Give both sides of a relation, the left one scaled."""
         left, right = (self._cut(attention, part) for part in (relation[0], relation[2]))
         with functional.full_precision(left, right) as (x, y):
-            scores: Tensor = x @ y.transpose(-1, -2) * x.shape[-1] ** -0.5
-            return scores
+            return x * x.shape[-1] ** -0.5, y
 
     def _cut(self, attention: Attention, part: str) -> Tensor:
         """(batch, heads, tokens, size) -> (batch, relation heads, tokens, size): join the heads, then cut anew."""
         x: Tensor = getattr(attention, _PARTS[part])
-        mask = attention.real_queries() if part == "q" else real_keys(attention)
+        mask = attention.real_queries() if part == "q" else attention.real_keys()
         x = torch.where(mask[:, None, :, None], x, 0)  # 0 times NaN is NaN
         groups = attention.heads // x.shape[1]
         if groups > 1:  # grouped-query attention
