@@ -57,7 +57,10 @@ def attention_kl(
     tensor([0.6931])
     """
     with full_precision(*student, *teacher) as (q_s, k_s, q_t, k_t):
-        values: Tensor = _BlockwiseKL.apply(  # type: ignore[no-untyped-call]q_s, k_s, q_t.detach(), k_t.detach(), query_mask, key_mask, causal, window)
+        masks = query_mask, key_mask, causal, window
+        values: Tensor = _BlockwiseKL.apply(  # type: ignore[no-untyped-call]
+            q_s, k_s, q_t.detach(), k_t.detach(), *masks
+        )
         return values
 
 
