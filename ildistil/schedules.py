@@ -29,6 +29,9 @@ class _Ramp(Schedule):
         _check_weights(self, self.start, self.end)
         _check_span(self, self.begin, self.until)
 
+    def __str__(self) -> str:
+        return f"{type(self).__name__} {self.start:g} to {self.end:g}{_span(self.begin, self.until)}"
+
     def __call__(self, progress: float) -> float:
         """Give the weight: ``start`` before ``begin``, ``end`` after ``until``, between them in between."""
         done = min(1.0, max(0.0, (progress - self.begin) / (self.until - self.begin)))
@@ -96,10 +99,17 @@ class Window(Schedule):
         _check_weights(self, self.weight)
         _check_span(self, self.begin, self.until)
 
+    def __str__(self) -> str:
+        return f"Window {self.weight:g}{_span(self.begin, self.until)}"
+
     def __call__(self, progress: float) -> float:
         """Give the weight."""
         inside = self.begin <= progress < self.until or progress >= 1.0 == self.until
         return self.weight if inside else 0.0
+
+
+def _span(begin: float, until: float) -> str:
+    return "" if (begin, until) == (0, 1) else f" in {begin:.4g}-{until:.4g}"
 
 
 def _check_weights(schedule: Schedule, *weights: float) -> None:

@@ -17,7 +17,7 @@ class Stage:
         learning_rate: its peak; by default the module's.
     """
 
-    objectives: Collection[str]
+    objectives: Sequence[str]
     epochs: int
     learning_rate: float | None = None
 

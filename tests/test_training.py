@@ -144,6 +144,12 @@ def test_a_schedule_of_ones_own_is_checked() -> None:
         Distillation(*pair(), [objectives.HiddenMSE(weight=Bad())])
 
 
+def test_schedules_are_told_in_short() -> None:
+    assert str(Linear(1.0, 0.0)) == "Linear 1 to 0"
+    assert str(Cosine(0.0, 2.5, until=0.5)) == "Cosine 0 to 2.5 in 0-0.5"
+    assert str(Window(0.3, 0.25)) == "Window 0.3 in 0.25-1"
+
+
 # Layers drawn at random
 
 
