@@ -167,7 +167,12 @@ class LayerObjective(Objective):
         mapping: which student layer learns from which teacher layer.
         stack: which layers of an encoder-decoder: ``"encoder"``, ``"decoder"`` or, for attention, ``"cross"``.
         name: see :class:`Objective`.
+
+    Attributes:
+        default_mapping: the mapping where none is given.
     """
+
+    default_mapping: ClassVar[LayerMapping] = Uniform()
 
     def __init__(
         self,
@@ -186,7 +191,7 @@ class LayerObjective(Objective):
             raise ObjectiveError(
                 f"{type(self).__name__}: stack must be 'encoder', 'decoder' or 'cross', got {stack!r}."
             )
-        self.mapping = Uniform() if mapping is None else mapping
+        self.mapping = self.default_mapping if mapping is None else mapping
         self.stack = stack
         self.pairs: Pairs = []
         self._sizes: tuple[Sizes, Sizes] | None = None

@@ -20,6 +20,7 @@ class _Contrast(LayerObjective):
     """Compares first-token states of all mapped layers, concatenated and mapped to a few dimensions on both sides."""
 
     taps = ("hidden",)
+    default_mapping = All()
 
     def __init__(
         self,
@@ -30,7 +31,7 @@ class _Contrast(LayerObjective):
         stack: Stack | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight, All() if mapping is None else mapping, stack, name)
+        super().__init__(weight, mapping, stack, name)
         if size < 1 or not temperature > 0:
             raise ObjectiveError(
                 f"{type(self).__name__}: size must be at least 1 and temperature > 0, got {size} and {temperature}."

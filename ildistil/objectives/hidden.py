@@ -168,15 +168,7 @@ class CLSAttentiveMSE(_HiddenObjective):
     the division by ``sqrt(d)``).
     """
 
-    def __init__(
-        self,
-        weight: Weight = 1.0,
-        mapping: LayerMapping | None = None,
-        projection: ProjectionOption = "auto",
-        stack: Stack | None = None,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(weight, All() if mapping is None else mapping, projection, stack, name)
+    default_mapping = All()
 
     def key(self, pair: tuple[int, int], part: str) -> str:
         """Name the map of a student layer."""
@@ -228,15 +220,7 @@ class HiddenConcatMSE(_HiddenObjective):
     is mapped).
     """
 
-    def __init__(
-        self,
-        weight: Weight = 1.0,
-        mapping: LayerMapping | None = None,
-        projection: ProjectionOption = "auto",
-        stack: Stack | None = None,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(weight, All() if mapping is None else mapping, projection, stack, name)
+    default_mapping = All()
 
     def make_projections(self, keys: Iterable[str], student: int | None, teacher: int | None) -> None:
         """Make one map for all layers."""

@@ -41,6 +41,7 @@ class RelationKL(LayerObjective):
     """
 
     taps = ("attention",)
+    default_mapping = Last()
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class RelationKL(LayerObjective):
         stack: Stack | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight, Last() if mapping is None else mapping, stack, name)
+        super().__init__(weight, mapping, stack, name)
         bad = [r for r in relations if len(r) != 3 or r[1] != "-" or not {r[0], r[2]} <= set(_PARTS)]
         if bad or not relations:
             got = repr(bad[0]) if bad else "none"
