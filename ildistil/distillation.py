@@ -197,7 +197,7 @@ class Distillation(nn.Module):
         self._hooked = frozenset(name for name, o in self.objectives.items() if o.weight != 0)
         used = [self.objectives[name] for name in self._hooked]
         sizes = Sizes.of(self.student)
-        wanted = {tap for o in used for tap in o.student_may_want(sizes)}
+        wanted = {tap for o in used for tap in o.student_wants(sizes)}
         self._student_capture = Capture(self.student, wanted, "student")
         if self.teacher is not None:
             sizes = Sizes.of(self.teacher)

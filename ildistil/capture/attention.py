@@ -65,18 +65,22 @@ class Attention:
                 "keys and values, or a hidden-state objective."
             )
         with torch.autocast(self.query.device.type, enabled=False):
-            query, key = (
-                x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (self.query, self.key)
-            )
-            # Padding may hold anything, NaN included, and 0 times NaN is NaN.
-            if self.query_mask is not None:
-                query = torch.where(self.query_mask[:, None, :, None], query, 0)
-            if self.key_mask is not None:
-                key = torch.where(self.key_mask[:, None, :, None], key, 0)
-            groups = query.shape[1] // key.shape[1]
-            if groups > 1:
-                key = key.repeat_interleave(groups, dim=1)
+            query, key = (self.per_head(part) for part in ("q", "k"))
+            query, key = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (query, key))
             return query * self.scale, key
+
+    def per_head(self, part: str) -> Tensor:
+        """Give the vectors of every head, ``(batch, heads, tokens, size)``, with zeros for padding.
+
+        Args:
+            part: ``"q"``, ``"k"`` or ``"v"``; keys and values that heads share (grouped-query attention) are repeated.
+        """
+        vectors = {"q": self.query, "k": self.key, "v": self.value}[part]
+        mask = self.query_mask if part == "q" else self.key_mask
+        if mask is not None:  # padding may hold anything, NaN included, and 0 times NaN is NaN
+            vectors = torch.where(mask[:, None, :, None], vectors, 0)
+        groups = self.heads // vectors.shape[1]
+        return vectors if groups == 1 else vectors.repeat_interleave(groups, dim=1)
 
     def scores(self) -> Tensor:
         """Give the scores before the softmax, ``(batch, heads, queries, keys)``, at least in float32.

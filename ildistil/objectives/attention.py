@@ -19,7 +19,7 @@ __all__ = ["QKVMSE", "AttentionDIST", "AttentionKL", "AttentionMSE", "AttentionO
 
 Heads = Literal["equal", "merge"]
 Over = Literal["tokens", "heads", "sentences"]
-_PARTS = {"q": "query", "k": "key", "v": "value"}
+_PARTS = {"q", "k", "v"}
 
 
 class _AttentionObjective(LayerObjective):
@@ -273,18 +273,13 @@ class QKVMSE(_AttentionStates):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, mapping, projection, stack, "qkv_mse" if name is None else name)
-        if not parts or not set(parts) <= set(_PARTS) or len(set(parts)) < len(parts):
+        if not parts or not set(parts) <= _PARTS or len(set(parts)) < len(parts):
             raise ObjectiveError(f"QKVMSE: parts are any of 'q', 'k' and 'v', each once; got {list(parts)}.")
         self.parts = tuple(parts)
 
     def state(self, activations: Activations, layer: int, part: str) -> Tensor:
         """Join the heads of queries, keys or values."""
-        attention = activations.attention[layer]
-        vectors: Tensor = getattr(attention, _PARTS[part])
-        groups = attention.heads // vectors.shape[1]
-        if groups > 1:  # grouped-query attention
-            vectors = vectors.repeat_interleave(groups, dim=1)
-        return vectors.transpose(1, 2).flatten(2)
+        return activations.attention[layer].per_head(part).transpose(1, 2).flatten(2)
 
     def token_mask(self, activations: Activations, layer: int, part: str) -> Tensor:
         """Keys and values have the tokens that are attended to, which in cross attention are others."""

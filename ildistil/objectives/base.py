@@ -146,10 +146,6 @@ class Objective(Callback, ABC):
         """Resolve ``teacher_taps`` (or ``taps``) for the teacher."""
         return _expand(self.taps if self.teacher_taps is None else self.teacher_taps, teacher)
 
-    def student_may_want(self, student: Sizes) -> set[Tap]:
-        """Give what the student may be asked for at any step."""
-        return self.student_wants(student)
-
     def teacher_may_want(self, teacher: Sizes) -> set[Tap]:
         """Give what the teacher may be asked for at any step."""
         return self.teacher_wants(teacher)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ildistil import functional, kernels
@@ -12,7 +11,7 @@ from ildistil.objectives.base import LayerObjective, ObjectiveError, Stack, Weig
 
 __all__ = ["RelationKL", "ValueRelationKL"]
 
-_PARTS = {"q": "query", "k": "key", "v": "value"}
+_PARTS = {"q", "k", "v"}
 
 
 class RelationKL(LayerObjective):
@@ -53,7 +52,7 @@ class RelationKL(LayerObjective):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, mapping, stack, name)
-        bad = [r for r in relations if len(r) != 3 or r[1] != "-" or not {r[0], r[2]} <= set(_PARTS)]
+        bad = [r for r in relations if len(r) != 3 or r[1] != "-" or not {r[0], r[2]} <= _PARTS]
         if bad or not relations:
             got = repr(bad[0]) if bad else "none"
             raise ObjectiveError(f"{type(self).__name__}: a relation is 'q-q', 'k-k', 'v-v', 'q-k' ...; got {got}.")
@@ -108,12 +107,7 @@ class RelationKL(LayerObjective):
 
     def _cut(self, attention: Attention, part: str) -> Tensor:
         """(batch, heads, tokens, size) -> (batch, relation heads, tokens, size): join the heads, then cut anew."""
-        x: Tensor = getattr(attention, _PARTS[part])
-        mask = attention.real_queries() if part == "q" else attention.real_keys()
-        x = torch.where(mask[:, None, :, None], x, 0)  # 0 times NaN is NaN
-        groups = attention.heads // x.shape[1]
-        if groups > 1:  # grouped-query attention
-            x = x.repeat_interleave(groups, dim=1)
+        x = attention.per_head(part)
         if self.heads is None:
             return x
         # Heads and tokens swap places first: a plain reshape would mix tokens.
