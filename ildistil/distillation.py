@@ -151,6 +151,7 @@ class Distillation(nn.Module):
         self._reach: dict[str, set[int]] = {}
         self._attached: list[nn.Parameter] = []
         self._step: int | None = None
+        self._compile_options: dict[str, Any] | None = None
         self.balance = copy.deepcopy(balance)  # it holds what it measured of these models
         self._hooked: frozenset[str] = frozenset()
         if objectives:
@@ -203,7 +204,19 @@ class Distillation(nn.Module):
             sizes = Sizes.of(self.teacher)
             wanted = {tap for o in used if o.needs_teacher for tap in o.teacher_may_want(sizes)}
             self._teacher_capture = Capture(self.teacher, wanted, "teacher") if wanted else None
+        self._compile_captures()
         self._verified = set()
+
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """Compile the runs of both models, with the options of ``torch.compile``; the losses stay as they are."""
+        self._compile_options = options
+        self._compile_captures()
+
+    def _compile_captures(self) -> None:
+        if self._compile_options is not None:
+            for capture in (self._student_capture, self._teacher_capture):
+                if capture is not None:
+                    capture.compile(**self._compile_options)
 
     def detach(self) -> None:
         """Take the hooks off both models, and give them their plain attention back; objectives and projections stay."""
@@ -312,10 +325,10 @@ class Distillation(nn.Module):
         self, capture: Capture, wants: Iterable[set[Tap]], batch: Mapping[str, Any], verify: bool
     ) -> Activations:
         wanted = frozenset[Tap]().union(*wants)
-        # The first step checks the masks too, for those who never make a dry run; not inside a compiled student,
+        # The first step checks the masks too, for those who never make a dry run; not inside a compiled model,
         # which would be compiled once more for it.
         seen = {(capture.role, tap) for tap in wanted}
-        verify = verify or not (seen <= self._verified or _is_compiled(self.student))
+        verify = verify or not (seen <= self._verified or capture.is_compiled)
         self._verified |= seen
         return capture(batch, wanted=wanted, verify=verify)
 
@@ -478,10 +491,6 @@ def _check_learned_parts(objective: Objective) -> None:
             f"{type(objective).__name__} keeps learnable parts in {parts}, where nothing would train them. Put modules "
             "into self.projections['name'] in build()."
         )
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
 
 
 def _no_weight(progress: float | None) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ildistil.capture.attention import Attention
 from ildistil.capture.taps import CaptureError, Tap
 
-__all__ = ["Key", "Masks", "Recorder"]
+__all__ = ["Enough", "Key", "Masks", "Recorder"]
 
 Key = tuple[str | None, int]  # a stack and a layer of it
 Masks = dict[str | None, tuple[Tensor | None, Tensor | None]]  # of queries and of keys, by stack
@@ -21,13 +21,17 @@ _HARMLESS = {
 }  # fmt: skip
 
 
+class Enough(BaseException):
+    """Everything wanted is recorded: the rest of the model need not run. No ``except Exception`` of a model stops it."""
+
+
 class Recorder:
     """The records of one model's runs. Plain tuples, ints, dicts and a flag, which torch.compile can trace through."""
 
     def __init__(self, wanted: Iterable[Tap]) -> None:
         self.want(wanted)
         self.paths: set[str] = set()
-        self.active = self.verify = False
+        self.active = self.verify = self.stops = self.stops_late = False
         self.stack: str | None = None
         self.layer = 0
         self.calls = 0
@@ -37,6 +41,8 @@ class Recorder:
         self.attention: dict[Key, Attention] = {}
         self.modules: dict[str, Any] = {}
         self.parts: dict[str, Tensor] = {}
+        self.wants_head = False
+        self.head_states: Tensor | None = None
 
     def want(self, wanted: Iterable[Tap]) -> None:
         """Note what the next run is to record."""
@@ -44,33 +50,69 @@ class Recorder:
         self.wanted_hidden = {(tap.stack, tap.layer) for tap in layered if tap.name == "hidden"}
         self.wanted_attention = {(tap.stack, tap.layer) for tap in layered if tap.name == "attention"}
         self.wanted_names = {tap.name for tap in wanted}
+        self.wants_head = bool({"logits", "loss"} & self.wanted_names)
 
-    def start(self, wanted: frozenset[Tap], masks: Masks, verify: bool) -> None:
-        """Begin a run."""
+    def start(
+        self, wanted: frozenset[Tap], masks: Masks, verify: bool, stops: bool = False, stops_late: bool = False
+    ) -> None:
+        """Begin a run.
+
+        Args:
+            wanted: what to record.
+            masks: the real queries and keys of every stack.
+            verify: keep the masks that the model passes.
+            stops: raise :class:`Enough` as soon as everything is recorded.
+            stops_late: but only between two layers: inside a checkpointed one the exception would cut its frame short.
+        """
         self.want(wanted)
         self.active, self.verify, self.masks = True, verify, masks
+        self.stops, self.stops_late = stops, stops_late
         self.layers_run = dict.fromkeys(masks, 0)
 
     def stop(self) -> None:
         """End a run; the records go with it."""
         self.active, self.layer, self.calls, self.masks = False, 0, 0, {}
         self.hidden, self.attention, self.modules, self.parts = {}, {}, {}, {}
+        self.head_states = None
 
-    def hook_layer(self, layer: nn.Module, stack: str | None) -> list[Any]:
-        """Put the hooks on a layer."""
-        before, after = functools.partial(self._before_layer, stack), functools.partial(self._after_layer, stack)
+    def hook_layer(self, layer: nn.Module, stack: str | None, number: int | None) -> list[Any]:
+        """Put the hooks on a layer; its number is ``None`` where modules run several times."""
+        before = functools.partial(self._before_layer, stack, number)
+        after = functools.partial(self._after_layer, stack)
         return [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
 
     def _before_layer(
-        self, stack: str | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, stack: str | None, number: int | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         if not self.active:
             return
+        if self.stops and self._has_all():
+            raise Enough
         # By call order, not by index: ALBERT runs one module L times.
         self.layers_run[stack] += 1
         self.stack, self.layer, self.calls = stack, self.layers_run[stack], 0
+        if number not in (None, self.layer):
+            raise CaptureError(
+                f"Layer {number} ran as layer {self.layer}. Switch off whatever skips layers (layerdrop, early exit)."
+            )
         if self.layer == 1 and (stack, 0) in self.wanted_hidden:
             self.hidden[(stack, 0)] = args[0] if args else kwargs["hidden_states"]
+            self._stop_if_enough()
+
+    def before_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note what the output layer over the vocabulary is given: the hook before it."""
+        if self.active and self.wants_head:
+            self.head_states = args[0]
+            if self.stops and self._has_all():
+                raise Enough
+
+    def _has_all(self) -> bool:
+        layered = len(self.hidden) == len(self.wanted_hidden) and len(self.attention) == len(self.wanted_attention)
+        return layered and (self.head_states is not None or not self.wants_head)
+
+    def _stop_if_enough(self) -> None:
+        if self.stops and not self.stops_late and self._has_all():
+            raise Enough
 
     def _after_layer(self, stack: str | None, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.active and (stack, self.layer) in self.wanted_hidden:
@@ -80,6 +122,7 @@ class Recorder:
                     "The layers give nested tensors. Build the TransformerEncoder with enable_nested_tensor=False."
                 )
             self.hidden[(stack, self.layer)] = state
+            self._stop_if_enough()
 
     def module_hook(self, path: str) -> Callable[..., None]:
         """Make the hook of a module that is tapped by its path."""
@@ -136,3 +179,4 @@ class Recorder:
             mask_as_passed=mask if self.verify else None,
             no_scores=no_scores,
         )
+        self._stop_if_enough()

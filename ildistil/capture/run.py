@@ -1,7 +1,8 @@
 """The run of one model, and what it gave."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +12,8 @@ from transformers import PreTrainedModel
 from ildistil.capture import families
 from ildistil.capture.attention import Attention, divert, give_back, goes_through_interface, note_into
 from ildistil.capture.inputs import decoder_mask, full_mask, model_inputs, token_mask, without_labels
-from ildistil.capture.recorder import Key, Masks, Recorder
+from ildistil.capture.head import TokenLogits, agrees, is_token_labels, output_layer
+from ildistil.capture.recorder import Enough, Key, Masks, Recorder
 from ildistil.capture.taps import CaptureError, Role, Sizes, Tap, check_stack, find_stacks, unwrapped
 
 __all__ = ["Activations", "Capture", "Layers"]
@@ -53,7 +55,8 @@ class Activations:
 
     ``mask`` is boolean ``(batch, tokens)``, true where a token is real; ``modules`` holds outputs by module path. Of
     an encoder-decoder, hidden states and attention are in its ``stacks``, see :meth:`stack`, and ``mask`` is the
-    decoder's, to which the logits belong.
+    decoder's, to which the logits belong. ``output`` is ``None`` where the run stopped when all that was wanted was
+    there; a language model's logits are then not made yet, see ``token_logits``.
     """
 
     hidden: Layers[Tensor]
@@ -62,16 +65,17 @@ class Activations:
     output: Any
     modules: dict[str, Any] = field(default_factory=dict)
     stacks: Mapping[str, "Activations"] = field(default_factory=dict)
+    token_logits: TokenLogits | None = None
 
-    @property
+    @cached_property
     def logits(self) -> Tensor:
         """The model's logits."""
-        return _from_output(self.output, "logits")
+        return _from_output(self.output, "logits") if self.token_logits is None else self.token_logits.all()
 
     @property
     def loss(self) -> Tensor:
         """The model's own supervised loss."""
-        return _from_output(self.output, "loss")
+        return _from_output(self.output, "loss") if self.token_logits is None else self.token_logits.loss()
 
     def stack(self, name: str | None) -> "Activations":
         """Give what one stack of layers gave, with the same output and modules.
@@ -87,6 +91,10 @@ class Activations:
 
 
 def _from_output(output: Any, name: str) -> Tensor:
+    if output is None:
+        raise CaptureError(
+            f"The model's {name} was not wanted, so its run stopped before. Name {name!r} in the objective's taps."
+        )
     value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
     if value is None and name == "logits" and isinstance(output, Tensor):
         value = output
@@ -115,6 +123,10 @@ class Capture:
     The hooks are registered here, once, so make the capture before the model is compiled. They record only during
     :meth:`__call__`: validation, export and the recomputation of checkpointed layers cost nothing. :meth:`close`
     removes them.
+
+    A run stops as soon as all that is wanted is recorded: after the attention's queries and keys of the deepest layer,
+    after its hidden states, or before a language model's output layer, whose logits are large. It runs to the end where
+    the output or a module is wanted, where the model was compiled by somebody else (see :meth:`compile`) or is sharded.
     """
 
     def __init__(self, model: nn.Module, wanted: Iterable[Tap], role: Role = "student") -> None:
@@ -125,6 +137,11 @@ class Capture:
         self._layers: dict[str | None, list[nn.Module]] = {}
         self._handles: list[Any] = []
         self._previous_attention: str | None = None
+        self._run = self._run_model
+        self._compiled = False
+        # What is known of the output layer from runs that were verified: does it make the logits, and they the loss?
+        self._output_layer: nn.Module | None = None
+        self._agrees: dict[str, bool] = {}
         try:
             self._attach()
         except BaseException:
@@ -145,20 +162,59 @@ class Capture:
             CaptureError: something wanted did not arrive, or the capture was not made for it.
         """
         wanted = self._of_this_run(wanted)
-        self._refuse_reentrant_checkpointing()
-        recorder, masks = self._recorder, self._masks(batch)
-        recorder.start(wanted, masks, verify)
+        checkpointed = self._is_checkpointed()
+        recorder, masks, inputs = self._recorder, self._masks(batch), self.inputs(batch, wanted)
+        stops = not verify and self._may_stop(wanted, batch)
+        recorder.start(wanted, masks, verify, stops, stops_late=checkpointed)
         try:
             with note_into(recorder):
-                output = self.model(**self.inputs(batch, wanted))
+                output = self._run(inputs)
             hidden, attention, modules = dict(recorder.hidden), dict(recorder.attention), dict(recorder.modules)
+            states = recorder.head_states
         finally:
             recorder.stop()
-        self._check_complete(wanted, hidden, attention, modules)
+        self._check_complete(wanted, hidden, attention, modules, stopped=output is None)
+        token_logits = self._token_logits(states, batch)
         if verify:
             for place, record in attention.items():
                 self._check_mask(place, record)
-        return self._activations(batch, masks, hidden, attention, modules, output)
+            if token_logits is not None:
+                self._agrees = agrees(token_logits, output, self._agrees)
+        seen = self._activations(batch, masks, hidden, attention, modules, output)
+        return replace(seen, token_logits=token_logits) if output is None and token_logits is not None else seen
+
+    def compile(self, **options: Any) -> None:
+        """Compile the run, with the options of ``torch.compile``; what isn't wanted of the model is left out of it."""
+        self._run = torch.compile(self._run_model, **options)
+        self._compiled = True
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the model runs compiled, by :meth:`compile` or by somebody else."""
+        return self._compiled or _is_compiled(self.model)
+
+    def _run_model(self, inputs: dict[str, Any]) -> Any:
+        try:
+            return self.model(**inputs)
+        except Enough:
+            return None
+
+    def _may_stop(self, wanted: frozenset[Tap], batch: Mapping[str, Any]) -> bool:
+        """Tell whether everything wanted is recorded on the way, and nothing needs the model's end."""
+        for tap in wanted:
+            labelled = tap.name != "loss" or is_token_labels(batch.get("labels"))
+            if tap.layer is None and not (labelled and self._agrees.get(tap.name)):
+                return False
+        # An exception would break the graph of a model that somebody else compiled, and leave shards gathered.
+        return bool(wanted) and not (_is_compiled(self.model) or _is_sharded(self.model))
+
+    def _token_logits(self, states: Tensor | None, batch: Mapping[str, Any]) -> TokenLogits | None:
+        if states is None or self._output_layer is None:
+            return None
+        labels = batch.get("labels")
+        return TokenLogits(
+            states, self._output_layer, labels if is_token_labels(labels) else None, self.sizes.next_token
+        )
 
     def inputs(self, batch: Mapping[str, Any], wanted: frozenset[Tap] | None = None) -> dict[str, Any]:
         """Select what the model's ``forward`` knows; labels only where the model's own loss is wanted."""
@@ -192,10 +248,15 @@ class Capture:
         if recorder.wanted_hidden or recorder.wanted_attention:
             self._layers = self._find_layers(model)
             for stack, layers in self._layers.items():
-                for layer in layers:
-                    self._handles += recorder.hook_layer(layer, stack)
+                once = len(layers) == self._depth(stack)  # ALBERT runs one module several times
+                for number, layer in enumerate(layers, start=1):
+                    self._handles += recorder.hook_layer(layer, stack, number if once else None)
         if recorder.wanted_attention:
             self._attach_attention(model)
+        if recorder.wants_head:
+            self._output_layer = output_layer(model)
+            if self._output_layer is not None:
+                self._handles.append(self._output_layer.register_forward_pre_hook(recorder.before_head))
         modules = dict(model.named_modules())
         for path in {tap.name for tap in self.wanted} - {"hidden", "attention", "logits", "loss"}:
             if path not in modules:
@@ -236,14 +297,18 @@ class Capture:
             )
         self._handles += handles
 
-    def _refuse_reentrant_checkpointing(self) -> None:
+    def _is_checkpointed(self) -> bool:
+        """Tell whether layers are checkpointed, in a way that gives captured tensors right gradients."""
+        checkpointed = False
         for layer in (layer for stack in self._layers.values() for layer in stack):
+            checkpointed = checkpointed or bool(getattr(layer, "gradient_checkpointing", False) and layer.training)
             function = getattr(layer, "_gradient_checkpointing_func", None)
             if function is not None and getattr(function, "keywords", {}).get("use_reentrant"):
                 raise CaptureError(
                     f"The {self.role} uses reentrant gradient checkpointing, which gives captured tensors wrong "
                     "gradients. Enable it with gradient_checkpointing_enable(), whose default is not reentrant."
                 )
+        return checkpointed
 
     def _masks(self, batch: Mapping[str, Any]) -> Masks:
         """Give the real queries and the real keys of every stack."""
@@ -261,9 +326,10 @@ class Capture:
         hidden: Mapping[Key, Tensor],
         attention: Mapping[Key, Attention],
         modules: Mapping[str, Any],
+        stopped: bool,
     ) -> None:
         recorder = self._recorder
-        for stack in {stack for stack, _ in recorder.wanted_hidden | recorder.wanted_attention}:
+        for stack in set() if stopped else {stack for stack, _ in recorder.wanted_hidden | recorder.wanted_attention}:
             layers, depth = recorder.layers_run["decoder" if stack == "cross" else stack], self._depth(stack)
             if layers != depth:
                 where = "" if stack is None else f" (stack {stack!r})"
@@ -329,3 +395,16 @@ class Capture:
         named = {stack: seen for stack, seen in stacks.items() if stack is not None}
         none: tuple[Layers[Tensor], Layers[Attention]] = (Layers({}, 0, "hidden"), Layers({}, 0, "attention"))
         return Activations(*none, named["decoder"].mask, output, modules, named)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are gathered for the time of a module's run, which an exception would end too soon."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import, and rarely needed
+
+    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())

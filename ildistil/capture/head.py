@@ -1,0 +1,77 @@
+"""Logits of a language model, before they are made: a vocabulary times all tokens is large."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["TokenLogits", "agrees", "is_token_labels", "output_layer"]
+
+
+@dataclass(frozen=True)
+class TokenLogits:
+    """What a language model's logits are made of.
+
+    Attributes:
+        states: what its output layer is given, ``(batch, tokens, width)``.
+        layer: the output layer, which gives ``(..., vocabulary)``.
+        labels: the batch's labels, ``(batch, tokens)``, -100 where there is none.
+        next_token: whether the logits at a position predict the token after it.
+    """
+
+    states: Tensor
+    layer: nn.Module
+    labels: Tensor | None
+    next_token: bool
+
+    def all(self) -> Tensor:
+        """Make the logits of all tokens, ``(batch, tokens, vocabulary)``."""
+        logits: Tensor = self.layer(self.states)
+        return logits
+
+    def labelled(self) -> tuple[Tensor, Tensor]:
+        """Give the states of the tokens that have a label to predict, ``(rows, width)``, and these labels."""
+        assert self.labels is not None, "wanted only of batches with labels"
+        states, labels = (self.states[:, :-1], self.labels[:, 1:]) if self.next_token else (self.states, self.labels)
+        chosen = labels != -100
+        return states[chosen], labels[chosen]
+
+    def loss(self) -> Tensor:
+        """Give the mean cross-entropy of the labels."""
+        states, labels = self.labelled()
+        return F.cross_entropy(self.layer(states).float(), labels)
+
+
+def is_token_labels(labels: Any) -> TypeGuard[Tensor]:
+    """Tell whether labels are those of a language model: a class for every token."""
+    return isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """Find the layer that makes logits over the vocabulary; ``None`` where the model has none, or doesn't say."""
+    get = getattr(model, "get_output_embeddings", None)
+    layer = None if get is None else get()
+    return layer if isinstance(layer, nn.Module) else None
+
+
+def agrees(found: TokenLogits, output: Any, before: Mapping[str, bool]) -> dict[str, bool]:
+    """Tell whether the output layer really comes last (no softcap, no scale after it), and cross-entropy is the loss.
+
+    Args:
+        found: what the output layer was given.
+        output: what the model gave in the same run.
+        before: what earlier runs told; what once did not agree never does.
+    """
+    logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
+    now = dict(before)
+    with torch.no_grad():
+        if logits is not None:
+            same = logits.shape[:-1] == found.states.shape[:-1] and torch.equal(found.all(), logits)
+            now["logits"] = before.get("logits", True) and same
+        if loss is not None and found.labels is not None and bool((found.labels != -100).any()):
+            same = now.get("logits", False) and torch.allclose(found.loss(), loss.float(), rtol=1e-3)
+            now["loss"] = before.get("loss", True) and same
+    return now
