@@ -207,7 +207,7 @@ class Distillation(nn.Module):
         self._compile_captures()
         self._verified = set()
 
-    def compile(self, **options: Any) -> None:  # type: ignore[override]
+    def compile(self, **options: Any) -> None:
         """Compile the runs of both models, with the options of ``torch.compile``; the losses stay as they are."""
         self._compile_options = options
         self._compile_captures()

@@ -46,7 +46,7 @@ class Distiller(L.LightningModule):
             the Trainer's. Learning rate, warm-up and optimiser start anew with each; early stopping and the best
             checkpoint watch the last.
         balance: makes the objectives' weights shares of the total; by default they are plain factors.
-        compile: compile the student with ``torch.compile``.
+        compile: compile the training runs of both models with ``torch.compile``.
         tokenizer: name or folder of the tokenizer; the data module falls back to it, and the exported student gets
             it. Default: the teacher's, else the student's ``name_or_path``.
 
@@ -82,7 +82,7 @@ class Distiller(L.LightningModule):
             learning_rate, weight_decay, warmup, schedule,
         )  # fmt: skip
         self.stages = list(stages)
-        self.compile_student = compile
+        self.compile_models = compile
         self.tokenizer_source = tokenizer or _source(teacher) or _source(student)
         self.metrics = nn.ModuleDict()
         self._names: dict[str, list[str]] = {"val": [], "test": []}
@@ -139,11 +139,11 @@ class Distiller(L.LightningModule):
         if self._structural is not None:
             self._freeze(self._structural.unreached)
         balance = self.distillation.balance
-        if self.compile_student and balance is not None and balance.by == "gradient":
+        if self.compile_models and balance is not None and balance.by == "gradient":
             # Each term has a backward pass of its own through the compiled student, which then must keep its buffers.
             torch._functorch.config.donated_buffer = False
-        if self.compile_student and not getattr(self.student, "_compiled_call_impl", None):
-            self.student.compile()
+        if self.compile_models:
+            self.distillation.compile()
 
     def _try_synthetic_batch(self) -> DryRun | None:
         batch = self.distillation.synthetic_batch()

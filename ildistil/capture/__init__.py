@@ -16,6 +16,7 @@ any final norm of the model), ``attention[i]`` belongs to layer ``i``. An encode
 """
 
 from ildistil.capture.attention import Attention
+from ildistil.capture.head import TokenLogits
 from ildistil.capture.inputs import model_inputs, separate_configs
 from ildistil.capture.run import Activations, Capture, Layers
 from ildistil.capture.taps import CaptureError, Sizes, Tap, find_layers, find_stacks, unwrapped
@@ -28,6 +29,7 @@ __all__ = [
     "Layers",
     "Sizes",
     "Tap",
+    "TokenLogits",
     "find_layers",
     "find_stacks",
     "model_inputs",

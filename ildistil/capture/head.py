@@ -32,6 +32,11 @@ class TokenLogits:
         logits: Tensor = self.layer(self.states)
         return logits
 
+    def at(self, chosen: Tensor) -> Tensor:
+        """Make the logits of chosen tokens, ``(rows, vocabulary)``; boolean, ``(batch, tokens)``."""
+        logits: Tensor = self.layer(self.states[chosen])
+        return logits
+
     def labelled(self) -> tuple[Tensor, Tensor]:
         """Give the states of the tokens that have a label to predict, ``(rows, width)``, and these labels."""
         assert self.labels is not None, "wanted only of batches with labels"
@@ -42,7 +47,8 @@ class TokenLogits:
     def loss(self) -> Tensor:
         """Give the mean cross-entropy of the labels."""
         states, labels = self.labelled()
-        return F.cross_entropy(self.layer(states).float(), labels)
+        logits = self.layer(states)
+        return F.cross_entropy(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, labels)
 
 
 def is_token_labels(labels: Any) -> TypeGuard[Tensor]:
@@ -72,6 +78,6 @@ def agrees(found: TokenLogits, output: Any, before: Mapping[str, bool]) -> dict[
             same = logits.shape[:-1] == found.states.shape[:-1] and torch.equal(found.all(), logits)
             now["logits"] = before.get("logits", True) and same
         if loss is not None and found.labels is not None and bool((found.labels != -100).any()):
-            same = now.get("logits", False) and torch.allclose(found.loss(), loss.float(), rtol=1e-3)
+            same = now.get("logits", False) and torch.allclose(found.loss().float(), loss.float(), rtol=1e-3)
             now["loss"] = before.get("loss", True) and same
     return now

@@ -22,7 +22,7 @@ _HARMLESS = {
 
 
 class Enough(BaseException):
-    """Everything wanted is recorded: the rest of the model need not run. No ``except Exception`` of a model stops it."""
+    """Everything wanted is recorded, and the rest of the model need not run; no ``except Exception`` holds it up."""
 
 
 class Recorder:
@@ -31,7 +31,7 @@ class Recorder:
     def __init__(self, wanted: Iterable[Tap]) -> None:
         self.want(wanted)
         self.paths: set[str] = set()
-        self.active = self.verify = self.stops = self.stops_late = False
+        self.active = self.verify = self.stops = False
         self.stack: str | None = None
         self.layer = 0
         self.calls = 0
@@ -41,7 +41,6 @@ class Recorder:
         self.attention: dict[Key, Attention] = {}
         self.modules: dict[str, Any] = {}
         self.parts: dict[str, Tensor] = {}
-        self.wants_head = False
         self.head_states: Tensor | None = None
 
     def want(self, wanted: Iterable[Tap]) -> None:
@@ -52,9 +51,7 @@ class Recorder:
         self.wanted_names = {tap.name for tap in wanted}
         self.wants_head = bool({"logits", "loss"} & self.wanted_names)
 
-    def start(
-        self, wanted: frozenset[Tap], masks: Masks, verify: bool, stops: bool = False, stops_late: bool = False
-    ) -> None:
+    def start(self, wanted: frozenset[Tap], masks: Masks, verify: bool, stops: bool) -> None:
         """Begin a run.
 
         Args:
@@ -62,11 +59,9 @@ class Recorder:
             masks: the real queries and keys of every stack.
             verify: keep the masks that the model passes.
             stops: raise :class:`Enough` as soon as everything is recorded.
-            stops_late: but only between two layers: inside a checkpointed one the exception would cut its frame short.
         """
         self.want(wanted)
-        self.active, self.verify, self.masks = True, verify, masks
-        self.stops, self.stops_late = stops, stops_late
+        self.active, self.verify, self.stops, self.masks = True, verify, stops, masks
         self.layers_run = dict.fromkeys(masks, 0)
 
     def stop(self) -> None:
@@ -86,8 +81,6 @@ class Recorder:
     ) -> None:
         if not self.active:
             return
-        if self.stops and self._has_all():
-            raise Enough
         # By call order, not by index: ALBERT runs one module L times.
         self.layers_run[stack] += 1
         self.stack, self.layer, self.calls = stack, self.layers_run[stack], 0
@@ -103,15 +96,12 @@ class Recorder:
         """Note what the output layer over the vocabulary is given: the hook before it."""
         if self.active and self.wants_head:
             self.head_states = args[0]
-            if self.stops and self._has_all():
-                raise Enough
-
-    def _has_all(self) -> bool:
-        layered = len(self.hidden) == len(self.wanted_hidden) and len(self.attention) == len(self.wanted_attention)
-        return layered and (self.head_states is not None or not self.wants_head)
+            self._stop_if_enough()
 
     def _stop_if_enough(self) -> None:
-        if self.stops and not self.stops_late and self._has_all():
+        if not self.stops or (self.wants_head and self.head_states is None):
+            return
+        if len(self.hidden) == len(self.wanted_hidden) and len(self.attention) == len(self.wanted_attention):
             raise Enough
 
     def _after_layer(self, stack: str | None, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -1,18 +1,20 @@
 """The run of one model, and what it gave."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import PreTrainedModel
 
 from ildistil.capture import families
 from ildistil.capture.attention import Attention, divert, give_back, goes_through_interface, note_into
-from ildistil.capture.inputs import decoder_mask, full_mask, model_inputs, token_mask, without_labels
 from ildistil.capture.head import TokenLogits, agrees, is_token_labels, output_layer
+from ildistil.capture.inputs import decoder_mask, full_mask, model_inputs, token_mask, without_labels
 from ildistil.capture.recorder import Enough, Key, Masks, Recorder
 from ildistil.capture.taps import CaptureError, Role, Sizes, Tap, check_stack, find_stacks, unwrapped
 
@@ -162,12 +164,13 @@ class Capture:
             CaptureError: something wanted did not arrive, or the capture was not made for it.
         """
         wanted = self._of_this_run(wanted)
-        checkpointed = self._is_checkpointed()
+        self._refuse_reentrant_checkpointing()
         recorder, masks, inputs = self._recorder, self._masks(batch), self.inputs(batch, wanted)
         stops = not verify and self._may_stop(wanted, batch)
-        recorder.start(wanted, masks, verify, stops, stops_late=checkpointed)
+        recorder.start(wanted, masks, verify, stops)
         try:
-            with note_into(recorder):
+            # A checkpointed layer that is left halfway must be recomputed whole: torch doesn't know where it ended.
+            with note_into(recorder), set_checkpoint_early_stop(False) if stops else nullcontext():
                 output = self._run(inputs)
             hidden, attention, modules = dict(recorder.hidden), dict(recorder.attention), dict(recorder.modules)
             states = recorder.head_states
@@ -297,18 +300,14 @@ class Capture:
             )
         self._handles += handles
 
-    def _is_checkpointed(self) -> bool:
-        """Tell whether layers are checkpointed, in a way that gives captured tensors right gradients."""
-        checkpointed = False
+    def _refuse_reentrant_checkpointing(self) -> None:
         for layer in (layer for stack in self._layers.values() for layer in stack):
-            checkpointed = checkpointed or bool(getattr(layer, "gradient_checkpointing", False) and layer.training)
             function = getattr(layer, "_gradient_checkpointing_func", None)
             if function is not None and getattr(function, "keywords", {}).get("use_reentrant"):
                 raise CaptureError(
                     f"The {self.role} uses reentrant gradient checkpointing, which gives captured tensors wrong "
                     "gradients. Enable it with gradient_checkpointing_enable(), whose default is not reentrant."
                 )
-        return checkpointed
 
     def _masks(self, batch: Mapping[str, Any]) -> Masks:
         """Give the real queries and the real keys of every stack."""

@@ -7,8 +7,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ildistil import functional, ranks
-from ildistil.capture import Activations, Sizes
+from ildistil import chunked, functional, ranks
+from ildistil.capture import Activations, Sizes, TokenLogits
 from ildistil.functional.logits import Divergence
 from ildistil.objectives.base import Objective, ObjectiveError, Weight
 
@@ -18,10 +18,11 @@ __all__ = ["LogitsDIST", "LogitsKL", "LogitsMSE"]
 class _LogitsObjective(Objective):
     taps = ("logits",)
     _next_token = False
+    _vocabulary = 1
 
     def build(self, student: Sizes, teacher: Sizes) -> None:
         """Check that both models have the same labels."""
-        self._next_token = student.next_token
+        self._next_token, self._vocabulary = student.next_token, student.vocabulary or 1
         if None not in (student.labels, teacher.labels) and student.labels != teacher.labels:
             raise ObjectiveError(
                 f"{type(self).__name__}: the student has {student.labels} labels, the teacher {teacher.labels}. Give "
@@ -40,6 +41,8 @@ class _LogitsObjective(Objective):
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the mean over examples, or over the target tokens of a language model."""
+        if student.token_logits is not None:
+            return self._token_loss(student.token_logits, teacher, self._targets(student, batch))
         s, t = student.logits, teacher.logits
         if s.shape != t.shape or s.ndim not in (2, 3):
             raise ObjectiveError(
@@ -57,9 +60,23 @@ class _LogitsObjective(Objective):
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         """Compare rows of logits ``(rows, labels)``: the mean over the rows of the mask."""
 
+    def _token_loss(self, student: TokenLogits, teacher: Activations, targets: Tensor) -> Tensor:
+        """Compare logits that aren't made yet, at the targets ``(batch, tokens)`` only."""
+        self._check_tokens(student, teacher)
+        t = teacher.logits[targets] if teacher.token_logits is None else teacher.token_logits.at(targets)
+        return self.compare(student.at(targets), t, torch.ones_like(targets[targets]))
+
+    def _check_tokens(self, student: TokenLogits, teacher: Activations) -> None:
+        theirs = teacher.logits if teacher.token_logits is None else teacher.token_logits.states
+        if theirs.shape[:-1] != student.states.shape[:-1]:
+            raise ObjectiveError(
+                f"{type(self).__name__} compares logits token by token; the student saw {student.states.shape[1]} "
+                f"tokens of {student.states.shape[0]} examples, the teacher has logits for {tuple(theirs.shape[:-1])}."
+            )
+
     def _targets(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Tell which rows of the logits count: boolean, ``(batch,)`` or ``(batch, tokens)``."""
-        if student.logits.ndim == 2:
+        if student.token_logits is None and student.logits.ndim == 2:
             return student.mask.any(1)
         labels = batch.get("labels")
         real = student.mask if labels is None else labels != -100
@@ -69,7 +86,38 @@ class _LogitsObjective(Objective):
         return torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], dim=1)
 
 
-class LogitsKL(_LogitsObjective):
+class _RowObjective(_LogitsObjective):
+    """Compares each row of logits by itself, so that a vocabulary's logits need never all exist."""
+
+    @abstractmethod
+    def values(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Compare rows of logits ``(rows, labels)``: one value for each."""
+
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        """Give the mean over the rows."""
+        return functional.example_mean(self.values(student, teacher), mask)
+
+    def _token_loss(self, student: TokenLogits, teacher: Activations, targets: Tensor) -> Tensor:
+        """Go over the targets a few rows at a time, through both models' output layers."""
+        self._check_tokens(student, teacher)
+        theirs = teacher.token_logits
+        rows = teacher.logits[targets] if theirs is None else theirs.states[targets]
+
+        def values(logits: Tensor, part: slice) -> Tensor:
+            with torch.no_grad():
+                wanted = rows[part] if theirs is None else theirs.layer(rows[part])
+            if wanted.shape != logits.shape:
+                raise ObjectiveError(
+                    f"{type(self).__name__}: the student's vocabulary has {logits.shape[-1]} entries, the teacher's "
+                    f"{wanted.shape[-1]}. Both must be the same."
+                )
+            return self.values(logits, wanted)
+
+        states = student.states[targets]
+        return chunked.summed(values, student.layer, states, self._vocabulary) / max(1, len(states))
+
+
+class LogitsKL(_RowObjective):
     """Divergence of the class distributions ("vanilla" distillation), for classes or for tokens of a vocabulary.
 
     With ``p = softmax(z_T / T)`` of the teacher and ``q = softmax(z_S / T)`` of the student, ``T^2 KL(p || q)``, in
@@ -119,10 +167,9 @@ class LogitsKL(_LogitsObjective):
         super().build(student, teacher)
         _check_classes(self, student, teacher)
 
-    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Give the mean over the rows."""
-        values = functional.logits_kl(student, teacher, self.temperature, self.divergence, self.beta, self.top_k)
-        return functional.example_mean(values, mask)
+    def values(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Give the divergence of every row."""
+        return functional.logits_kl(student, teacher, self.temperature, self.divergence, self.beta, self.top_k)
 
     def describe(self) -> str:
         """Say the temperature, and what is not the usual divergence."""
@@ -132,7 +179,7 @@ class LogitsKL(_LogitsObjective):
         return ", ".join(parts)
 
 
-class LogitsMSE(_LogitsObjective):
+class LogitsMSE(_RowObjective):
     """Mean squared error of the logits; also the one for regression.
 
     ``1/C ||z_S - z_T||^2``, mean over examples; for language models over the target tokens, as in :class:`LogitsKL`.
@@ -147,9 +194,9 @@ class LogitsMSE(_LogitsObjective):
     Source: Ba, Caruana, "Do Deep Nets Really Need to be Deep?", 2014.
     """
 
-    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Give the mean over the rows."""
-        return functional.example_mean(functional.logits_mse(student, teacher), mask)
+    def values(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Give the squared error of every row."""
+        return functional.logits_mse(student, teacher)
 
 
 class LogitsDIST(_LogitsObjective):

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ildistil.capture import Activations, Sizes
+from ildistil import chunked, functional
+from ildistil.capture import Activations, Sizes, TokenLogits
 from ildistil.objectives.base import Objective
 
 __all__ = ["TaskLoss"]
@@ -26,10 +28,11 @@ class TaskLoss(Objective):
     taps = ("loss",)
     teacher_taps = ()
     _next_token = False
+    _vocabulary = 1
 
     def build(self, student: Sizes, teacher: Sizes) -> None:
-        """Note whether the student predicts the next token."""
-        self._next_token = student.next_token
+        """Note whether the student predicts the next token, of how many."""
+        self._next_token, self._vocabulary = student.next_token, student.vocabulary or 1
 
     def count(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the number of labels: of examples, or of the target tokens of a language model."""
@@ -44,4 +47,15 @@ class TaskLoss(Objective):
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the student's loss; 0 for a batch without any label, of which the model makes a mean of nothing."""
+        if student.token_logits is not None:  # not made yet: only those that have a label are, a few rows at a time
+            return self._token_loss(student.token_logits)
         return torch.where(self.count(student, batch) > 0, student.loss, 0)
+
+    def _token_loss(self, logits: TokenLogits) -> Tensor:
+        states, labels = logits.labelled()
+
+        def values(made: Tensor, rows: slice) -> Tensor:
+            with functional.full_precision(made) as (z,):
+                return F.cross_entropy(z, labels[rows], reduction="none")
+
+        return chunked.summed(values, logits.layer, states, self._vocabulary) / max(1, len(states))

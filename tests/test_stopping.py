@@ -1,0 +1,232 @@
+"""Runs that stop where everything wanted is recorded, and logits that are never made whole."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from test_models import FAMILIES, GROUPED, ROWS, TEXT, batch_for
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import tiny
+from ildistil import Distillation, chunked, mappings, objectives
+from ildistil.capture import Capture, CaptureError, Tap
+from ildistil.objectives import Objective
+
+DEEPEST = 2
+
+
+def taps(model: nn.Module, stack: str | None) -> list[frozenset[Tap]]:
+    """Sets of taps whose deepest layer is not the last."""
+    attention, hidden = Tap("attention", DEEPEST, stack), Tap("hidden", DEEPEST, stack)
+    first = Tap("hidden", 0, stack)
+    if stack == "cross":
+        return [frozenset({attention})]
+    if not hasattr(model, "config"):
+        return [frozenset({hidden}), frozenset({first})]
+    return [frozenset({hidden}), frozenset({attention}), frozenset({first, attention}), frozenset({hidden, attention})]
+
+
+def layers_run(model: nn.Module, capture: Capture) -> list[int]:
+    """Count the layers that a run finishes; the counters stay on the model."""
+    finished: list[int] = []
+    for layers in capture._layers.values():
+        for number, layer in enumerate(layers):
+            layer.register_forward_hook(lambda *_, n=number: finished.append(n))
+    return finished
+
+
+@pytest.mark.parametrize("row", [name for name, row in ROWS.items() if row.teacher == row.student])
+def test_a_run_stops_after_the_deepest_layer_and_gives_the_same(row: str) -> None:
+    torch.manual_seed(0)
+    stack = ROWS[row].stack
+    model = FAMILIES[ROWS[row].teacher](4).eval()
+    for wanted in taps(model, stack):
+        capture = Capture(model, wanted)
+        finished = layers_run(model, capture)
+        batch = batch_for(model)
+        whole = capture(batch, verify=True).stack(stack)
+        all_layers = len(finished)
+        finished.clear()
+        seen = capture(batch)
+        assert seen.output is None
+        assert len(finished) < all_layers
+        part = seen.stack(stack)
+        for layer, state in part.hidden.items():
+            torch.testing.assert_close(state, whole.hidden[layer], rtol=0, atol=0)
+        for layer, record in part.attention.items():
+            for name in ("query", "key", "value"):
+                torch.testing.assert_close(getattr(record, name), getattr(whole.attention[layer], name))
+        torch.testing.assert_close(part.mask, whole.mask)
+        with pytest.raises(CaptureError, match="Name 'logits' in the objective's taps"):
+            _ = seen.logits
+        capture.close()
+
+
+def gradients(engine: Distillation, batch: dict[str, Tensor], steps: int = 2, **options: Any) -> dict[str, Tensor]:
+    """The last of some steps; the first one verifies, and so runs the models to their end."""
+    for _ in range(steps):
+        engine.zero_grad()
+        engine(batch, **options).total.backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in engine.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("change", ["nothing", "checkpointing", "compile", "the student compiled by its owner"])
+@pytest.mark.parametrize(
+    "terms",
+    [[objectives.AttentionKL], [objectives.HiddenMSE], [objectives.AttentionMSE, objectives.HiddenMSE]],
+    ids=lambda terms: "+".join(t.__name__ for t in terms),
+)
+def test_a_student_that_stops_has_the_same_gradients(terms: list[type[Objective]], change: str) -> None:
+    def engine() -> Distillation:
+        models = tiny.bert(3).double(), tiny.bert(6, seed=1).double()
+        return Distillation(*models, [term(mapping=mappings.Explicit([[1, 1], [2, 3]])) for term in terms])
+
+    torch._dynamo.reset()
+    whole, stopping = engine(), engine()
+    if change == "checkpointing":
+        model = stopping.student
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # type: ignore[operator]
+    elif change == "compile":
+        stopping.compile(backend="aot_eager", fullgraph=True)
+    elif change != "nothing":
+        stopping.student.compile(backend="aot_eager")
+    batch = tiny.batch()
+    expected = gradients(whole, batch, verify=True)
+    found = gradients(stopping, batch, steps=3)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_a_compiled_run_leaves_out_what_nobody_wants() -> None:
+    sizes: list[int] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        sizes.append(sum(node.target is torch._C._nn.linear for node in module.graph.nodes))
+        return module.forward
+
+    torch._dynamo.reset()
+    model = tiny.bert(4)
+    capture = Capture(model, {Tap("hidden", 2), Tap("logits")})
+    capture.compile(backend=backend)
+    capture(tiny.batch(), wanted=frozenset({Tap("hidden", 2)}))
+    capture(tiny.batch())
+    assert sizes == [2 * 6, 4 * 6 + 2]  # six linear maps in a layer, the pooler and the classifier
+
+
+def test_a_layer_that_was_skipped_is_noticed_before_the_end() -> None:
+    model = tiny.bert(4)
+    capture = Capture(model, {Tap("hidden", 2)})
+    del model.bert.encoder.layer[0]
+    with pytest.raises(CaptureError, match="Layer 2 ran as layer 1"):
+        capture(tiny.batch())
+
+
+LANGUAGE = {
+    "BERT": FAMILIES["BERT, masked language model"],
+    "DistilBERT": lambda depth: tf.DistilBertForMaskedLM(
+        tf.DistilBertConfig(dim=32, n_layers=depth, n_heads=4, hidden_dim=64, vocab_size=50)
+    ),
+    "ModernBERT": lambda depth: tf.ModernBertForMaskedLM(
+        tf.ModernBertConfig(**TEXT, cls_token_id=1, sep_token_id=2, local_attention=4, num_hidden_layers=depth)
+    ),
+    "GPT-2": FAMILIES["GPT-2, language model"],
+    "Llama": lambda depth: tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED, num_hidden_layers=depth)),
+    "T5": FAMILIES["T5"],
+    "Gemma 2": lambda depth: tf.Gemma2ForCausalLM(
+        tf.Gemma2Config(**GROUPED, num_hidden_layers=depth, final_logit_softcapping=5.0)
+    ),
+}
+TERMS: dict[str, list[Objective]] = {
+    "forward": [objectives.LogitsKL()],
+    "reverse": [objectives.LogitsKL(divergence="reverse", temperature=1.0)],
+    "Jensen-Shannon": [objectives.LogitsKL(divergence="jensen-shannon")],
+    "top 5": [objectives.LogitsKL(top_k=5)],
+    "squared": [objectives.LogitsMSE()],
+    "correlation": [objectives.LogitsDIST()],
+    "with the model's own loss": [objectives.LogitsKL(), objectives.TaskLoss(weight=0.5)],
+    "the model's own loss": [objectives.TaskLoss()],
+}
+
+
+def language_models(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    torch.manual_seed(0)
+    models = [LANGUAGE[family](depth) for depth in (1, 2)]
+    for model in models:
+        model.double().eval()
+        for parameter in model.parameters():  # random models predict next to nothing
+            parameter.data *= 4
+    return models[0], models[1]  # type: ignore[return-value]
+
+
+def text_with_targets(family: str) -> dict[str, Tensor]:
+    batch = {key: tiny.batch()[key] for key in ("input_ids", "attention_mask")}
+    labels = torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)
+    labels[0, 2] = labels[1, 1] = -100
+    return batch | {"labels": labels}
+
+
+@pytest.mark.parametrize(
+    ("family", "terms", "chunk"),
+    [(family, terms, 120) for family in LANGUAGE for terms in ("forward", "with the model's own loss")]
+    + [("BERT", terms, chunk) for terms in TERMS for chunk in (1, 2**24)],
+)
+def test_chunked_logits_have_the_same_losses_and_gradients(
+    family: str, terms: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked, "_CHUNK", chunk)
+    engines = [Distillation(*language_models(family), copy.deepcopy(TERMS[terms])).eval() for _ in range(2)]
+    batch = text_with_targets(family)
+    whole, parts = engines[0](batch, verify=True), (engines[1](batch), engines[1](batch))[1]
+    for name, value in parts.values.items():
+        # Some models make their own loss, and T5 its attention, in float32 whatever they are.
+        torch.testing.assert_close(value.double(), whole.values[name].double(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(parts.counts[name], whole.counts[name])
+    expected, found = gradients(engines[0], batch, verify=True), gradients(engines[1], batch)
+    precision = 1e-6 if "loss" in terms or family == "T5" else 1e-11
+    errors = torch.stack([(gradient - expected[name]).norm() for name, gradient in found.items()])
+    assert errors.max() <= precision * torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+
+
+def rows_of_output_layer(model: PreTrainedModel) -> list[int]:
+    rows: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, output: rows.append(output[..., 0].numel()))
+    return rows
+
+
+@pytest.mark.parametrize("family", LANGUAGE)
+def test_only_target_tokens_get_logits(family: str) -> None:
+    student, teacher = language_models(family)
+    engine = Distillation(student, teacher, [objectives.LogitsKL()]).eval()
+    batch = text_with_targets(family)
+    engine(batch)
+    rows = rows_of_output_layer(student), rows_of_output_layer(teacher)
+    engine(batch)
+    targets = int(engine.objectives["logits_kl"].count(Capture(student, {Tap("logits")})(batch, verify=True), batch))
+    everything = batch["input_ids"].numel()
+    # A cap on the logits comes after Gemma 2's output layer, so there they are taken from the model.
+    assert rows[1] == ([everything] if family == "Gemma 2" else [targets])
+    assert rows[0][0] == (everything if family == "Gemma 2" else targets)
+    assert targets < everything
+
+
+def test_chunks_have_no_second_derivative_and_cost_nothing_without_a_gradient() -> None:
+    layer, states = nn.Linear(2, 3), torch.randn(4, 2, requires_grad=True)
+    value = chunked.summed(lambda logits, _: logits.square().sum(-1), layer, states, 3)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(value, states, create_graph=True)
+    with torch.no_grad():
+        assert not chunked.summed(lambda logits, _: logits.square().sum(-1), layer, states, 3).requires_grad
+    nothing = chunked.summed(lambda logits, _: logits.sum(-1), layer, states[:0], 3)
+    assert (nothing.item(), torch.autograd.grad(nothing, layer.weight)[0].abs().sum().item()) == (0, 0)
+
+
+def test_vocabularies_of_other_sizes_are_refused() -> None:
+    student, teacher = language_models("BERT")
+    teacher.cls.predictions.decoder = nn.Linear(32, 51).double()
+    teacher.config.vocab_size = student.config.vocab_size
+    with pytest.raises(objectives.ObjectiveError, match="student gives .*50.*, the teacher .*51"):
+        Distillation(student, teacher, [objectives.LogitsKL()])(text_with_targets("BERT"))
