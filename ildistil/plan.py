@@ -28,7 +28,7 @@ def describe(distillation: Distillation, dry_run: DryRun | None = None, stages: 
         rows = [(str(i), str(s.epochs), " ".join(s.objectives)) for i, s in enumerate(stages, start=1)]
         parts.append(_indent(table(("stage", "epochs", "terms"), rows), 2))
     parts.append("  captured")
-    parts += [f"    {role}: {_taps(taps)}" for role, taps in distillation.captured.items()]
+    parts += [f"    {role}: {_taps(taps)}{_end(taps)}" for role, taps in distillation.captured.items()]
     parts += [f"  note: {note}" for note in _notes(distillation, dry_run)]
     return "\n".join(parts)
 
@@ -90,6 +90,12 @@ def _taps(taps: list[Tap]) -> str:
     for tap in taps:
         by_name.setdefault(str(tap._replace(layer=None)), []).extend([] if tap.layer is None else [str(tap.layer)])
     return ", ".join(f"{name} {' '.join(layers)}".strip() for name, layers in by_name.items())
+
+
+def _end(taps: list[Tap]) -> str:
+    """Say where a run stops, if nothing behind the layers is wanted."""
+    layers = [tap.layer for tap in taps if tap.layer is not None]
+    return f"; it runs no further than layer {max(layers)}" if layers and len(layers) == len(taps) else ""
 
 
 def _notes(distillation: Distillation, dry_run: DryRun | None) -> list[str]:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tiny
-from ildistil import Distillation, chunked, mappings, objectives
+from ildistil import Distillation, Distiller, chunked, mappings, objectives
 from ildistil.capture import Capture, CaptureError, Tap
 from ildistil.objectives import Objective
+from ildistil.stages import Stage
+from test_distiller import loader, trainer
 
 DEEPEST = 2
 
@@ -115,6 +117,27 @@ def test_a_compiled_run_leaves_out_what_nobody_wants() -> None:
     capture(tiny.batch(), wanted=frozenset({Tap("hidden", 2)}))
     capture(tiny.batch())
     assert sizes == [2 * 6, 4 * 6 + 2]  # six linear maps in a layer, the pooler and the classifier
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_compiled_fit_trains_as_a_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both models compiled, in two stages, in the first of which both stop early."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="aot_eager", **options))
+
+    def fitted(compiled: bool) -> dict[str, Tensor]:
+        torch._dynamo.reset()
+        module = Distiller(
+            tiny.bert(2), tiny.bert(4, seed=1), compile=compiled,
+            stages=[Stage(["attention_mse"], epochs=1), Stage(["logits_kl", "task_loss"], epochs=1)],
+        )  # fmt: skip
+        terms = [objectives.AttentionMSE(), objectives.LogitsKL(), objectives.TaskLoss()]
+        trainer(*terms, max_epochs=2, precision="64-true").fit(module, loader())
+        return {name: p.detach() for name, p in module.student.named_parameters()}
+
+    plain, compiled = fitted(False), fitted(True)
+    for name, parameter in compiled.items():
+        torch.testing.assert_close(parameter, plain[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_layer_that_was_skipped_is_noticed_before_the_end() -> None:
