@@ -1,97 +1,151 @@
-"""What attention objectives add to a training step of plain distillation.
+"""What attention objectives add to a training step of plain distillation, and what they cost elsewhere.
 
-A 6-layer teacher and a 3-layer student of width 384, attention dropout 0, ``LogitsKL`` on every side, the attention
-objectives on all three student layers (``RelationKL`` on the last). ``usual`` is ``AttentionKL`` as it is usually
-written: eager attention, ``output_attentions``, probabilities of all layers. Interleaved in one process, medians.
-Prints JSON::
+A 6-layer teacher and a 3-layer student of width 384, attention dropout 0, logits distilled on every side, the attention
+objectives on all three student layers (``RelationKL`` on the last). Forward and backward pass, interleaved in one
+process, medians. Beside ours:
 
-    python benchmarks/attention.py
-    python benchmarks/attention.py --batch 32 --tokens 128
+- ``as usual``: eager attention, ``output_attentions``, divergence of the probabilities of all layers;
+- ``from scores``: eager attention that keeps the scores of all layers of both models, as research code does;
+- ``TextBrewer``: its GeneralDistiller with three attention matches, where it is installed (``pip install textbrewer``).
+
+``python benchmarks/attention.py``, or one shape: ``python benchmarks/attention.py --batch 8 --tokens 512``
 """
 
-import argparse
-import json
-import statistics
-import time
+import logging
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification
+from measure import finish, inputs, interleaved, models, options
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
-from ildistil import Distillation, init_student, objectives
+from ildistil import Distillation, objectives
 
-
-def models() -> tuple[BertForSequenceClassification, BertForSequenceClassification]:
-    shape = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536, "num_hidden_layers": 6}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    teacher = BertForSequenceClassification(BertConfig(**shape, **dropout)).eval().requires_grad_(False)
-    return init_student(teacher, layers=[2, 4, 6]), teacher
+SHAPES = [(64, 64), (32, 128), (16, 256), (8, 512)]
+Step = Callable[[], None]
 
 
-def usual(inputs: dict[str, Tensor]) -> Callable[[], Tensor]:
-    student, teacher = models()
-    for model in (student, teacher):
-        model.set_attn_implementation("eager")
+def ours(batch: dict[str, Tensor], *terms: objectives.Objective, compiled: bool = False) -> Step:
+    engine = Distillation(*models(), [objectives.LogitsKL(), *terms])
+    if compiled:
+        engine.compile()
+    return lambda: engine(batch).total.backward()
 
-    def step() -> Tensor:
+
+def _logits_kl(own: Tensor, wanted: Tensor) -> Tensor:
+    return 4 * F.kl_div(F.log_softmax(own / 2, -1), F.softmax(wanted / 2, -1), reduction="batchmean")
+
+
+def usual(batch: dict[str, Tensor]) -> Step:
+    """The divergence of probabilities that the models give out."""
+    student, teacher = models(attn_implementation="eager")
+    real = batch["attention_mask"].bool()
+
+    def step() -> None:
         with torch.no_grad():
-            target = teacher(**inputs, output_attentions=True)
-        output = student(**inputs, output_attentions=True)
-        loss = 4 * F.kl_div(
-            F.log_softmax(output.logits / 2, -1), F.softmax(target.logits / 2, -1), reduction="batchmean"
-        )
-        real = inputs["attention_mask"].bool()
-        for own, theirs in zip(output.attentions, target.attentions[1::2], strict=True):
-            rows = (theirs * (theirs.clamp(min=1e-7).log() - own.clamp(min=1e-7).log())).sum(-1).mean(1)
+            wanted = teacher(**batch, output_attentions=True)
+        own = student(**batch, output_attentions=True)
+        loss = _logits_kl(own.logits, wanted.logits)
+        for mine, theirs in zip(own.attentions, wanted.attentions[1::2], strict=True):
+            rows = (theirs * (theirs.clamp(min=1e-7).log() - mine.clamp(min=1e-7).log())).sum(-1).mean(1)
             loss = loss + ((rows * real).sum(1) / real.sum(1)).mean() / 3
-        return loss
+        loss.backward()
 
     return step
 
 
-def ours(inputs: dict[str, Tensor], *terms: objectives.Objective) -> Callable[[], Tensor]:
-    engine = Distillation(*models(), [objectives.LogitsKL(), *terms])
-    return lambda: engine(inputs).total
+_scores: list[Tensor] = []
 
 
-def measure(batch: int, tokens: int, repeats: int) -> dict[str, object]:
-    torch.manual_seed(0)
-    ids = torch.randint(5, 30_000, (batch, tokens))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    inputs["attention_mask"][:, tokens - tokens // 8 :] = 0
-    steps = {
-        "LogitsKL": ours(inputs),
-        "AttentionKL": ours(inputs, objectives.AttentionKL()),
-        "AttentionMSE": ours(inputs, objectives.AttentionMSE()),
-        "RelationKL": ours(inputs, objectives.RelationKL()),
-        "usual": usual(inputs),
+def _keeping_scores(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    scores = query @ key.mT * scaling
+    scores = scores if mask is None else scores + mask
+    _scores.append(scores)
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+def from_scores(batch: dict[str, Tensor]) -> Step:
+    """The divergence of the softmax of scores that all layers keep."""
+    AttentionInterface.register("keeping_scores", _keeping_scores)
+    AttentionMaskInterface.register("keeping_scores", eager_mask)
+    student, teacher = models(attn_implementation="keeping_scores")
+    real = batch["attention_mask"].bool()
+
+    def run(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
+        _scores.clear()
+        return model(**batch).logits, list(_scores)
+
+    def step() -> None:
+        with torch.no_grad():
+            wanted, theirs = run(teacher)
+        own, mine = run(student)
+        loss = _logits_kl(own, wanted)
+        for s, t in zip(mine, theirs[1::2], strict=True):
+            rows = F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="none").sum(-1).mean(1)
+            loss = loss + ((rows * real).sum(1) / real.sum(1)).mean() / 3
+        _scores.clear()
+        loss.backward()
+
+    return step
+
+
+def textbrewer(batch: dict[str, Tensor]) -> Step | None:
+    """The forward pass and the losses of its distiller."""
+    try:
+        from textbrewer import DistillationConfig, GeneralDistiller, TrainingConfig
+    except ImportError:
+        return None
+    logging.getLogger("Distillation").setLevel(logging.ERROR)
+    student, teacher = models(attn_implementation="eager")
+    matches = [
+        {"layer_T": t, "layer_S": s, "feature": "attention", "loss": "attention_ce", "weight": 1 / 3}
+        for s, t in enumerate((1, 3, 5))
+    ]
+
+    def adaptor(batch: dict[str, Tensor], output: Any) -> dict[str, Any]:
+        return {
+            "logits": (output.logits,), "attention": output.attentions, "inputs_mask": batch["attention_mask"],
+        }  # fmt: skip
+
+    config = DistillationConfig(temperature=2, intermediate_matches=matches)
+    distiller = GeneralDistiller(TrainingConfig(device="cpu"), config, teacher, student, adaptor, adaptor)
+    wanted = batch | {"output_attentions": True}
+
+    def step() -> None:
+        distiller.train_on_batch(wanted, {})[0].backward()
+
+    return step
+
+
+def measure(batch: int, tokens: int, chosen: SimpleNamespace) -> list[list[object]]:
+    seen = inputs(batch, tokens)
+    steps: dict[str, Step | None] = {
+        "LogitsKL alone": ours(seen),
+        "+ AttentionKL": ours(seen, objectives.AttentionKL()),
+        "+ AttentionMSE": ours(seen, objectives.AttentionMSE()),
+        "+ RelationKL": ours(seen, objectives.RelationKL()),
+        "+ HiddenMSE": ours(seen, objectives.HiddenMSE()),
+        "+ AttentionKL, as usual": usual(seen),
+        "+ AttentionKL, from scores": from_scores(seen),
+        "+ attention, TextBrewer": textbrewer(seen),
     }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step().backward()
-            if repeat > 0:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(found) for name, found in times.items()}
-    over = {name: round(median / medians["LogitsKL"], 3) for name, median in medians.items() if name != "LogitsKL"}
-    return {
-        "batch": batch,
-        "tokens": tokens,
-        "threads": torch.get_num_threads(),
-        "repeats": repeats,
-        "median_ms": {name: round(1e3 * median, 1) for name, median in medians.items()},
-        "over LogitsKL alone": over,
-        "usual / AttentionKL": round(medians["usual"] / medians["AttentionKL"], 2),
-    }
+    if chosen.compile == "yes":
+        steps["LogitsKL alone, compiled"] = ours(seen, compiled=True)
+        steps["+ AttentionKL, compiled"] = ours(seen, objectives.AttentionKL(), compiled=True)
+    seconds = interleaved({name: step for name, step in steps.items() if step is not None}, chosen.repeats)
+    floor, own = seconds["LogitsKL alone"], seconds["+ AttentionKL"]
+    return [[f"{batch} x {tokens}", name, 1e3 * s, s / floor, s / own] for name, s in seconds.items()]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=7)
-    options = parser.parse_args()
-    print(json.dumps(measure(**vars(options)), indent=2))
+    chosen = options(__doc__, batch=0, tokens=512, repeats=7, compile="no").parse_args()
+    shapes = [(chosen.batch, chosen.tokens)] if chosen.batch else SHAPES
+    rows = [row for shape in shapes for row in measure(*shape, chosen)]
+    header = ["batch", "objectives", "ms", "of LogitsKL alone", "of + AttentionKL"]
+    finish("attention", header, rows, chosen.json, repeats=chosen.repeats)
