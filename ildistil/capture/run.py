@@ -95,7 +95,7 @@ class Activations:
 def _from_output(output: Any, name: str) -> Tensor:
     if output is None:
         raise CaptureError(
-            f"The model's {name} was not wanted, so its run stopped before. Name {name!r} in the objective's taps."
+            f"Nobody asked for the model's {name}, so its run stopped before. Name {name!r} in the objective's taps."
         )
     value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
     if value is None and name == "logits" and isinstance(output, Tensor):
