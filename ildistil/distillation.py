@@ -79,10 +79,6 @@ class Terms:
             logs |= {f"{prefix}/gradient_share/{name}": share for name, share in self.gradients.items()}
         return logs
 
-    def not_finite(self) -> list[str]:
-        """Name the terms that are NaN or infinite; waits for the device."""
-        return [name for name, value in self.values.items() if not torch.isfinite(value)]
-
 
 @dataclass(frozen=True)
 class TermCheck:

@@ -1,8 +1,8 @@
 """The order of rows in an epoch: shuffled, grouped by length, and a function of (seed, epoch) only.
 
-All samplers are `DistributedSampler`, also for one process: Lightning leaves those alone and tells them the epoch. Under
-ddp it wraps and reshuffles any other sampler, and refuses custom batch samplers. So what makes whole batches here is no
-batch sampler either, but the sampler of a data loader with ``batch_size=None``.
+All samplers are `DistributedSampler`, also for one process: Lightning leaves those alone and tells them the epoch. Any
+other sampler it wraps and reshuffles under ddp, and a custom batch sampler it refuses there. So what makes whole
+batches here is no batch sampler either, but the sampler of a data loader with ``batch_size=None``.
 """
 
 import math

@@ -245,7 +245,9 @@ def test_a_fit_with_a_token_budget(tmp_path: Path) -> None:
     assert epochs[0] == list(data.train_dataloader().sampler)
     assert epochs[0] != epochs[1]  # the epoch's number has reached the sampler
     with pytest.raises(ValueError, match=r"overfit_batches .* Use batch_size with it"):
-        L.Trainer(max_epochs=1, accelerator="cpu", overfit_batches=1, num_sanity_val_steps=0, **quiet).fit(ddp_order.Recorder(), data)
+        L.Trainer(max_epochs=1, accelerator="cpu", overfit_batches=1, num_sanity_val_steps=0, **quiet).fit(
+            ddp_order.Recorder(), data
+        )
 
 
 def test_the_seed_is_seed_everythings_unless_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
