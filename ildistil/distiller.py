@@ -286,7 +286,7 @@ class Distiller(L.LightningModule):
         batches, self._unchecked = self._unchecked, []
         if not batches:
             return  # a step that a subclass makes by itself
-        finite = torch.isfinite(torch.stack([total.float() for total, _, _ in batches]))
+        finite = torch.stack([torch.isfinite(total) for total, _, _ in batches])
         # All processes stop together: the others would apply the gradients that this one has spoilt.
         if ranks.total((~finite).sum()) == 0:
             return

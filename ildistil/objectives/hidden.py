@@ -232,11 +232,11 @@ class HiddenConcatMSE(_HiddenObjective):
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the error of the concatenated states."""
         student, teacher = student.stack(self.stack), teacher.stack(self.stack)
-        joined = []
-        for run, layers in zip((student, teacher), self.layers(), strict=True):
-            with functional.full_precision(*(run.hidden[layer] for layer in layers)) as states:
-                joined.append(torch.cat(states, dim=-1))
-        s, t = joined
+        layers_s, layers_t = self.layers()
+        s = torch.cat([student.hidden[layer] for layer in layers_s], dim=-1)
+        # Autocast can't join states of the half precision that it isn't of itself.
+        with functional.full_precision(*(teacher.hidden[layer] for layer in layers_t)) as states:
+            t = torch.cat(states, dim=-1)
         same_tokens(s, t, axis=1)
         values = functional.hidden_mse(self.projected("all", s, student.mask), t, student.mask)
         return functional.example_mean(values, student.mask.sum(1))
