@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jsonargparse
 import lightning as L
@@ -151,6 +151,19 @@ class _CLI(LightningCLI):
             **kwargs,
         )
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="highest",
+            help="Precision of float32 matrix products, torch.set_float32_matmul_precision: 'high' is TF32 on GPUs "
+            "that have it, 'medium' bfloat16 there and on CPUs that have it. Losses are then less exact too.",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Set what holds for the whole process."""
+        torch.set_float32_matmul_precision(self._get(self.config, "matmul_precision"))
+
     def objectives(self) -> dict[str, Objective]:
         """Give the named objectives of this run."""
         named: dict[str, Objective] = self._get(self.config_init, "objectives") or {}
@@ -205,6 +218,7 @@ def _folder_of(checkpoint: str) -> str:
 
 class _DistillCLI(_CLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
         parser.add_argument(
             "--objectives",
             type=dict[str, Objective] | None,
@@ -240,6 +254,7 @@ class _DistillCLI(_CLI):
 
 class _FinetuneCLI(_CLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="A checkpoint to go on from.")
         parser.link_arguments("data", "model.labels", compute_fn=_labels, apply_on="instantiate")
 

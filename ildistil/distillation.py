@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -78,10 +78,6 @@ class Terms:
             logs |= {f"{prefix}/share/{name}": share for name, share in self.shares().items()}
             logs |= {f"{prefix}/gradient_share/{name}": share for name, share in self.gradients.items()}
         return logs
-
-    def not_finite(self) -> list[str]:
-        """Name the terms that are NaN or infinite; waits for the device."""
-        return [name for name, value in self.values.items() if not torch.isfinite(value)]
 
 
 @dataclass(frozen=True)
@@ -304,7 +300,7 @@ class Distillation(nn.Module):
             if self._teacher_capture.model.training:
                 self._teacher_capture.model.eval()  # somebody switched it since; it must never drop out
             sizes = self._teacher_capture.sizes
-            with torch.no_grad():
+            with torch.no_grad(), _own_precision(self._teacher_capture.model):
                 teacher = self._captured(
                     self._teacher_capture, [o.teacher_wants(sizes) for o in needing], batch, verify
                 )
@@ -491,6 +487,14 @@ def _check_learned_parts(objective: Objective) -> None:
             f"{type(objective).__name__} keeps learnable parts in {parts}, where nothing would train them. Put modules "
             "into self.projections['name'] in build()."
         )
+
+
+def _own_precision(model: nn.Module) -> AbstractContextManager[Any]:
+    """Keep autocast away from a model in half precision: it needs none, and the other half would be mixed into it."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if weight is None or weight.dtype not in (torch.bfloat16, torch.float16):
+        return nullcontext()
+    return torch.autocast(weight.device.type, enabled=False)
 
 
 def _no_weight(progress: float | None) -> str:

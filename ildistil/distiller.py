@@ -92,6 +92,8 @@ class Distiller(L.LightningModule):
         self._timeline = Timeline((), math.inf)
         self._all_callbacks: list[Callback] = []
         self._window: _Window | None = None
+        # Total, terms and row ids of the batches that are not applied yet.
+        self._unchecked: list[tuple[Tensor, dict[str, Tensor], Any]] = []
 
     @property
     def student(self) -> nn.Module:
@@ -168,7 +170,7 @@ class Distiller(L.LightningModule):
     def on_train_start(self) -> None:
         """Dry-run the first batch and print the plan."""
         self.distillation.train()
-        self._window = None  # a run that failed may have left one half filled
+        self._window, self._unchecked = None, []  # a run that failed may have left one half filled
         self._watch_last_stage()
         batch = self._first_batch()
         with self.trainer.precision_plugin.train_step_context():
@@ -211,12 +213,14 @@ class Distiller(L.LightningModule):
         step = self.global_step
         place, names = self._timeline.place(step), self._timeline.names(step)
         terms: Terms = self.distillation(batch, step=step, progress=place.progress, only=names)
-        self._check_finite(terms, batch)
+        values = {name: value.detach() for name, value in terms.values.items()}
+        self._unchecked.append((terms.total.detach(), values, batch.get("row_id")))
         logs, size = terms.logs("train"), _batch_size(batch)
         self.log("train/loss", logs.pop("train/loss"), prog_bar=True, batch_size=size)
         self.log_dict(logs, batch_size=size)
         if self.stages:
-            self.log("train/stage", float(place.stage + 1), batch_size=size)
+            # Filled on the device: copying a number there would wait for it.
+            self.log("train/stage", torch.full((), place.stage + 1.0, device=self.device), batch_size=size)
         return self._exact(terms)
 
     def _exact(self, terms: Terms) -> Tensor:
@@ -237,7 +241,11 @@ class Distiller(L.LightningModule):
         return terms.sum(self._window.add(terms))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Complete the mean over accumulated batches, unset zero gradients, give a new stage a fresh optimiser."""
+        """Refuse a loss that isn't finite, complete the mean over accumulated batches, unset zero gradients.
+
+        A new stage gets a fresh optimiser.
+        """
+        self._check_finite()
         self.distillation.drop_zero_gradients()
         if self._window is not None and self._window.is_open:
             factor = self._window.close(self.trainer.accumulate_grad_batches, self.trainer.world_size)
@@ -273,15 +281,24 @@ class Distiller(L.LightningModule):
                 "accumulate_grad_batches=1 with larger batches or more devices, or leave this objective out."
             )
 
-    def _check_finite(self, terms: Terms, batch: Mapping[str, Any]) -> None:
-        if torch.isfinite(terms.total):
-            return  # one look at the total, not one for each term: every look waits for the device
-        bad = terms.not_finite()
-        rows = batch.get("row_id")
-        where = f", row ids {rows.tolist()}" if isinstance(rows, Tensor) else ""
-        values = ", ".join(f"{name} = {terms.values[name].item()}" for name in bad)
+    def _check_finite(self) -> None:
+        """Look at the totals of all batches of an optimiser step, once: every look waits for the device."""
+        batches, self._unchecked = self._unchecked, []
+        if not batches:
+            return  # a step that a subclass makes by itself
+        finite = torch.stack([torch.isfinite(total) for total, _, _ in batches])
+        # All processes stop together: the others would apply the gradients that this one has spoilt.
+        if ranks.total((~finite).sum()) == 0:
+            return
+        where, what = "", "in another process"
+        for total, values, rows in batches:
+            if not torch.isfinite(total):
+                where = f", row ids {rows.tolist()}" if isinstance(rows, Tensor) else ""
+                bad = {name: value for name, value in values.items() if not torch.isfinite(value)} or {"total": total}
+                what = ", ".join(f"{name} = {value.item()}" for name, value in bad.items())
+                break
         raise FloatingPointError(
-            f"The loss is not finite at step {self.global_step} (epoch {self.current_epoch}{where}): {values}. "
+            f"The loss is not finite at step {self.global_step} (epoch {self.current_epoch}{where}): {what}. "
             "Nothing of this step was applied. Try a lower learning rate, gradient clipping, or bf16 instead of fp16."
         )
 
@@ -292,7 +309,13 @@ class Distiller(L.LightningModule):
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.learning_rate)
+        fused = all(p.device.type in ("cpu", "cuda") for p in trained)
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=self.learning_rate, fused=True if fused else None
+        )
+        # A fused optimiser offers to unscale float16 gradients while it steps, and Lightning then refuses to clip, in
+        # bfloat16 too. Without the offer gradients are unscaled before they are completed, clipped and applied.
+        optimizer._step_supports_amp_scaling = False
         steps = self.trainer.estimated_stepping_batches
         steps = math.inf if steps < 0 else steps  # a stream without max_steps
         if not math.isfinite(steps) and self.stages:
@@ -508,7 +531,7 @@ class _Window:
     def _learn(self, counts: Mapping[str, list[Tensor]]) -> None:
         """Take counts into the average, the same in all processes."""
         seen = torch.stack([torch.stack(own).sum() for own in counts.values()])
-        number = torch.tensor([float(len(own)) for own in counts.values()], device=seen.device)
+        number = torch.stack([seen.new_full((), len(own)) for own in counts.values()])
         for name, sum_, batches in zip(counts, ranks.total(seen), ranks.total(number), strict=True):
             self._sums[name] = self._sums.get(name, 0) + sum_
             self._batches[name] = self._batches.get(name, 0) + batches

@@ -1,5 +1,6 @@
 """One optimiser step by the Distiller, whatever the batches and processes; run as a script, on two gloo processes."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterable
@@ -9,11 +10,12 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import BertForMaskedLM, PreTrainedModel
 
 import tiny
 from ildistil import Distiller, objectives
+from ildistil.data import TokenBudgetSampler
 from ildistil.objectives import Objective
 from table import CASES
 
@@ -60,10 +62,10 @@ def step(
     terms: Iterable[Objective],
     data: list[dict[str, Tensor]],
     pair: tuple[PreTrainedModel, PreTrainedModel],
-    size: int,
+    size: int | TokenBudgetSampler,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Train one epoch of one step; give the gradients by parameter name."""
+    """Train one epoch of one step; give the gradients by parameter name. A sampler makes whole batches itself."""
     torch.manual_seed(3)
     student, teacher = pair
     module = Descent(student, teacher)
@@ -76,9 +78,38 @@ def step(
             before.update({n: p.detach().clone() for n, p in module.named_parameters()})
 
     run.callbacks.append(Start())
-    run.fit(module, DataLoader(data, size, shuffle=False))
+    if isinstance(size, TokenBudgetSampler):
+        loader: DataLoader[Any] = DataLoader(
+            Rows(data), batch_size=None, sampler=size, collate_fn=torch.utils.data.default_collate
+        )
+    else:
+        loader = DataLoader(data, size, shuffle=False)
+    run.fit(module, loader)
     assert run.global_step == 1
     return {n: before[n] - p.detach() for n, p in module.named_parameters()}
+
+
+class Rows(Dataset[Any]):
+    """Rows by their numbers: one, or several for a list of numbers."""
+
+    def __init__(self, rows: list[dict[str, Tensor]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | list[int]) -> Any:
+        return [self.rows[i] for i in key] if isinstance(key, list) else self.rows[key]
+
+
+def budget_rows() -> list[dict[str, Tensor]]:
+    """Seven rows: no two processes can have equally many."""
+    return [row for i, row in enumerate(rows()) if i != NO_TOKENS]
+
+
+def budget(tokens: int) -> TokenBudgetSampler:
+    lengths = [length for i, length in enumerate(LENGTHS) if i != NO_TOKENS]
+    return TokenBudgetSampler(lengths, tokens, num_replicas=2, rank=int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def several() -> list[Objective]:
@@ -93,6 +124,11 @@ def main(folder: str) -> None:
     found = {name: step([case.make()], rows(), models(), 4, **two) for name, case in CASES.items()}
     found["masked language model"] = step(several(), masked_rows(), masked_models(), 4, **two)
     found["accumulated"] = step([objectives.AttentionKL()], rows(), models(), 2, accumulate_grad_batches=2, **two)
+    # 4 and 3 rows; then 2 and 2, and 2 and 1.
+    found["token budget"] = step(several(), budget_rows(), models(), budget(28), **two)
+    found["token budget, accumulated"] = step(
+        several(), budget_rows(), models(), budget(14), accumulate_grad_batches=2, **two
+    )
     torch.save(found, Path(folder) / f"rank{torch.distributed.get_rank()}.pt")
 
 

@@ -182,3 +182,25 @@ def test_printing_the_configuration(folder: Path, capsys: pytest.CaptureFixture[
         cli.main(["fit", "--config=run.yaml", "--print_config"])
     assert stop.value.code == 0
     assert "class_path: ildistil.objectives.AttentionKL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["fit", "finetune"])
+def test_the_precision_of_matrix_products_is_an_option(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", seen.append)
+    options = {"fit": ["--config=run.yaml"], "finetune": ["--model.path=./teacher", "--data=Glue", "--data.task=sst2",
+               "--data.path=glue", "--data.cache_dir=cache", "--trainer.accelerator=cpu"]}  # fmt: skip
+    for precision in ([], ["--matmul_precision=high"]):
+        cli.main([command, *options[command], *precision, "--trainer.fast_dev_run=true"])
+    assert seen == ["highest", "high"]
+    assert "matmul_precision" in fails(capsys, command, *options[command], "--matmul_precision=low")
+
+
+def test_a_token_budget_is_set_in_place_of_a_batch_size(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    budget = "--data.tokens_per_batch=64"
+    message = fails(capsys, "fit", "--config=run.yaml", budget)
+    assert "batch_size=8 and tokens_per_batch=64 both say how large a batch is" in message
+    cli.main(["fit", "--config=run.yaml", budget, "--data.batch_size=null"])
+    assert Path("runs/fit/version_0/checkpoints/best.ckpt").is_file()

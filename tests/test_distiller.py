@@ -7,12 +7,13 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 import tiny
-from ildistil import Distillation, Distiller, init_student, mappings, objectives
+from ildistil import Distillation, Distiller, Stage, init_student, mappings, objectives
 from ildistil.capture import Activations
 from ildistil.export import load_student
 from ildistil.objectives import Objective, ObjectiveError
@@ -264,16 +265,90 @@ class Nan(Objective):
     taps = ("logits",)
     teacher_taps = ()
     steps = 0
+    only: int | None = None
 
     def loss(self, student: Activations, teacher: Activations, batch: Any) -> Tensor:
         self.steps += 1
-        return student.logits.sum() * (float("nan") if self.steps > 4 else 1.0)
+        bad = self.steps > 4 if self.only is None else self.steps == self.only
+        return student.logits.sum() * (float("nan") if bad else 1.0)
 
 
 def test_a_nan_loss_stops_with_step_term_and_rows() -> None:
     student, teacher = pair()
     with pytest.raises(FloatingPointError, match=r"step 2 \(epoch 0, row ids \[8, 9, 10, 11\]\): nan = nan"):
         trainer(objectives.LogitsKL(), Nan()).fit(Distiller(student, teacher), loader())
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_nothing_of_a_nan_step_is_applied(accumulated: int) -> None:
+    """Also where a later batch of the same optimiser step is finite."""
+    student, teacher = pair()
+    seen: list[dict[str, Tensor]] = []
+
+    class Look(L.Callback):
+        def on_before_backward(self, trainer: L.Trainer, module: Any, loss: Tensor) -> None:
+            seen.append(copy.deepcopy(module.student.state_dict()))
+
+    nan = Nan()
+    nan.only = 5  # the third batch's, after the two dry runs
+    run = trainer(objectives.LogitsKL(), nan, Look(), accumulate_grad_batches=accumulated)
+    with pytest.raises(FloatingPointError, match=rf"step {2 // accumulated} \(epoch 0, row ids \[8, 9, 10, 11\]\)"):
+        run.fit(Distiller(student, teacher), loader())
+    assert len(seen) == 2 + accumulated
+    assert all(torch.equal(value, seen[2][name]) for name, value in student.state_dict().items())
+
+
+# The optimiser
+
+
+class Optimizer(L.Callback):
+    """Whether it is fused, and the greatest norm of a gradient when it steps."""
+
+    norm, fused = 0.0, None
+
+    def on_before_zero_grad(self, trainer: L.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        if gradients:
+            self.norm = max(self.norm, float(torch.nn.utils.get_total_norm(gradients)))
+        self.fused = optimizer.param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_clipping_works_whatever_the_optimiser(precision: Any) -> None:
+    """Lightning refuses to clip what a fused optimiser offers to unscale."""
+    look = Optimizer()
+    options: dict[str, Any] = {"precision": precision}
+    if precision == "16-mixed":
+        options = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))]}
+    run = trainer(*every_kind(), look, gradient_clip_val=0.01, accumulate_grad_batches=2, **options)
+    run.fit(Distiller(*pair()), loader())
+    assert look.fused
+    assert 0 < look.norm <= 0.0101
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_fused_optimiser_takes_the_steps_of_the_plain_one(scaled: bool) -> None:
+    """In float32 and scaled float16, with gradients accumulated and clipped, over a boundary of stages."""
+
+    class Plain(Distiller):
+        def configure_optimizers(self) -> Any:
+            made = super().configure_optimizers()
+            for group in made["optimizer"].param_groups:
+                group["fused"] = False
+            return made
+
+    stages = [Stage(["hidden_mse"], 1), Stage(["logits_kl"], 1)]
+    students = []
+    for kind in (Distiller, Plain):
+        student, teacher = pair()
+        scaler = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))] if scaled else []
+        terms = [objectives.HiddenMSE(), objectives.LogitsKL()]
+        run = trainer(*terms, plugins=scaler, gradient_clip_val=0.5, accumulate_grad_batches=2)
+        run.fit(kind(student, teacher, stages=stages, learning_rate=1e-3), loader())
+        students.append(student.state_dict())
+    for name, value in students[0].items():
+        if not name.endswith("key.bias"):  # the same for all keys of a query: its gradient is rounding alone
+            torch.testing.assert_close(value, students[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from ildistil.data.glue import Glue
 from ildistil.data.module import TextDataModule
-from ildistil.data.sampler import LengthGroupedSampler
+from ildistil.data.sampler import LengthGroupedSampler, TokenBudgetSampler
 from ildistil.data.text import TextData
 
-__all__ = ["Glue", "LengthGroupedSampler", "TextData", "TextDataModule"]
+__all__ = ["Glue", "LengthGroupedSampler", "TextData", "TextDataModule", "TokenBudgetSampler"]

@@ -74,7 +74,8 @@ class Glue(TextDataModule):
         task: Name of the task; "SST-2" and "sst2" are the same.
         tokenizer: A folder, a hub name or a loaded tokenizer; None takes that of the model the Trainer runs.
         path: Folder with the files, or the folder that holds a folder for each task; None loads from the hub.
-        batch_size: Rows per batch and process in training.
+        batch_size: Rows per batch and process in training; None is 32.
+        tokens_per_batch: Instead of ``batch_size``: tokens per batch and process in training, padding included.
         eval_batch_size: Rows per batch and process otherwise; None is ``batch_size``.
         max_length: Rows are cut to this many tokens.
         group_by_length: Batches hold rows of similar length.
@@ -85,7 +86,8 @@ class Glue(TextDataModule):
         train_file: Another name for the train file, relative to the task's folder; needs ``path``.
 
     Raises:
-        ValueError: The task is unknown, or a number is not positive.
+        ValueError: The task is unknown, a number is not positive, or
+            ``tokens_per_batch`` is given together with ``batch_size`` or without ``group_by_length``.
 
     >>> Glue("MRPC").label_names, Glue("stsb").num_labels, Glue("mnli").validation_names
     (['not_equivalent', 'equivalent'], 1, ['val', 'val_mismatched'])
@@ -96,7 +98,8 @@ class Glue(TextDataModule):
         task: str,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         path: str | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        tokens_per_batch: int | None = None,
         eval_batch_size: int | None = None,
         max_length: int = 128,
         group_by_length: bool = True,
@@ -109,6 +112,7 @@ class Glue(TextDataModule):
         super().__init__(
             tokenizer,
             batch_size,
+            tokens_per_batch,
             eval_batch_size,
             max_length,
             group_by_length,

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ildistil.data.cache import cache_entry, load, store
 from ildistil.data.files import ROWS_FROM_ZERO, Table, check_file, file_digest, read_table, table_column
 from ildistil.data.labels import all_hidden, encode_classes, encode_numbers
-from ildistil.data.sampler import EpochSampler, LengthGroupedSampler, even_batch_size
+from ildistil.data.sampler import EpochSampler, LengthGroupedSampler, TokenBudgetSampler, even_batch_size
 from ildistil.data.tokenizing import Collate, check_tokenizer, load_tokenizer, tokenize, tokenizer_digest
 from ildistil.metrics import metric_collection
 
@@ -77,7 +77,9 @@ class TextDataModule(L.LightningDataModule, ABC):
 
     Args:
         tokenizer: A folder, a hub name or a loaded tokenizer; None takes that of the model the Trainer runs.
-        batch_size: Rows per batch and process in training.
+        batch_size: Rows per batch and process in training; None is 32.
+        tokens_per_batch: Instead of ``batch_size``: tokens per batch and process in training, padding included. A batch
+            has as many rows of similar length as go into it.
         eval_batch_size: Rows per batch and process otherwise; None is ``batch_size``.
         max_length: Rows are cut to this many tokens.
         group_by_length: Batches hold rows of similar length (else: any rows, and the file's order in evaluation).
@@ -87,7 +89,8 @@ class TextDataModule(L.LightningDataModule, ABC):
         limit_train: Train on this many rows, drawn at random with the seed.
 
     Raises:
-        ValueError: A number is not positive.
+        ValueError: A number is not positive, or ``tokens_per_batch`` is given together with ``batch_size`` or without
+            ``group_by_length``.
     """
 
     task_name: str
@@ -102,7 +105,8 @@ class TextDataModule(L.LightningDataModule, ABC):
     def __init__(
         self,
         tokenizer: str | PreTrainedTokenizerBase | None,
-        batch_size: int,
+        batch_size: int | None,
+        tokens_per_batch: int | None,
         eval_batch_size: int | None,
         max_length: int,
         group_by_length: bool,
@@ -112,13 +116,21 @@ class TextDataModule(L.LightningDataModule, ABC):
         limit_train: int | None,
     ) -> None:
         super().__init__()
-        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "limit_train": limit_train}
-        for name, value in (sizes | {"max_length": max_length}).items():
+        sizes = {"batch_size": batch_size, "tokens_per_batch": tokens_per_batch, "eval_batch_size": eval_batch_size}
+        for name, value in (sizes | {"limit_train": limit_train, "max_length": max_length}).items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if tokens_per_batch is not None and batch_size is not None:
+            raise ValueError(
+                f"batch_size={batch_size} and tokens_per_batch={tokens_per_batch} both say how large a batch is in "
+                "training. Leave one of them out, or set it to null. eval_batch_size is that of evaluation."
+            )
+        if tokens_per_batch is not None and not group_by_length:
+            raise ValueError("tokens_per_batch makes batches of rows of similar length: leave out group_by_length.")
         self.tokenizer_source = tokenizer
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
+        self.batch_size = batch_size or 32
+        self.tokens_per_batch = tokens_per_batch
+        self.eval_batch_size = eval_batch_size or self.batch_size
         self.max_length = max_length
         self.group_by_length = group_by_length
         self.seed = seed
@@ -291,12 +303,7 @@ class TextDataModule(L.LightningDataModule, ABC):
     def _loader(self, rows: datasets.Dataset, training: bool = False, in_order: bool = False) -> DataLoader[Any]:
         # Lightning advises more workers on sight of few. A batch of tokenised rows takes about a millisecond.
         warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")
-        (replicas, rank), seed = self._place(), self._order_seed()
-        batch_size = self.batch_size if training else even_batch_size(len(rows), self.eval_batch_size, replicas)
-        sampler = EpochSampler(len(rows), replicas, rank, shuffle=training, seed=seed, evaluation=not training)
-        if self.group_by_length and not in_order:
-            lengths = torch.tensor(rows["length"][:])
-            sampler = LengthGroupedSampler(lengths, batch_size, replicas, rank, seed, evaluation=not training)
+        sampler, batch_size = self._sampler(rows, training, in_order)
         return DataLoader(
             rows,
             batch_size=batch_size,
@@ -306,6 +313,23 @@ class TextDataModule(L.LightningDataModule, ABC):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+    def _sampler(self, rows: datasets.Dataset, training: bool, in_order: bool) -> tuple[EpochSampler, int | None]:
+        """Return the order of the rows and the batch size; None where the sampler's items are whole batches."""
+        (replicas, rank), seed = self._place(), self._order_seed()
+        if training and self.tokens_per_batch is not None:
+            if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+                raise ValueError(
+                    "With overfit_batches Lightning takes the rows in the file's order, one by one, which makes no "
+                    "batches of tokens_per_batch. Use batch_size with it, or limit_train instead of it."
+                )
+            return TokenBudgetSampler(_lengths(rows), self.tokens_per_batch, replicas, rank, seed), None
+        batch_size = self.batch_size if training else even_batch_size(len(rows), self.eval_batch_size, replicas)
+        if in_order or not self.group_by_length:
+            order = EpochSampler(len(rows), replicas, rank, shuffle=training, seed=seed, evaluation=not training)
+            return order, batch_size
+        grouped = LengthGroupedSampler(_lengths(rows), batch_size, replicas, rank, seed, evaluation=not training)
+        return grouped, batch_size
 
     def _order_seed(self) -> int:
         # Lightning's seed_everything leaves its seed in this variable, for its own samplers and for started processes.
@@ -320,6 +344,10 @@ class TextDataModule(L.LightningDataModule, ABC):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_world_size(), torch.distributed.get_rank()
         return 1, 0
+
+
+def _lengths(rows: datasets.Dataset) -> torch.Tensor:
+    return torch.tensor(rows["length"][:])
 
 
 def _log_name(split: str) -> str:

@@ -26,7 +26,8 @@ class TextData(TextDataModule):
         regression: The labels are numbers on a scale.
         name: What the task is called in logs and tables.
         tokenizer: A folder, a hub name or a loaded tokenizer; None takes that of the model the Trainer runs.
-        batch_size: Rows per batch and process in training.
+        batch_size: Rows per batch and process in training; None is 32.
+        tokens_per_batch: Instead of ``batch_size``: tokens per batch and process in training, padding included.
         eval_batch_size: Rows per batch and process otherwise; None is ``batch_size``.
         max_length: Rows are cut to this many tokens.
         group_by_length: Batches hold rows of similar length.
@@ -36,7 +37,8 @@ class TextData(TextDataModule):
         limit_train: Train on this many rows, drawn at random with the seed.
 
     Raises:
-        ValueError: No file is given, label names go with a regression or occur twice, or a number is not positive.
+        ValueError: No file is given, label names go with a regression or occur twice, a number is not positive, or
+            ``tokens_per_batch`` is given together with ``batch_size`` or without ``group_by_length``.
 
     >>> TextData(train_file="reviews.csv", text_column="review", label_names=["bad", "good"]).num_labels
     2
@@ -56,7 +58,8 @@ class TextData(TextDataModule):
         regression: bool = False,
         name: str = "text",
         tokenizer: str | PreTrainedTokenizerBase | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
+        tokens_per_batch: int | None = None,
         eval_batch_size: int | None = None,
         max_length: int = 128,
         group_by_length: bool = True,
@@ -68,6 +71,7 @@ class TextData(TextDataModule):
         super().__init__(
             tokenizer,
             batch_size,
+            tokens_per_batch,
             eval_batch_size,
             max_length,
             group_by_length,

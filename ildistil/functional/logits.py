@@ -49,8 +49,8 @@ def logits_kl(
     with full_precision(student, teacher) as (s, t):
         log_s, log_t = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
         if top_k is not None and top_k < t.shape[-1]:
-            kept = torch.zeros_like(t, dtype=torch.bool).scatter_(-1, t.topk(top_k, -1).indices, True)
-            log_s, log_t = (_rest_as_one(x, kept, top_k) for x in (log_s, log_t))
+            kept = t.topk(top_k, -1).indices
+            log_s, log_t = (_rest_as_one(x, kept) for x in (log_s, log_t))
         if divergence == "forward":
             value = kl(log_s, log_t)
         elif divergence == "reverse":
@@ -61,10 +61,10 @@ def logits_kl(
         return temperature**2 * value
 
 
-def _rest_as_one(log_p: Tensor, kept: Tensor, k: int) -> Tensor:
+def _rest_as_one(log_p: Tensor, kept: Tensor) -> Tensor:
     """Log-probabilities of the kept classes, and of all others together."""
-    rest = log_p.masked_fill(kept, torch.finfo(log_p.dtype).min / 4).logsumexp(-1, keepdim=True)
-    return torch.cat([log_p[kept].reshape(-1, k), rest], -1)
+    rest = log_p.scatter(-1, kept, torch.finfo(log_p.dtype).min / 4).logsumexp(-1, keepdim=True)
+    return torch.cat([log_p.gather(-1, kept), rest], -1)
 
 
 def logits_mse(student: Tensor, teacher: Tensor) -> Tensor:

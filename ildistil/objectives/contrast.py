@@ -65,8 +65,10 @@ class _Contrast(LayerObjective):
         for role, run, layers in zip(("student", "teacher"), (student, teacher), self.layers(), strict=True):
             hidden = run.stack(self.stack).hidden
             same_tokens(mask, hidden[layers[0]], axis=1)
-            joined = torch.cat([functional.first_token(hidden[layer], mask) for layer in layers], dim=-1)
-            with functional.full_precision(self.projections[role](joined)) as (vector,):
+            projection = self.projections[role]
+            precision = next(projection.parameters()).dtype  # a teacher in half precision has another
+            states = [functional.first_token(hidden[layer], mask).to(precision) for layer in layers]
+            with functional.full_precision(projection(torch.cat(states, dim=-1))) as (vector,):
                 vectors.append(unit(vector))
         return vectors[0], vectors[1], mask.any(1)
 

@@ -188,7 +188,9 @@ class CLSAttentiveMSE(_HiddenObjective):
         same_tokens(student.hidden[layer], teacher.hidden[chosen[0]], axis=1)
         first = functional.first_token(student.hidden[layer], mask)
         own = self.projected(self.key((layer, 0), ""), first, mask.any(1))
-        theirs = torch.stack([functional.first_token(teacher.hidden[t], mask) for t in chosen], dim=1)
+        # Autocast can't join states of the half precision that it isn't of itself.
+        with functional.full_precision(*(functional.first_token(teacher.hidden[t], mask) for t in chosen)) as states:
+            theirs = torch.stack(states, dim=1)
         with functional.full_precision(own, theirs) as (s, t):
             attention = (torch.einsum("bd,bld->bl", s, t) * t.shape[-1] ** -0.5).softmax(-1)
             target = torch.einsum("bl,bld->bd", attention, t)
@@ -230,10 +232,11 @@ class HiddenConcatMSE(_HiddenObjective):
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the error of the concatenated states."""
         student, teacher = student.stack(self.stack), teacher.stack(self.stack)
-        s, t = (
-            torch.cat([a.hidden[layer] for layer in layers], dim=-1)
-            for a, layers in zip((student, teacher), self.layers(), strict=True)
-        )
+        layers_s, layers_t = self.layers()
+        s = torch.cat([student.hidden[layer] for layer in layers_s], dim=-1)
+        # Autocast can't join states of the half precision that it isn't of itself.
+        with functional.full_precision(*(teacher.hidden[layer] for layer in layers_t)) as states:
+            t = torch.cat(states, dim=-1)
         same_tokens(s, t, axis=1)
         values = functional.hidden_mse(self.projected("all", s, student.mask), t, student.mask)
         return functional.example_mean(values, student.mask.sum(1))

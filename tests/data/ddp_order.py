@@ -11,7 +11,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from ildistil.data import TextData
+from ildistil.data import LengthGroupedSampler, TextData, TokenBudgetSampler
+from ildistil.data.sampler import EpochSampler
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_data import make_tokenizer
@@ -48,38 +49,47 @@ def write(path: Path, rows: int) -> str:
     return str(path)
 
 
+RUNS: dict[str, dict[str, int]] = {"grouped": {"batch_size": 4}, "budget": {"tokens_per_batch": 45}}
+
+
+def sampler(run: str, lengths: list[int], rank: int) -> EpochSampler:
+    """The training order that a run should have."""
+    make = {"grouped": LengthGroupedSampler, "budget": TokenBudgetSampler}[run]
+    return make(lengths, *RUNS[run].values(), num_replicas=2, rank=rank, seed=5)
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ["ILDISTIL_CACHE"] = str(folder / "cache")
     files = folder / f"{os.environ.get('LOCAL_RANK', 0)}"
     files.mkdir()
-    # 33 rows in batches of 16 on two ranks: 17 and 16 rows, two steps against one if nothing were done.
-    data = TextData(
-        write(files / "train.jsonl", 50),
-        write(files / "val.jsonl", 33),
-        tokenizer=make_tokenizer(),
-        batch_size=4,
-        eval_batch_size=16,
-        seed=5,
-    )
-    model = Recorder()
-    trainer = L.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        devices=2,
-        strategy="ddp",
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model, data)
-    trainer.predict(model, data, return_predictions=False)
-    (folder / f"seen{trainer.global_rank}.json").write_text(json.dumps(model.seen))
-    if trainer.is_global_zero:
-        lengths = [len(row) for row in data._rows["train"]["input_ids"]]
-        (folder / "lengths.json").write_text(json.dumps(lengths))
+    for run, sizes in RUNS.items():
+        # 33 rows in batches of 16 on two ranks: 17 and 16 rows, two steps against one if nothing were done.
+        data = TextData(
+            write(files / "train.jsonl", 50),
+            write(files / "val.jsonl", 33),
+            tokenizer=make_tokenizer(),
+            eval_batch_size=16,
+            seed=5,
+            **sizes,
+        )
+        model = Recorder()
+        trainer = L.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            devices=2,
+            strategy="ddp",
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(model, data)
+        trainer.predict(model, data, return_predictions=False)
+        (folder / f"{run}{trainer.global_rank}.json").write_text(json.dumps(model.seen))
+        if trainer.is_global_zero:
+            (folder / "lengths.json").write_text(json.dumps(data._rows["train"]["length"][:]))
 
 
 if __name__ == "__main__":

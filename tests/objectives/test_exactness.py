@@ -11,6 +11,7 @@ from torch import Tensor
 
 import exact
 from ildistil import objectives
+from ildistil.data import TokenBudgetSampler
 from ildistil.objectives import ObjectiveError
 from table import CASES
 
@@ -61,6 +62,10 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     expected = {name: exact.step([case.make()], exact.rows(), exact.models(), 8) for name, case in CASES.items()}
     expected["masked language model"] = exact.step(exact.several(), exact.masked_rows(), exact.masked_models(), 8)
     expected["accumulated"] = expected["AttentionKL"]
+    shares = [list(TokenBudgetSampler(exact.budget(14).lengths, 14, 2, rank)) for rank in range(2)]
+    assert sorted(len(batch) for share in shares for batch in share) == [1, 2, 2, 2]
+    expected["token budget"] = exact.step(exact.several(), exact.budget_rows(), exact.models(), 7)
+    expected["token budget, accumulated"] = expected["token budget"]
     assert first.keys() == expected.keys()
     for name in expected:
         assert_same(first[name], expected[name], name)

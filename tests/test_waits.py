@@ -1,0 +1,95 @@
+"""How often a training step waits for the device: at most once, and not for every term."""
+
+import traceback
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tiny
+from ildistil import Distillation, Distiller, kernels, objectives
+from ildistil.monitor import Throughput
+from table import CASES
+from test_distiller import every_kind, loader, pair, trainer
+
+# Operations whose result, or its shape, the host has to know: on a GPU they wait for all that was asked of it before.
+WAITING = {"_local_scalar_dense", "_unique2", "bincount", "equal", "masked_select", "nonzero", "unique_dim"}
+# The bank of CLSContrast keeps rows by their ids; AttentionMSE looks whether its errors are small.
+LOOKING = ["CLSContrast", "AttentionMSE", "AttentionMSE-last"]
+
+
+class Waits(TorchDispatchMode):
+    """Notes where the package waits; the models' own looks at their masks are not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in WAITING or by_mask:
+            frames = [
+                f for f in traceback.extract_stack() if "ildistil/" in f.filename or "transformers/" in f.filename
+            ]
+            if frames and "transformers/" not in frames[-1].filename:
+                self.found.append(f"{name} in {frames[-1].filename}, line {frames[-1].lineno}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "suits", lambda tensor: False)
+
+
+class Steps(L.Callback):
+    """Counts within each training step."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+        self._now: Waits | None = None
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self._now = Waits()
+        self._now.__enter__()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        assert self._now is not None
+        self._now.__exit__(None, None, None)
+        self.counts.append(len(self._now.found))
+
+
+def test_what_waits_is_seen() -> None:
+    with Waits() as waits:
+        ok = torch.ones(3)
+        ok.sum().item()
+    assert waits.found == []  # not ours
+    term = objectives.CLSContrast(negatives=2, size=8)
+    engine = Distillation(*pair(), [term])
+    engine(tiny.batch(), step=0)
+    with Waits() as waits:
+        engine(tiny.batch(), step=1)
+    assert waits.found
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in LOOKING])
+def test_no_term_waits(name: str) -> None:
+    engine = Distillation(*pair(), [CASES[name].make()])
+    engine(tiny.batch(), step=0)  # the first step checks the masks
+    with Waits() as waits:
+        terms = engine(tiny.batch(), step=1)
+        terms.total.backward()
+        terms.logs("train")
+    assert waits.found == []
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, [1, 1, 1, 1]), ({"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}, [0, 1, 0, 1])],
+)
+def test_a_step_looks_at_its_losses_once(options: dict[str, Any], expected: list[int]) -> None:
+    steps = Steps()
+    trainer(*every_kind(), Throughput(), steps, max_epochs=2, **options).fit(Distiller(*pair()), loader())
+    assert steps.counts[4:] == expected
