@@ -1,24 +1,23 @@
 """What padding costs: an epoch of distillation with fixed, random, length-grouped and token-budget batches.
 
 All four train a student of every second layer on the same rows with ``LogitsKL`` and ``TaskLoss``, in slices that take
-turns in one process. Prints a table and JSON; the bar is 3 for fixed length against length-grouped::
+turns in one process. ``--data`` is a folder with a folder of files for each GLUE task, ``--teacher`` one with a model and
+its tokenizer. ``--batch`` counts rows, ``--tokens`` the tokens of a budget; rows are cut at ``--length``.
 
-    python benchmarks/batching.py --data glue --teacher teacher
-    python benchmarks/batching.py --data glue --teacher teacher --task qnli --rows 2048 --device cuda
+``python benchmarks/batching.py --data glue --teacher teacher``
 """
 
 import argparse
-import json
 import time
 
 import torch
 import torch.nn.functional as F
+from measure import finish, options
 from torch import Tensor
 
 from ildistil import Distillation, init_student, objectives
 from ildistil.data import Glue
 from ildistil.models import load
-from ildistil.plan import table
 
 SLICES = 16
 Batch = dict[str, Tensor]
@@ -48,7 +47,7 @@ def epochs(arguments: argparse.Namespace) -> dict[str, list[Batch]]:
     }
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+def measure(arguments: argparse.Namespace) -> list[list[object]]:
     torch.manual_seed(0)
     teacher = load(arguments.teacher, new_head=True).to(arguments.device)
     student = init_student(teacher, layers=list(range(2, teacher.config.num_hidden_layers + 1, 2)))
@@ -75,42 +74,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
         for name, batches in list(kinds.items())[:: 1 if part % 2 else -1]:
             seconds[name] += train(batches[part::SLICES])
     slowest = next(iter(seconds.values()))
-    return {name: {"seconds": s, "ratio": slowest / s, **_sizes(kinds[name], s)} for name, s in seconds.items()}
+    return [[name, *_sizes(kinds[name]), s, slowest / s] for name, s in seconds.items()]
 
 
-def _sizes(batches: list[Batch], seconds: float) -> dict[str, float]:
-    rows = sum(len(batch["row_id"]) for batch in batches)
+def _sizes(batches: list[Batch]) -> list[object]:
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     real = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    return {
-        "batches": len(batches),
-        "rows": rows,
-        "tokens": tokens,
-        "padding": 1 - real / tokens,
-        "ms_per_row": 1000 * seconds / rows,
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder with a folder of files for each GLUE task")
-    parser.add_argument("--teacher", required=True, help="folder of the teacher and its tokenizer")
-    parser.add_argument("--task", default="sst2")
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=32, help="rows of a batch, where it is rows that count")
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a batch, where it is tokens that count")
-    parser.add_argument("--length", type=int, default=128, help="the fixed length, and where rows are cut")
-    parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
-    found = measure(arguments)
-    rows = [
-        (name, f"{f['batches']:,}", f"{f['tokens']:,}", f"{f['padding']:.1%}", f"{f['seconds']:.1f}",
-         f"{f['ms_per_row']:.2f}", f"{f['ratio']:.2f}")
-        for name, f in found.items()
-    ]  # fmt: skip
-    print(table(("batches of", "number", "tokens", "padding", "seconds", "ms per row", "times faster"), rows))
-    print(json.dumps({**vars(arguments), "threads": torch.get_num_threads(), "found": found}, indent=2))
+    return [len(batches), tokens, 1 - real / tokens]
 
 
 if __name__ == "__main__":
-    main()
+    chosen = options(__doc__, data="glue", teacher="teacher", task="sst2", rows=4096, batch=32, tokens=1024, length=128)
+    chosen.add_argument("--device", default="cpu")
+    arguments = chosen.parse_args()
+    header = ["batches of", "number", "tokens", "padding", "s", "times faster"]
+    finish("batching", header, measure(arguments), arguments.json, rows_of_data=arguments.rows, task=arguments.task)

@@ -1,6 +1,6 @@
 """Draw the figures of the benchmarks: ``python benchmarks/chart.py FOLDER chart.png``.
 
-The folder holds what ``--json`` wrote: ``attention.json`` and ``kernels.json``.
+The folder holds what ``--json`` wrote: ``attention.json`` and ``attention_losses.json``.
 """
 
 import json
@@ -55,7 +55,7 @@ def lines(axes: Axes, rows: list[dict[str, Any]], key: str, title: str) -> None:
 
 
 def main(folder: Path, path: Path) -> None:
-    attention, kernels = rows_of(folder, "attention"), rows_of(folder, "kernels")
+    attention, kernels = rows_of(folder, "attention"), rows_of(folder, "attention_losses")
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     steps(axes[0, 0], attention, "8 x 512")
     steps(axes[0, 1], attention, "32 x 128")

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 __all__ = ["summed"]
 
-# Elements of one chunk of logits, on a CPU and elsewhere. Measured on a CPU: 2**21 to 2**23 are equally fast, larger ones
-# slower. A GPU wants larger matrix products; there it is a guess.
+# Elements of one chunk of logits, on a CPU and elsewhere. On a CPU 2**21 to 2**23 are equally fast, larger ones slower;
+# a GPU wants larger matrix products: how large hasn't been measured.
 _CHUNK, _CHUNK_ELSEWHERE = 2**22, 2**25
 
 

@@ -4,7 +4,7 @@ Twelve heads of size 32, one layer, no padding, forward and backward pass of the
 maps, ``ours`` doesn't. One relation of ``RelationKL`` costs what ``AttentionKL`` does. The memory is what a step takes
 beyond its inputs, the gradients of queries and keys included.
 
-``python benchmarks/kernels.py``
+``python benchmarks/attention_losses.py``
 """
 
 from collections.abc import Callable
@@ -65,4 +65,4 @@ if __name__ == "__main__":
     lengths = [2**i for i in range(6, 14)]
     rows = [row for n in lengths for row in measure(chosen.tokens, n, chosen.longest_plain, chosen.repeats)]
     header = ["batch", "loss", "form", "ms", "peak MiB", "in states of a layer"]
-    finish("kernels", header, rows, chosen.json, growth=growth(chosen.repeats * 4))
+    finish("attention_losses", header, rows, chosen.json, growth=growth(chosen.repeats * 4))
