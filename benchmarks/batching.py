@@ -1,7 +1,7 @@
 """What padding costs: an epoch of distillation with fixed, random, length-grouped and token-budget batches.
 
 All four train a student of every second layer on the same rows with ``LogitsKL`` and ``TaskLoss``, in slices that take
-turns in one process. ``--data`` is a folder with a folder of files for each GLUE task, ``--teacher`` one with a model and
+turns in one process. ``--data`` holds a folder of files for each GLUE task, ``--teacher`` is one with a model and
 its tokenizer. ``--batch`` counts rows, ``--tokens`` the tokens of a budget; rows are cut at ``--length``.
 
 ``python benchmarks/batching.py --data glue --teacher teacher``
