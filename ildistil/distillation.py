@@ -14,9 +14,12 @@ from transformers import PreTrainedModel
 from ildistil import ranks
 from ildistil.balance import Balance
 from ildistil.capture import Activations, Capture, Layers, Sizes, Tap, model_inputs, separate_configs, unwrapped
+from ildistil.capture.inputs import TARGETS
 from ildistil.objectives.base import Objective, ObjectiveError
 from ildistil.schedules import Schedule
 from ildistil.synthetic import synthetic_batch
+from ildistil.targets.layout import wanted_targets
+from ildistil.targets.teacher import StoredCapture, StoredTeacher
 
 __all__ = ["Distillation", "DryRun", "TermCheck", "Terms"]
 
@@ -107,7 +110,7 @@ class Distillation(nn.Module):
         student: the model to train; trainable parameters of this module are its own and the objectives' projections.
         teacher: the frozen model, or ``None`` if no objective needs one. It is switched to eval mode and its
             parameters' gradients off; it is not a registered child, so it is in no checkpoint, optimiser or DDP
-            bucket, but moves along with ``.to(...)``.
+            bucket, but moves along with ``.to(...)``. A :class:`~ildistil.targets.StoredTeacher` takes its place.
         objectives: the terms; several, with different names. May be set later by :meth:`set_objectives`.
         balance: what makes weights mean shares of the total; by default they are plain factors.
 
@@ -145,7 +148,7 @@ class Distillation(nn.Module):
         self.projections = nn.ModuleDict()
         self.objectives: dict[str, Objective] = {}
         self._student_capture: Capture | None = None
-        self._teacher_capture: Capture | None = None
+        self._teacher_capture: Capture | StoredCapture | None = None
         self._positions: int | None = None
         self._verified: set[tuple[str, Tap]] = set()
         self._reach: dict[str, set[int]] = {}
@@ -202,7 +205,10 @@ class Distillation(nn.Module):
         if self.teacher is not None:
             sizes = Sizes.of(self.teacher)
             wanted = {tap for o in used if o.needs_teacher for tap in o.teacher_may_want(sizes)}
-            self._teacher_capture = Capture(self.teacher, wanted, "teacher") if wanted else None
+            if wanted and isinstance(self.teacher, StoredTeacher):
+                self._teacher_capture = self.teacher.capture(wanted_targets(used, sizes))
+            else:
+                self._teacher_capture = Capture(self.teacher, wanted, "teacher") if wanted else None
         self._verified = set()
 
     def detach(self) -> None:
@@ -309,7 +315,7 @@ class Distillation(nn.Module):
         return values, counts
 
     def _captured(
-        self, capture: Capture, wants: Iterable[set[Tap]], batch: Mapping[str, Any], verify: bool
+        self, capture: Capture | StoredCapture, wants: Iterable[set[Tap]], batch: Mapping[str, Any], verify: bool
     ) -> Activations:
         wanted = frozenset[Tap]().union(*wants)
         # The first step checks the masks too, for those who never make a dry run; not inside a compiled student,
@@ -367,9 +373,43 @@ class Distillation(nn.Module):
         reached = set().union(*self._reach.values())
         return DryRun(checks, [p for p in parameters if id(p) not in reached])
 
-    def synthetic_batch(self) -> dict[str, Tensor] | None:
+    def synthetic_batch(self) -> dict[str, Any] | None:
         """Make two short sequences of unequal length, or ``None`` where the models' inputs aren't known."""
-        return synthetic_batch(unwrapped(self.student))
+        batch: dict[str, Any] | None = synthetic_batch(unwrapped(self.student))
+        if batch is not None and isinstance(self._teacher_capture, StoredCapture):
+            batch[TARGETS] = self._teacher_capture.made_up(batch)
+        return batch
+
+    def with_targets(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        step: int | None = None,
+        progress: float | None = None,
+        only: Collection[str] | None = None,
+    ) -> Mapping[str, Any]:
+        """Add the stored targets that a step will want to its batch, so that they move to its device along with it.
+
+        Changes nothing where the teacher isn't stored, or has to run for this batch.
+
+        Args:
+            batch: the batch, best still on the CPU.
+            step: see :meth:`forward`.
+            progress: see :meth:`forward`.
+            only: see :meth:`forward`.
+        """
+        if not isinstance(self.teacher, StoredTeacher) or not isinstance(batch, Mapping):
+            return batch
+        active = [self.objectives[name] for name in self.weights_at(progress, only)]
+        if not {o.name for o in active} <= self._hooked or not isinstance(self._teacher_capture, StoredCapture):
+            self.attach()
+        for objective in active:
+            objective.begin(step)
+        wants = (o.teacher_wants(self.teacher.sizes) for o in active if o.needs_teacher)
+        wanted = frozenset[Tap]().union(*wants)
+        capture = self._teacher_capture
+        targets = capture.read(batch, wanted) if wanted and isinstance(capture, StoredCapture) else None
+        return batch if targets is None else {**batch, TARGETS: targets}
 
     @property
     def captured(self) -> dict[str, list[Tap]]:

@@ -27,9 +27,10 @@ MAY_IMPORT = {
     "export": set(),
     "monitor": set(),
     "objectives": {"functional", "kernels", "capture", "mappings", "ranks", "schedules"},
-    "distillation": {"balance", "capture", "objectives", "ranks", "schedules", "synthetic"},
+    "distillation": {"balance", "capture", "objectives", "ranks", "schedules", "synthetic", "targets"},
+    "targets": {"capture", "data", "objectives"},
     "presets": {"objectives", "stages"},
-    "plan": {"capture", "distillation", "schedules", "stages"},
+    "plan": {"capture", "distillation", "schedules", "stages", "targets"},
     "distiller": {
         "balance",
         "capture",
@@ -40,6 +41,7 @@ MAY_IMPORT = {
         "ranks",
         "schedules",
         "stages",
+        "targets",
     },
 }
 LAST = {"cli", "quickstart"}  # they may import every room
