@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -93,6 +94,11 @@ class Distiller(L.LightningModule):
         self._timeline = Timeline((), math.inf)
         self._all_callbacks: list[Callback] = []
         self._window: _Window | None = None
+        if isinstance(teacher, StoredTeacher):
+            # As the instance's own, since Lightning warns of every class that has this hook beside a data module.
+            # Where the data module has it, targets are read in the step.
+            warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
+            self.on_before_batch_transfer = self._read_targets  # type: ignore[method-assign]
 
     @property
     def student(self) -> nn.Module:
@@ -211,8 +217,8 @@ class Distiller(L.LightningModule):
 
     # Training
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Read the stored targets of a training batch, if there are any, before it goes to its device."""
+    def _read_targets(self, batch: Any, dataloader_idx: int) -> Any:
+        """Read the stored targets of a training batch before it goes to its device."""
         if self._trainer is None or not self.trainer.training:
             return batch
         place = self._timeline.place(self.global_step)
@@ -269,7 +275,7 @@ class Distiller(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         """Write the targets that this epoch made."""
         if isinstance(self.teacher, StoredTeacher):
-            self.teacher.flush()
+            self.teacher.end_epoch()
 
     def _watch_last_stage(self) -> None:
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]

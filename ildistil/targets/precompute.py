@@ -74,7 +74,7 @@ class Estimate:
         per_token, per_row = (self.layout.bytes_per(token=token, dtype=self.dtype) for token in (True, False))
         lines = [
             f"Targets in {self.folder}, in {self.dtype}",
-            f"  rows    {self.rows:,}, of which {self.rows - self.missing_rows:,} are stored",
+            f"  rows    {self.rows:,} different ones, of which {self.rows - self.missing_rows:,} are stored",
             f"  tokens  {self.tokens:,} at {per_token:,} bytes; {per_row + _ROW_BYTES:,} bytes a row beside",
             *(f"  {_told(column)}" for column in self.layout.columns),
             f"  needed  {_size(self.bytes)}, of which {_size(self.missing_bytes)} are to be written; "
@@ -108,7 +108,9 @@ def precompute(
     *,
     report: Callable[[str], object] = rank_zero_info,
 ) -> Estimate:
-    """Store the targets of all rows that aren't stored yet. Whoever is interrupted goes on by calling it again.
+    """Say what is needed, and store the targets of all rows that aren't stored yet.
+
+    Whoever is interrupted goes on by calling it again.
 
     Args:
         stored: where to, with the teacher: ``StoredTeacher(folder, teacher)``. It runs on the device it is on.
@@ -116,7 +118,7 @@ def precompute(
         student: the student, or its sizes: layer mappings depend on its depth.
         batches: the training data, gone through twice: a list or a loader, best with rows of similar length in a
             batch.
-        report: takes the lines that say how far it is.
+        report: takes the estimate, and the lines that say how far it is.
 
     Returns:
         What there was to do.
@@ -142,7 +144,10 @@ def precompute(
         raise TargetsError("The batches are gone through twice. Give a list or a DataLoader, not an iterator.")
     with _capturing(stored, objectives, student) as capture:
         needed = _estimate(capture, batches)
+        report(str(needed))
         needed.check_space()
+        if not needed.missing_rows:
+            return needed
         done, started, told = 0, time.monotonic(), time.monotonic()
         device = next((p.device for p in stored.parameters()), None)
         for batch in batches:

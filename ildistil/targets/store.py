@@ -1,6 +1,7 @@
 """The folder: a description and shards, written once and never changed, so that several processes can share it."""
 
 import os
+import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -18,11 +19,11 @@ from ildistil.targets.errors import TargetsError
 from ildistil.targets.layout import Column, Header, torch_dtype
 from ildistil.targets.rows import KEY_BYTES
 
-__all__ = ["SHARD_BYTES", "Found", "Store"]
+__all__ = ["DESCRIPTION", "SHARD_BYTES", "Found", "Store"]
 
 # What a run that is killed loses at most, and what waits in memory.
 SHARD_BYTES = 128 * 2**20
-_DESCRIPTION = "targets.json"
+DESCRIPTION = "targets.json"
 _KEYS, _STARTS = "row.keys", "row.starts"
 
 
@@ -120,11 +121,6 @@ class Store:
         return len(self._keys)
 
     @property
-    def rows(self) -> int:
-        """Number of rows, those that wait included."""
-        return len(self) + len(self._open)
-
-    @property
     def size(self) -> int:
         """Bytes of all shards."""
         return sum(shard.path.stat().st_size for shard in self._shards)
@@ -132,7 +128,7 @@ class Store:
     # Reading
 
     def _read_header(self) -> Header | None:
-        path = self.folder / _DESCRIPTION
+        path = self.folder / DESCRIPTION
         if not path.is_file():
             return None
         try:
@@ -152,7 +148,7 @@ class Store:
             return
         if self.header is None:
             raise TargetsError(
-                f"{self.folder} has shards but no {_DESCRIPTION} that says what they are. Name another folder, or "
+                f"{self.folder} has shards but no {DESCRIPTION} that says what they are. Name another folder, or "
                 "delete this one."
             )
         for shard in new:
@@ -214,14 +210,14 @@ class Store:
             TargetsError: another process wrote another one.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self.folder / f".{_DESCRIPTION}-{uuid.uuid4().hex[:12]}"
+        draft = self.folder / f".{DESCRIPTION}-{uuid.uuid4().hex[:12]}"
         draft.write_text(header.to_json(), encoding="utf-8")
         try:
-            os.link(draft, self.folder / _DESCRIPTION)  # unlike a rename it fails where there is one
+            os.link(draft, self.folder / DESCRIPTION)  # unlike a rename it fails where there is one
         except FileExistsError:
             pass
         except OSError:  # a file system without links
-            draft.rename(self.folder / _DESCRIPTION)
+            draft.rename(self.folder / DESCRIPTION)
         finally:
             draft.unlink(missing_ok=True)
         self.header = self._read_header()
@@ -271,6 +267,7 @@ class Store:
             tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
             tensors[_STARTS] = torch.cat([torch.zeros(1, dtype=torch.long), tensors[_STARTS].cumsum(0)])
             tensors[_KEYS] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
+            self._check_space()
             name = f"shard-{uuid.uuid4().hex[:12]}.safetensors"
             draft = self.folder / f".{name}"
             try:
@@ -280,3 +277,16 @@ class Store:
                 draft.unlink(missing_ok=True)
             self._open, self._open_keys, self._open_bytes = [], set(), 0
         self.refresh()
+
+    def _check_space(self) -> None:
+        """Refuse to fill the disk to its last byte, which harms everyone on it.
+
+        Raises:
+            TargetsError: there is no space for the rows that wait.
+        """
+        free = shutil.disk_usage(self.folder).free
+        if self._open_bytes > free:
+            raise TargetsError(
+                f"The disk of {self.folder} is full: {free / 1e6:,.0f} MB are free, {self._open_bytes / 1e6:,.0f} MB "
+                "are to be written. Free some, and run again: what is written stays."
+            )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from ildistil.capture import Activations, Attention, Capture, Layers, Sizes, Tap
@@ -80,6 +80,7 @@ class StoredTeacher(nn.Module):
             self.facts = header.teacher
             if self.live is not None:
                 self.facts.check(self.live)
+        self.made = self._made_before = self._epochs = 0  # rows, in how many epochs
         self.requires_grad_(False).eval()
 
     @property
@@ -134,6 +135,15 @@ class StoredTeacher(nn.Module):
             self.live = model.requires_grad_(False).eval()
         return self.live
 
+    def skeleton(self) -> transformers.PreTrainedModel | None:
+        """Give the teacher's model without weights, to know it by; ``None`` where transformers has no such class."""
+        kind, config = getattr(transformers, self.sizes.name, None), self.config
+        if kind is None or config is None or not isinstance(config, kind.config_class):
+            return None
+        with torch.device("meta"):
+            model: transformers.PreTrainedModel = kind(config)
+        return model
+
     def check_tokenizer(self, digest: str) -> None:
         """Refuse the data of another tokenizer.
 
@@ -169,6 +179,17 @@ class StoredTeacher(nn.Module):
     def flush(self) -> None:
         """Write the rows that wait in memory."""
         self.store.flush()
+
+    def end_epoch(self) -> None:
+        """Write the rows that wait, and warn if there are new ones in every epoch."""
+        self.flush()
+        if self._epochs and self.made > self._made_before:
+            rank_zero_warn(
+                f"{self.made - self._made_before:,} rows of this epoch were not stored, though it wasn't the first. "
+                "Rows that are other ones in each epoch (tokens masked at random, augmentation) fill the disk for "
+                "nothing: leave model.targets out."
+            )
+        self._epochs, self._made_before = self._epochs + 1, self.made
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: there is no model to run."""
@@ -312,11 +333,10 @@ class StoredCapture:
 
     def fill(self, batch: Mapping[str, Any]) -> int:
         """Store the rows of a batch that aren't stored, and tell how many they were."""
-        store = self.model.store
-        before = store.rows
-        if store.header is None or self.read(batch, frozenset()) is None:
+        before = self.model.made
+        if self.model.store.header is None or self.read(batch, frozenset()) is None:
             self._made(batch)
-        return store.rows - before
+        return self.model.made - before
 
     def _made(self, batch: Mapping[str, Any], verify: bool = False) -> Targets:
         """Run the teacher on a batch, and store those of its rows that aren't stored."""
@@ -325,7 +345,7 @@ class StoredCapture:
         if store.header is None:
             store.create(Header(self.model.dtype, self.model.facts, layout, self.model.tokenizer))
         lengths = targets.lengths()
-        store.add(rows.keys, lengths, {name: value.cpu() for name, value in targets.values.items()})
+        self.model.made += store.add(rows.keys, lengths, {name: value.cpu() for name, value in targets.values.items()})
         return targets
 
     def _run(self, batch: Mapping[str, Any], verify: bool) -> tuple[Rows, Layout, Targets]:
