@@ -91,6 +91,20 @@ class Rows:
             rows = [row[mask].tobytes() for row, mask in zip(tokens, self.mask.numpy(), strict=True)]
         return [f"{name} {value.dtype} {len(row)}:".encode() + row for row in rows]
 
+    def check_labels(self, labels: Any) -> None:
+        """Refuse labels of padding: nothing is stored of it, so there is nothing to learn from.
+
+        Raises:
+            TargetsError: a label of padding counts.
+        """
+        if self.mask is None or not isinstance(labels, Tensor) or labels.shape != self.mask.shape:
+            return
+        if bool(((labels.cpu() != -100) & ~self.mask).any()):
+            raise TargetsError(
+                "Some labels of padding aren't -100, so that padding would be learned from, of which nothing is "
+                "stored. Let the collate function set them to -100, as transformers' do."
+            )
+
     def check_padding(self, *, offset_matters: bool) -> None:
         """Refuse padding that the teacher's values would depend on.
 

@@ -289,6 +289,8 @@ class StoredCapture:
         turned = any(c.part in ("q", "k") for c in columns)
         by_row = any(not c.per_token for c in columns)
         rows.check_padding(offset_matters=(absolute and (by_row or not placed)) or (turned and not placed))
+        if any(c.per_token for c in columns if c.name == "logits"):
+            rows.check_labels(batch.get("labels"))
         if layout is not None and rows.names != layout.inputs:
             raise TargetsError(
                 f"The targets in {self.model.store.folder} were made from {', '.join(layout.inputs)}; this batch gives "
