@@ -311,8 +311,7 @@ class _PrecomputeCLI(_DistillCLI):
             print(estimate(*work))
             return
         precompute(*work, report=print)
-        print(f"Stored: {len(stored.store):,} rows, {stored.store.size / 1e9:.3f} GB.")
-        print(f"Train with them: ildistil fit ... --model.targets {stored.store.folder}")
+        print(f"{len(stored.store):,} rows are stored: ildistil fit --model.targets {stored.store.folder}")
 
     def _training_batches(self) -> Any:
         """Prepare the data as the Trainer does, and give the loader of the training set."""
