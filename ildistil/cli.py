@@ -305,12 +305,12 @@ class _PrecomputeCLI(_DistillCLI):
             raise ValueError("Name the folder of the targets: --model.targets FOLDER.")
         batches = self._training_batches()
         stored.check_data(self.datamodule)
-        stored.to(self.trainer.strategy.root_device)
+        device = self.trainer.strategy.root_device
         work = (stored, self.objectives(), self.model.student, batches)
         if self._get(self.config, "estimate"):
-            print(estimate(*work))
+            print(estimate(*work, device=device))
             return
-        precompute(*work, report=print)
+        precompute(*work, device=device, report=print)
         print(f"{len(stored.store):,} rows are stored: ildistil fit --model.targets {stored.store.folder}")
 
     def _training_batches(self) -> Any:

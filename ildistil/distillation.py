@@ -18,8 +18,9 @@ from ildistil.capture.inputs import TARGETS
 from ildistil.objectives.base import Objective, ObjectiveError
 from ildistil.schedules import Schedule
 from ildistil.synthetic import synthetic_batch
+from ildistil.targets.capture import StoredCapture
 from ildistil.targets.layout import wanted_targets
-from ildistil.targets.teacher import StoredCapture, StoredTeacher
+from ildistil.targets.teacher import StoredTeacher
 
 __all__ = ["Distillation", "DryRun", "TermCheck", "Terms"]
 
@@ -206,7 +207,7 @@ class Distillation(nn.Module):
             sizes = Sizes.of(self.teacher)
             wanted = {tap for o in used if o.needs_teacher for tap in o.teacher_may_want(sizes)}
             if wanted and isinstance(self.teacher, StoredTeacher):
-                self._teacher_capture = self.teacher.capture(wanted_targets(used, sizes))
+                self._teacher_capture = StoredCapture(self.teacher, wanted_targets(used, sizes))
             else:
                 self._teacher_capture = Capture(self.teacher, wanted, "teacher") if wanted else None
         self._verified = set()
@@ -401,14 +402,16 @@ class Distillation(nn.Module):
         if not isinstance(self.teacher, StoredTeacher) or not isinstance(batch, Mapping):
             return batch
         active = [self.objectives[name] for name in self.weights_at(progress, only)]
-        if not {o.name for o in active} <= self._hooked or not isinstance(self._teacher_capture, StoredCapture):
-            self.attach()
         for objective in active:
             objective.begin(step)
         wants = (o.teacher_wants(self.teacher.sizes) for o in active if o.needs_teacher)
         wanted = frozenset[Tap]().union(*wants)
-        capture = self._teacher_capture
-        targets = capture.read(batch, wanted) if wanted and isinstance(capture, StoredCapture) else None
+        if not wanted:
+            return batch
+        if self._teacher_capture is None or not {o.name for o in active} <= self._hooked:
+            self.attach()
+        assert isinstance(self._teacher_capture, StoredCapture)
+        targets = self._teacher_capture.read(batch, wanted)
         return batch if targets is None else {**batch, TARGETS: targets}
 
     @property

@@ -32,7 +32,7 @@ from ildistil import Distillation, Distiller, Stage, mappings, objectives
 from ildistil.capture import Tap
 from ildistil.objectives import Objective
 from ildistil.targets import StoredTeacher, TargetsError, estimate, precompute
-from ildistil.targets.teacher import StoredCapture
+from ildistil.targets.capture import StoredCapture
 from table import CASES
 from test_distiller import loader, trainer
 
@@ -145,7 +145,7 @@ def test_targets_of_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetsError, match="targets are of another teacher"):
         StoredTeacher(tmp_path, other)
     with pytest.raises(TargetsError, match="targets are of another teacher"):
-        StoredTeacher(tmp_path, lambda: other).whole()
+        StoredTeacher(tmp_path, lambda: other).load()
     with pytest.raises(TargetsError, match="made with another tokenizer"):
         StoredTeacher(tmp_path).check_tokenizer("two")
     with pytest.raises(TargetsError, match="are in float16, not in float32"):

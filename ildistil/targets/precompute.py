@@ -15,14 +15,16 @@ from torch import Tensor, nn
 
 from ildistil.capture import Sizes
 from ildistil.objectives.base import Objective
+from ildistil.targets.capture import StoredCapture
 from ildistil.targets.errors import TargetsError
 from ildistil.targets.layout import Column, Dtype, Layout, wanted_targets
 from ildistil.targets.rows import KEY_BYTES
-from ildistil.targets.teacher import StoredCapture, StoredTeacher
+from ildistil.targets.teacher import StoredTeacher
 
 __all__ = ["Estimate", "estimate", "precompute"]
 
 Batches = Iterable[Mapping[str, Any]]
+Device = torch.device | str | None
 Objectives = Iterable[Objective] | Mapping[str, Objective]
 
 _ROW_BYTES = KEY_BYTES + 8  # its key, and where its tokens start
@@ -87,7 +89,14 @@ class Estimate:
         return tokens * per_token + rows * (per_row + _ROW_BYTES)
 
 
-def estimate(stored: StoredTeacher, objectives: Objectives, student: nn.Module | Sizes, batches: Batches) -> Estimate:
+def estimate(
+    stored: StoredTeacher,
+    objectives: Objectives,
+    student: nn.Module | Sizes,
+    batches: Batches,
+    *,
+    device: Device = None,
+) -> Estimate:
     """Count what :func:`precompute` would store. The teacher runs on one batch at most.
 
     Args:
@@ -95,9 +104,10 @@ def estimate(stored: StoredTeacher, objectives: Objectives, student: nn.Module |
         objectives: what will be trained by.
         student: the student, or its sizes: layer mappings depend on its depth.
         batches: the training data; gone through once.
+        device: where the teacher runs; by default where it is.
     """
     with _capturing(stored, objectives, student) as capture:
-        return _estimate(capture, batches)
+        return _estimate(capture, batches, device)
 
 
 def precompute(
@@ -106,6 +116,7 @@ def precompute(
     student: nn.Module | Sizes,
     batches: Batches,
     *,
+    device: Device = None,
     report: Callable[[str], object] = rank_zero_info,
 ) -> Estimate:
     """Say what is needed, and store the targets of all rows that aren't stored yet.
@@ -113,11 +124,12 @@ def precompute(
     Whoever is interrupted goes on by calling it again.
 
     Args:
-        stored: where to, with the teacher: ``StoredTeacher(folder, teacher)``. It runs on the device it is on.
+        stored: where to, with the teacher: ``StoredTeacher(folder, teacher)``.
         objectives: what will be trained by; terms whose weight is 0 are left out.
         student: the student, or its sizes: layer mappings depend on its depth.
         batches: the training data, gone through twice: a list or a loader, best with rows of similar length in a
             batch.
+        device: where the teacher runs; by default where it is.
         report: takes the estimate, and the lines that say how far it is.
 
     Returns:
@@ -143,15 +155,15 @@ def precompute(
     if iter(batches) is batches:
         raise TargetsError("The batches are gone through twice. Give a list or a DataLoader, not an iterator.")
     with _capturing(stored, objectives, student) as capture:
-        needed = _estimate(capture, batches)
+        needed = _estimate(capture, batches, device)
         report(str(needed))
         needed.check_space()
         if not needed.missing_rows:
             return needed
+        stored.load()
         done, started, told = 0, time.monotonic(), time.monotonic()
-        device = next((p.device for p in stored.parameters()), None)
         for batch in batches:
-            done += capture.fill(_moved(batch, device))
+            done += capture.fill(_moved(batch, stored, device))
             now = time.monotonic()
             if now - told > _SECONDS and done:
                 told, rate = now, done / (now - started)
@@ -180,15 +192,14 @@ def _capturing(stored: StoredTeacher, objectives: Objectives, student: nn.Module
         stored.flush()
 
 
-def _estimate(capture: StoredCapture, batches: Batches) -> Estimate:
+def _estimate(capture: StoredCapture, batches: Batches, device: Device) -> Estimate:
     stored = capture.model
-    device = next((p.device for p in stored.parameters()), None)
     seen: set[bytes] = set()
     tokens = missing_rows = missing_tokens = 0
     layout: Layout | None = None
     for batch in batches:
         if layout is None:
-            layout = capture.layout_for(_moved(batch, device))
+            layout = capture.layout_for(_moved(batch, stored, device))
         for key, length, missing in capture.survey(batch):
             if key not in seen:
                 seen.add(key)
@@ -201,8 +212,10 @@ def _estimate(capture: StoredCapture, batches: Batches) -> Estimate:
     return Estimate(stored.store.folder, stored.dtype, layout, *counts)
 
 
-def _moved(batch: Mapping[str, Any], device: torch.device | None) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, Tensor) and device is not None else v for k, v in batch.items()}
+def _moved(batch: Mapping[str, Any], stored: StoredTeacher, device: Device) -> dict[str, Any]:
+    """Bring a batch to where the teacher runs, which follows it."""
+    place = device or next((p.device for p in stored.parameters()), None)
+    return {k: v.to(place) if isinstance(v, Tensor) and place is not None else v for k, v in batch.items()}
 
 
 def _told(column: Column) -> str:

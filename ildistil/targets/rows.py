@@ -150,7 +150,7 @@ class Targets:
         numbers: list[int] = torch.bincount(self.positions.cpu() // max(tokens, 1), minlength=rows).tolist()
         return numbers
 
-    def padded(self, name: str) -> Tensor:
+    def per_token(self, name: str) -> Tensor:
         """Give the values of a column that has one for each token, ``(batch, tokens, ...)``, with zeros for padding."""
         values = widened(self.values[name])
         rows, tokens = self.size
@@ -158,7 +158,7 @@ class Targets:
         # Places, not a mask: a mask's number of tokens would have to be waited for on a GPU.
         return whole.index_copy_(0, self.positions, values).view(rows, tokens, *values.shape[1:])
 
-    def whole(self, name: str) -> Tensor:
+    def per_row(self, name: str) -> Tensor:
         """Give the values of a column that has one for each row."""
         return widened(self.values[name])
 

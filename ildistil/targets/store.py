@@ -227,7 +227,7 @@ class Store:
             )
 
     def add(self, keys: Sequence[bytes], lengths: Sequence[int], values: Mapping[str, Tensor]) -> int:
-        """Add those rows that aren't there, and write a shard when there are enough of them.
+        """Add those rows with a token that aren't there, and write a shard when there are enough of them.
 
         Args:
             keys: of all rows.
@@ -243,7 +243,7 @@ class Store:
         ends = np.cumsum([0, *lengths]).tolist()
         added = 0
         for i in missing:
-            if keys[i] in self._open_keys:
+            if keys[i] in self._open_keys or not lengths[i]:
                 continue
             row = {
                 column.name: values[column.name][ends[i] : ends[i + 1]].flatten(1)
