@@ -182,21 +182,23 @@ class Store:
 
         A row that isn't there has no tokens, and the value 0.
         """
-        return {column.name: self._column(found, column) for column in columns}
-
-    def _column(self, found: Found, column: Column) -> Tensor:
         assert self.header is not None
-        parts = []
-        for number, row in self._pairs(found):
-            if number < 0:
-                parts += [] if column.per_token else [torch.zeros(1, column.width)]
-                continue
-            shard = self._shards[number]
-            begin, end = (shard.starts[row], shard.starts[row + 1]) if column.per_token else (row, row + 1)
-            parts.append(shard.tensors[column.name][begin:end])
-        dtype = torch_dtype(self.header.dtype)
-        values = torch.cat([part.to(dtype) for part in parts]) if parts else torch.zeros(0, column.width, dtype=dtype)
-        return values.view(len(values), *column.shape)
+        there = [(self._shards[shard], row) for shard, row in self._pairs(found) if shard >= 0]
+        spans = {
+            True: [(shard, shard.starts[row], shard.starts[row + 1]) for shard, row in there],
+            False: [(shard, row, row + 1) for shard, row in there],
+        }
+        dtype, values = torch_dtype(self.header.dtype), {}
+        for column in columns:
+            name = column.name
+            parts = [shard.tensors[name][begin:end] for shard, begin, end in spans[column.per_token]]
+            joined = torch.cat(parts) if parts else torch.zeros(0, column.width, dtype=dtype)
+            if not column.per_token and len(there) < len(found.rows):
+                whole = torch.zeros(len(found.rows), column.width, dtype=dtype)
+                whole[torch.from_numpy(found.shards >= 0)] = joined
+                joined = whole
+            values[name] = joined.view(len(joined), *column.shape)
+        return values
 
     def _pairs(self, found: Found) -> list[tuple[int, int]]:
         return list(zip(found.shards.tolist(), found.rows.tolist(), strict=True))
