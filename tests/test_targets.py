@@ -79,10 +79,25 @@ def selected() -> list[Objective]:
     ]
 
 
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> StoredTeacher:
+    return stored(tmp_path_factory.mktemp("targets"), [case.make() for case in CASES.values()], dtype="float32")
+
+
 @pytest.mark.parametrize("name", [n for n in CASES if n != "TaskLoss"])
-def test_the_same_losses_and_gradients_as_with_the_teacher(name: str, tmp_path: Path) -> None:
+def test_the_same_losses_and_gradients_as_with_the_teacher(name: str, everything: StoredTeacher) -> None:
     batch = tiny.batch(LENGTHS)
-    teacher = stored(tmp_path, [CASES[name].make()], dtype="float32")
+    assert_same(step([CASES[name].make()], everything, batch), step([CASES[name].make()], models()[1], batch), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["AttentionKL", "AttentionMSE", "AttentionDIST", "RelationKL-heads", "QKVMSE"])
+def test_no_more_is_read_than_an_objective_says(name: str, tmp_path: Path) -> None:
+    """What isn't among its attention_parts isn't stored, and would make its loss not a number."""
+    batch, term = tiny.batch(LENGTHS), CASES[name].make()
+    teacher = stored(tmp_path, [term], dtype="float32")
+    header = teacher.store.header
+    assert header is not None
+    assert "".join(sorted({column.part for column in header.layout.columns})) == "".join(sorted(term.attention_parts))
     assert_same(step([CASES[name].make()], teacher, batch), step([CASES[name].make()], models()[1], batch), 1e-6)
 
 
