@@ -304,22 +304,27 @@ class _PrecomputeCLI(_DistillCLI):
         if not isinstance(stored, StoredTeacher):
             raise ValueError("Name the folder of the targets: --model.targets FOLDER.")
         batches = self._training_batches()
-        stored.check_data(self.datamodule)
         device = self.trainer.strategy.root_device
         work = (stored, self.objectives(), self.model.student, batches)
         if self._get(self.config, "estimate"):
             print(estimate(*work, device=device))
             return
-        precompute(*work, device=device, report=print)
+        try:
+            precompute(*work, device=device, report=print)
+        except KeyboardInterrupt:
+            print(f"Interrupted: {len(stored.store):,} rows are stored. The same command goes on from there.")
+            raise SystemExit(130) from None
         print(f"{len(stored.store):,} rows are stored: ildistil fit --model.targets {stored.store.folder}")
 
     def _training_batches(self) -> Any:
-        """Prepare the data as the Trainer does, and give the loader of the training set."""
+        """Prepare and check the data as a fit does, and give the loader of the training set."""
         self.trainer.strategy.connect(self.model)
         self.trainer.state.fn = TrainerFn.FITTING
-        self.datamodule.trainer = self.trainer
+        self.trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
+        self.datamodule.trainer = self.model.trainer = self.trainer
         self.datamodule.prepare_data()
         self.datamodule.setup("fit")
+        self.model.setup("fit")
         return self.datamodule.train_dataloader()
 
 

@@ -218,6 +218,16 @@ def test_stored_targets(
     error = fails(capsys, "fit", "--config=run.yaml", "--model.targets=targets", *steps)
     assert "The targets are of another teacher: its weights (BertForSequenceClassification, from ./teacher)" in error
     tiny.save_teacher(Path("teacher"), layers=4)
+    tiny.save_teacher(Path("three"), layers=4, labels=3)
+    precompute = ("precompute", "--config=run.yaml")
+    assert "The data has 2 labels, the models have 3" in fails(
+        capsys, *precompute, "--model.teacher.path=./three", "--model.targets=others"
+    )
+    with monkeypatch.context() as context:
+        context.setattr("ildistil.cli.precompute", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            cli.main([*precompute, *steps])
+    assert "Interrupted: 12 rows are stored. The same command goes on" in capsys.readouterr().out
     assert "no hidden[2], hidden[4]" in fails(
         capsys, "fit", "--config=run.yaml", "--model.targets=targets", "--objectives.hidden=HiddenMSE"
     )

@@ -178,9 +178,10 @@ def _capturing(stored: StoredTeacher, objectives: Objectives, student: nn.Module
     sizes = student if isinstance(student, Sizes) else Sizes.of(student)
     given = objectives.values() if isinstance(objectives, Mapping) else objectives
     used = [copy.deepcopy(objective) for objective in given if objective.weight != 0]
-    for objective in used:  # copies: the caller's own belong to an engine, with what they learn
-        objective.projections = nn.ModuleDict()
-        objective.build(sizes, stored.sizes)
+    with torch.random.fork_rng(devices=[]):  # projections are made, at random, and not used
+        for objective in used:  # copies: the caller's own belong to an engine, with what they learn
+            objective.projections = nn.ModuleDict()
+            objective.build(sizes, stored.sizes)
     wanted = wanted_targets(used, stored.sizes)
     if not wanted:
         raise TargetsError("None of the objectives reads anything of a teacher, so there is nothing to store.")
