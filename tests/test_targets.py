@@ -398,6 +398,17 @@ def test_targets_made_along_the_way(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert watch.losses == pytest.approx(live.losses, rel=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_precision_of_the_run_does_not_change_the_targets(precision: str, tmp_path: Path) -> None:
+    data, teacher = loader(rows=4), models()[1]
+    read, watch = stored(tmp_path / "before", selected(), list(data)), Watch(teacher)
+    fit(StoredTeacher(tmp_path / "along", teacher), watch, data, precision=precision)
+    again = Watch(nn.Identity())
+    fit(read, again, data, precision=precision)
+    assert watch.losses == again.losses
+    assert next(teacher.parameters()).dtype == torch.float32
+
+
 def test_a_run_that_breaks_off_leaves_what_it_made(tmp_path: Path) -> None:
     teacher = models()[1]
     with pytest.raises(MemoryError):

@@ -51,7 +51,8 @@ class StoredCapture:
         if carried is None or not {c.name for c in self._columns(taps)} <= carried.values.keys():
             carried = self.read(batch, taps) or self._made(batch, verify)
         device = next(v.device for v in batch.values() if isinstance(v, Tensor))
-        return self._activations(batch, carried.to(device), taps)
+        with torch.autocast(device.type, enabled=False):
+            return self._activations(batch, carried.to(device), taps)
 
     def close(self) -> None:
         """Give the teacher, if it ran, its plain attention back."""
@@ -79,7 +80,8 @@ class StoredCapture:
             raise self._not_stored(rows, missing)
         lengths = torch.tensor(store.lengths(found))
         mask = rows.mask if rows.mask is not None else _all_real(lengths)
-        values = store.read(found, self._columns(wanted))
+        with torch.autocast("cpu", enabled=False):  # which would change the precision, or fail at it
+            values = store.read(found, self._columns(wanted))
         return Targets(values, _positions(mask), (mask.shape[0], mask.shape[1]))
 
     def made_up(self, batch: Mapping[str, Any]) -> Targets:

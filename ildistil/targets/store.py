@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ildistil.targets.errors import TargetsError
@@ -273,7 +273,7 @@ class Store:
             name = f"shard-{uuid.uuid4().hex[:12]}.safetensors"
             draft = self.folder / f".{name}"
             try:
-                save_file(tensors, draft)
+                draft.write_bytes(save(tensors))  # save_file would hide it from all other users
                 draft.rename(self.folder / name)
             finally:
                 draft.unlink(missing_ok=True)

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import transformers
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from ildistil.capture import Sizes
 from ildistil.targets.errors import TargetsError
@@ -180,6 +180,12 @@ class StoredTeacher(nn.Module):
                 "nothing: leave model.targets out."
             )
         self._epochs, self._made_before = self._epochs + 1, self.made
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Have the teacher follow to a device, in its own precision: the targets are those of its weights."""
+        if self.live is not None:
+            self.live.to(fn(torch.empty(0, device=next(self.live.parameters()).device)).device)
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: there is no model to run."""
