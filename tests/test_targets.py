@@ -253,10 +253,14 @@ def test_the_estimate_is_what_gets_written(tmp_path: Path, monkeypatch: pytest.M
     precompute(empty, terms, student, data)
     assert empty.store.size == pytest.approx(needed.bytes, rel=0.02)
     assert f"needed  {needed.bytes / 1e6:.2f} MB, of which 0.00 MB" in str(estimate(empty, terms, student, data))
-    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    full = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     with pytest.raises(TargetsError, match=r"need 0.06 MB more, and 0.00 MB are free on the disk.*map fewer layers"):
         precompute(StoredTeacher(tmp_path / "b", teacher), terms, student, data)
+    along = StoredTeacher(tmp_path / "c", teacher)
+    Distillation(student, along, terms)(data[0])
+    with pytest.raises(TargetsError, match=r"The disk of .* is full: 0 MB are free"):
+        along.flush()
 
 
 def test_small_shards_and_many_rows(tmp_path: Path) -> None:
