@@ -80,8 +80,7 @@ class StoredCapture:
             raise self._not_stored(rows, missing)
         lengths = torch.tensor(store.lengths(found))
         mask = rows.mask if rows.mask is not None else _all_real(lengths)
-        with torch.autocast("cpu", enabled=False):  # which would change the precision, or fail at it
-            values = store.read(found, self._columns(wanted))
+        values = store.read(found, self._columns(wanted))
         return Targets(values, _positions(mask), (mask.shape[0], mask.shape[1]))
 
     def made_up(self, batch: Mapping[str, Any]) -> Targets:

@@ -192,7 +192,7 @@ class Store:
         for column in columns:
             name = column.name
             parts = [shard.tensors[name][begin:end] for shard, begin, end in spans[column.per_token]]
-            joined = torch.cat(parts) if parts else torch.zeros(0, column.width, dtype=dtype)
+            joined = _joined(parts) if parts else torch.zeros(0, column.width, dtype=dtype)
             if not column.per_token and len(there) < len(found.rows):
                 whole = torch.zeros(len(found.rows), column.width, dtype=dtype)
                 whole[torch.from_numpy(found.shards >= 0)] = joined
@@ -266,7 +266,7 @@ class Store:
         """Write the rows that wait, and find them and those of other processes."""
         if self._open:
             keys, rows = zip(*self._open, strict=True)
-            tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+            tensors = {name: _joined([row[name] for row in rows]) for name in rows[0]}
             tensors[_STARTS] = torch.cat([torch.zeros(1, dtype=torch.long), tensors[_STARTS].cumsum(0)])
             tensors[_KEYS] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
             self._check_space()
@@ -292,3 +292,9 @@ class Store:
                 f"The disk of {self.folder} is full: {free / 1e6:,.0f} MB are free, {self._open_bytes / 1e6:,.0f} MB "
                 "are to be written. Free some, and run again: what is written stays."
             )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Join in the stored precision, which a run's autocast would change, or fail at."""
+    with torch.autocast("cpu", enabled=False):
+        return torch.cat(list(parts))
