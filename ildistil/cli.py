@@ -20,6 +20,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.trainer.states import TrainerFn
+from transformers import PreTrainedModel
 
 import ildistil
 import ildistil.data  # so that a YAML file can name Glue and TextData
@@ -33,6 +35,9 @@ from ildistil.monitor import Throughput
 from ildistil.objectives import Objective, TaskLoss
 from ildistil.plan import table
 from ildistil.schedules import Schedule
+from ildistil.targets import StoredTeacher, estimate, precompute
+from ildistil.targets.layout import Dtype
+from ildistil.targets.store import DESCRIPTION
 
 __all__ = ["finetuner", "main", "make_distiller"]
 
@@ -44,6 +49,7 @@ Distil a Transformer into a smaller one.
   quickstart   the whole story in three minutes, without any download
   finetune     fine-tune a pretrained model on a task: the teacher
   fit          distil a student from a teacher
+  precompute   store what a teacher says of the training set, for many runs without it
   validate     measure a student on the validation set
   test         measure a student on the test set
   predict      write a student's predictions to a file
@@ -57,7 +63,12 @@ _TRAINING = ("fit", "validate", "test", "predict")
 
 
 def make_distiller(
-    teacher: ModelSource, student: StudentOptions, tokenizer: str | None = None, **options: Any
+    teacher: ModelSource,
+    student: StudentOptions,
+    tokenizer: str | None = None,
+    targets: str | None = None,
+    targets_dtype: Dtype | None = None,
+    **options: Any,
 ) -> Distiller:
     """Distil a student from a teacher.
 
@@ -65,11 +76,39 @@ def make_distiller(
         teacher: Where the frozen model comes from, usually ``pretrained`` with a path.
         student: Where the student comes from: layers of the teacher, a config, or another model's path.
         tokenizer: Name or folder of the tokenizer; by default the teacher's.
+        targets: Folder of stored targets, see 'ildistil precompute': the teacher runs for rows that aren't in it only.
+        targets_dtype: Precision of targets in a new folder: float16 (the default), bfloat16 or float32.
         options: Those of :class:`Distiller`.
     """
-    loaded = teacher.load()
-    made = student.make(loaded, teacher)
-    return Distiller(made, loaded, tokenizer=tokenizer or teacher.tokenizer, **options)
+    tokenizer = tokenizer or teacher.tokenizer
+    if targets is None:
+        loaded = teacher.load()
+        return Distiller(student.make(loaded, teacher), loaded, tokenizer=tokenizer, **options)
+    stored, model = _stored_teacher(teacher, targets, targets_dtype, with_weights=student.copies_weights)
+    return Distiller(student.make(model, teacher), stored, tokenizer=tokenizer, **options)
+
+
+def _stored_teacher(
+    source: ModelSource, folder: str, dtype: Dtype | None, *, with_weights: bool
+) -> tuple[StoredTeacher, PreTrainedModel]:
+    """Give the stored teacher, and the teacher or its skeleton to make a student by.
+
+    The teacher is loaded where its weights are wanted, where they can't be told from their files, and where nothing is
+    stored yet; else when a row turns out to be missing.
+    """
+    digest = source.digest()
+    if not (Path(folder).expanduser() / DESCRIPTION).is_file():
+        model = source.load()
+        return StoredTeacher(folder, model, dtype=dtype, source=digest), model
+    stored = StoredTeacher(folder, source.load, dtype=dtype)
+    known = digest is not None and digest == stored.facts.source
+    skeleton = stored.skeleton() if known and not with_weights else None
+    if skeleton is not None:
+        return stored, skeleton
+    model = source.load()
+    if not known:
+        stored.facts.check(model)
+    return stored, model
 
 
 def finetuner(
@@ -252,6 +291,57 @@ class _DistillCLI(_CLI):
         return [f"_{name}" for name in names]
 
 
+class _PrecomputeCLI(_DistillCLI):
+    """Takes what ``fit`` takes, and runs on one device."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.set_defaults({"model.targets": "targets"})
+        parser.add_argument("--estimate", type=bool, default=False, help="Say how large the targets get, and stop.")
+        for name in inspect.signature(L.Trainer.fit).parameters:
+            if name not in ("self", "model", "train_dataloaders", "val_dataloaders", "datamodule"):
+                parser.add_argument(f"--{name}", default=None, help="Not used.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Take only the device from the configuration: nothing is trained."""
+        config = self._get(self.config_init, "trainer")
+        devices = config.get("devices")
+        off: dict[str, Any] = dict.fromkeys(
+            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+        )
+        one = devices[:1] if isinstance(devices, list) else 1
+        return L.Trainer(accelerator=config.get("accelerator", "auto"), devices=one, **off)
+
+    def run(self) -> None:
+        """Say what is needed, and store what is missing."""
+        stored = self.model.teacher
+        if not isinstance(stored, StoredTeacher):
+            raise ValueError("Name the folder of the targets: --model.targets FOLDER.")
+        batches = self._training_batches()
+        device = self.trainer.strategy.root_device
+        work = (stored, self.objectives(), self.model.student, batches)
+        if self._get(self.config, "estimate"):
+            print(estimate(*work, device=device))
+            return
+        try:
+            precompute(*work, device=device, report=print)
+        except KeyboardInterrupt:
+            print(f"Interrupted: {len(stored.store):,} rows are stored. The same command goes on from there.")
+            raise SystemExit(130) from None
+        print(f"{len(stored.store):,} rows are stored: ildistil fit --model.targets {stored.store.folder}")
+
+    def _training_batches(self) -> Any:
+        """Prepare and check the data as a fit does, and give the loader of the training set."""
+        self.trainer.strategy.connect(self.model)
+        self.trainer.state.fn = TrainerFn.FITTING
+        self.trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
+        self.datamodule.trainer = self.model.trainer = self.trainer
+        self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
+        self.model.setup("fit")
+        return self.datamodule.train_dataloader()
+
+
 class _FinetuneCLI(_CLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -314,6 +404,11 @@ def _finetune(arguments: list[str]) -> None:
     _say_what_next(cli.trainer)
 
 
+def _precompute(arguments: list[str]) -> None:
+    words = ["--estimate=true" if word == "--estimate" else word for word in _with_preset(arguments)[1:]]
+    _PrecomputeCLI(make_distiller, "precompute", args=words, run=False).run()
+
+
 def _distill(arguments: list[str]) -> None:
     _DistillCLI(make_distiller, arguments[0], args=_with_preset(arguments))
 
@@ -353,12 +448,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _distill(words)
         elif command == "finetune":
             _finetune(words[1:])
+        elif command == "precompute":
+            _precompute(words)
         elif command == "presets":
             _list_presets()
         elif command in ("export", "quickstart"):
             jsonargparse.auto_cli(_function(command), args=words[1:], prog=f"ildistil {command}")
         else:
-            commands = [*_TRAINING, "finetune", "export", "presets", "quickstart"]
+            commands = [*_TRAINING, "precompute", "finetune", "export", "presets", "quickstart"]
             close = difflib.get_close_matches(command, commands, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else f" Commands: {', '.join(commands)}."
             raise ValueError(f"There is no command {command!r}.{hint}")

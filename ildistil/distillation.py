@@ -14,9 +14,13 @@ from transformers import PreTrainedModel
 from ildistil import ranks
 from ildistil.balance import Balance
 from ildistil.capture import Activations, Capture, Layers, Sizes, Tap, model_inputs, separate_configs, unwrapped
+from ildistil.capture.inputs import TARGETS
 from ildistil.objectives.base import Objective, ObjectiveError
 from ildistil.schedules import Schedule
 from ildistil.synthetic import synthetic_batch
+from ildistil.targets.capture import StoredCapture
+from ildistil.targets.layout import wanted_targets
+from ildistil.targets.teacher import StoredTeacher
 
 __all__ = ["Distillation", "DryRun", "TermCheck", "Terms"]
 
@@ -103,7 +107,7 @@ class Distillation(nn.Module):
         student: the model to train; trainable parameters of this module are its own and the objectives' projections.
         teacher: the frozen model, or ``None`` if no objective needs one. It is switched to eval mode and its
             parameters' gradients off; it is not a registered child, so it is in no checkpoint, optimiser or DDP
-            bucket, but moves along with ``.to(...)``.
+            bucket, but moves along with ``.to(...)``. A :class:`~ildistil.targets.StoredTeacher` takes its place.
         objectives: the terms; several, with different names. May be set later by :meth:`set_objectives`.
         balance: what makes weights mean shares of the total; by default they are plain factors.
 
@@ -141,7 +145,7 @@ class Distillation(nn.Module):
         self.projections = nn.ModuleDict()
         self.objectives: dict[str, Objective] = {}
         self._student_capture: Capture | None = None
-        self._teacher_capture: Capture | None = None
+        self._teacher_capture: Capture | StoredCapture | None = None
         self._positions: int | None = None
         self._verified: set[tuple[str, Tap]] = set()
         self._reach: dict[str, set[int]] = {}
@@ -199,7 +203,10 @@ class Distillation(nn.Module):
         if self.teacher is not None:
             sizes = Sizes.of(self.teacher)
             wanted = {tap for o in used if o.needs_teacher for tap in o.teacher_may_want(sizes)}
-            self._teacher_capture = Capture(self.teacher, wanted, "teacher") if wanted else None
+            if wanted and isinstance(self.teacher, StoredTeacher):
+                self._teacher_capture = StoredCapture(self.teacher, wanted_targets(used, sizes))
+            else:
+                self._teacher_capture = Capture(self.teacher, wanted, "teacher") if wanted else None
         self._compile_captures()
         self._verified = set()
 
@@ -211,7 +218,7 @@ class Distillation(nn.Module):
     def _compile_captures(self) -> None:
         if self._compile_options is not None:
             for capture in (self._student_capture, self._teacher_capture):
-                if capture is not None:
+                if isinstance(capture, Capture):
                     capture.compile(**self._compile_options)
 
     def detach(self) -> None:
@@ -318,7 +325,7 @@ class Distillation(nn.Module):
         return values, counts
 
     def _captured(
-        self, capture: Capture, wants: Iterable[set[Tap]], batch: Mapping[str, Any], verify: bool
+        self, capture: Capture | StoredCapture, wants: Iterable[set[Tap]], batch: Mapping[str, Any], verify: bool
     ) -> Activations:
         wanted = frozenset[Tap]().union(*wants)
         # The first step checks the masks too, for those who never make a dry run; not inside a compiled model,
@@ -376,9 +383,45 @@ class Distillation(nn.Module):
         reached = set().union(*self._reach.values())
         return DryRun(checks, [p for p in parameters if id(p) not in reached])
 
-    def synthetic_batch(self) -> dict[str, Tensor] | None:
+    def synthetic_batch(self) -> dict[str, Any] | None:
         """Make two short sequences of unequal length, or ``None`` where the models' inputs aren't known."""
-        return synthetic_batch(unwrapped(self.student))
+        batch: dict[str, Any] | None = synthetic_batch(unwrapped(self.student))
+        if batch is not None and isinstance(self._teacher_capture, StoredCapture):
+            batch[TARGETS] = self._teacher_capture.made_up(batch)
+        return batch
+
+    def with_targets(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        step: int | None = None,
+        progress: float | None = None,
+        only: Collection[str] | None = None,
+    ) -> Mapping[str, Any]:
+        """Add the stored targets that a step will want to its batch, so that they move to its device along with it.
+
+        Changes nothing where the teacher isn't stored, or has to run for this batch.
+
+        Args:
+            batch: the batch, best still on the CPU.
+            step: see :meth:`forward`.
+            progress: see :meth:`forward`.
+            only: see :meth:`forward`.
+        """
+        if not isinstance(self.teacher, StoredTeacher) or not isinstance(batch, Mapping):
+            return batch
+        active = [self.objectives[name] for name in self.weights_at(progress, only)]
+        for objective in active:
+            objective.begin(step)
+        wants = (o.teacher_wants(self.teacher.sizes) for o in active if o.needs_teacher)
+        wanted = frozenset[Tap]().union(*wants)
+        if not wanted:
+            return batch
+        if self._teacher_capture is None or not {o.name for o in active} <= self._hooked:
+            self.attach()
+        assert isinstance(self._teacher_capture, StoredCapture)
+        targets = self._teacher_capture.read(batch, wanted)
+        return batch if targets is None else {**batch, TARGETS: targets}
 
     @property
     def captured(self) -> dict[str, list[Tap]]:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from ildistil.objectives.base import Objective, ObjectiveError
 from ildistil.plan import describe
 from ildistil.schedules import Schedule
 from ildistil.stages import Stage, Timeline
+from ildistil.targets.teacher import StoredTeacher
 
 __all__ = ["Distiller"]
 
@@ -94,6 +96,11 @@ class Distiller(L.LightningModule):
         self._window: _Window | None = None
         # Total, terms and row ids of the batches that are not applied yet.
         self._unchecked: list[tuple[Tensor, dict[str, Tensor], Any]] = []
+        if isinstance(teacher, StoredTeacher):
+            # As the instance's own, since Lightning warns of every class that has this hook beside a data module.
+            # Where the data module has it, targets are read in the step.
+            warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
+            self.on_before_batch_transfer = self._read_targets  # type: ignore[method-assign]
 
     @property
     def student(self) -> nn.Module:
@@ -117,6 +124,8 @@ class Distiller(L.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             _check_data(data, unwrapped(self.student))
+            if stage == "fit" and isinstance(self.teacher, StoredTeacher):
+                self.teacher.check_data(data)
         if stage == "test":
             self._names["test"] = list(getattr(data, "test_names", None) or ["test"])
         elif stage in ("fit", "validate"):
@@ -200,6 +209,8 @@ class Distiller(L.LightningModule):
         self._unfreeze()
         self._give_back_callbacks()
         self.distillation.detach()
+        if isinstance(self.teacher, StoredTeacher):
+            self.teacher.flush()
 
     def _unfreeze(self) -> None:
         for parameter in self._frozen:
@@ -207,6 +218,14 @@ class Distiller(L.LightningModule):
         self._frozen.clear()
 
     # Training
+
+    def _read_targets(self, batch: Any, dataloader_idx: int) -> Any:
+        """Read the stored targets of a training batch before it goes to its device."""
+        if self._trainer is None or not self.trainer.training:
+            return batch
+        place = self._timeline.place(self.global_step)
+        names = self._timeline.names(self.global_step)
+        return self.distillation.with_targets(batch, step=self.global_step, progress=place.progress, only=names)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Give the weighted sum of the terms."""
@@ -255,8 +274,16 @@ class Distiller(L.LightningModule):
             optimizer.state.clear()
 
     def on_train_epoch_start(self) -> None:
-        """Let early stopping and the best checkpoint watch from the last stage on."""
+        """Let early stopping and the best checkpoint watch from the last stage on; share new targets."""
         self._watch_last_stage()
+        if isinstance(self.teacher, StoredTeacher) and self.teacher.grows:
+            self.trainer.strategy.barrier()  # the others have written theirs
+            self.teacher.refresh()
+
+    def on_train_epoch_end(self) -> None:
+        """Write the targets that this epoch made."""
+        if isinstance(self.teacher, StoredTeacher):
+            self.teacher.end_epoch()
 
     def _watch_last_stage(self) -> None:
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]

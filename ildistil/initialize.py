@@ -240,4 +240,5 @@ def _load(student: PreTrainedModel, weights: dict[str, Tensor]) -> None:
 
 
 def _finished(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedModel:
-    return student.float().to(teacher.device).train()
+    device = torch.device("cpu") if teacher.device.type == "meta" else teacher.device  # a teacher known by its config
+    return student.float().to(device).train()

@@ -1,5 +1,6 @@
 """Where models come from, in types that a YAML file can name."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ class ModelSource(ABC):
         """Name or folder of the tokenizer that belongs to the model."""
         return None
 
+    def digest(self) -> str | None:
+        """Give a hash of everything the model is made of, without loading it; ``None`` where that isn't possible."""
+        return None
+
 
 @dataclass(frozen=True)
 class pretrained(ModelSource):  # noqa: N801 (in YAML it reads as the verb it is)
@@ -62,6 +67,18 @@ class pretrained(ModelSource):  # noqa: N801 (in YAML it reads as the verb it is
         """The same path."""
         return self.path
 
+    def digest(self) -> str | None:
+        """Hash the files of a folder and the options; of a model of the hub nothing is known before it is loaded."""
+        folder = Path(self.path)
+        files = [p for kind in ("config.json", "*.safetensors", "*.bin") for p in sorted(folder.glob(kind))]
+        if not files:
+            return None
+        digest = hashlib.sha256(repr((self.head, self.dtype, self.config)).encode())
+        for path in files:
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
 
 @dataclass(frozen=True)
 class StudentOptions:
@@ -83,6 +100,11 @@ class StudentOptions:
     config: dict[str, Any] | None = None
     width: Width | None = None
     source: str | None = None
+
+    @property
+    def copies_weights(self) -> bool:
+        """Whether the student starts from weights of the teacher."""
+        return self.path is None and (self.layers is not None or self.width is not None)
 
     def make(self, teacher: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
         """Give the student for a teacher."""

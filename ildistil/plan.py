@@ -8,6 +8,7 @@ from ildistil.capture import Sizes, Tap, unwrapped
 from ildistil.distillation import Distillation, DryRun
 from ildistil.schedules import Schedule
 from ildistil.stages import Stage
+from ildistil.targets.teacher import StoredTeacher
 
 __all__ = ["describe", "table"]
 
@@ -58,11 +59,19 @@ def _model(role: str, model: nn.Module) -> tuple[str, ...]:
     sizes = Sizes.of(model)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if isinstance(model, StoredTeacher):
+        store, total = model.store, model.facts.parameters
+        more = ", others are made along the way" if model.grows else ""
+        return _row(role, sizes, total, f"stored: {len(store):,} rows in {store.folder}{more}")
     remark = "frozen" if role == "teacher" else f"{_millions(trained)} trained"
     if role == "student" and sizes.init_layers is not None:
         remark += f", from teacher layers {' '.join(map(str, sizes.init_layers))}"
+    return _row(role, sizes, total, remark)
+
+
+def _row(role: str, sizes: Sizes, parameters: int, remark: str) -> tuple[str, ...]:
     numbers = [str(n) if n is not None else "?" for n in (sizes.depth, sizes.width, sizes.heads)]
-    return (role, sizes.name, *numbers, _millions(total), remark)
+    return (role, sizes.name, *numbers, _millions(parameters), remark)
 
 
 def _terms(distillation: Distillation, dry_run: DryRun | None) -> str:

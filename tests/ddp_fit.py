@@ -1,16 +1,19 @@
-"""Run by test_distiller: fits on two gloo processes, and saves each rank's student."""
+"""Run by test_distiller: fits on two gloo processes, with and without stored targets; saves each rank's student."""
 
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
 
 import tiny
 from ildistil import Distiller, Stage, init_student, objectives
 from ildistil.schedules import Linear
+from ildistil.targets import StoredTeacher
 from test_distiller import loader, trainer
 
 
@@ -36,8 +39,29 @@ def main(folder: str) -> None:
     terms = [objectives.AttentionKL(weight=Linear(1.0, 0.0)), objectives.HiddenMSE(projection="always")]
     run = trainer(heads, *terms, objectives.TaskLoss(), devices=2, strategy="ddp", max_epochs=3)
     run.fit(module, loader(rows=16), loader(rows=8))
-    found = {"student": module.student.state_dict(), "heads": heads.seen}
+    found = {"student": module.student.state_dict(), "heads": heads.seen, **stored(Path(folder) / "targets")}
     torch.save(found, Path(folder) / f"rank{run.global_rank}.pt")
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """Train by a teacher that runs, and by one whose targets are stored along the way, in another order each epoch."""
+    found: dict[str, Any] = {"runs": 0}
+
+    def count(*_: Any) -> None:
+        found["runs"] += 1
+
+    (rows,) = loader(rows=16, batch_size=16)
+    for name in ("live", "stored"):
+        student, teacher = tiny.bert(2, seed=1), tiny.bert(4, seed=2)
+        if name == "stored":
+            teacher.register_forward_hook(count)
+        module = Distiller(student, StoredTeacher(folder, teacher, dtype="float32") if name == "stored" else teacher)
+        run = trainer(objectives.HiddenMSE(), objectives.LogitsKL(), devices=2, strategy="ddp")
+        order = DistributedSampler(range(16), 2, run.global_rank, seed=1)  # type: ignore[arg-type]
+        data = [{k: v[i] for k, v in rows.items()} for i in range(16)]
+        run.fit(module, DataLoader(data, 4, sampler=order))  # type: ignore[arg-type]
+        found[name] = student.state_dict()
+    return found
 
 
 if __name__ == "__main__":

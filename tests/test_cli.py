@@ -1,3 +1,4 @@
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -204,3 +205,57 @@ def test_a_token_budget_is_set_in_place_of_a_batch_size(folder: Path, capsys: py
     assert "batch_size=8 and tokens_per_batch=64 both say how large a batch is" in message
     cli.main(["fit", "--config=run.yaml", budget, "--data.batch_size=null"])
     assert Path("runs/fit/version_0/checkpoints/best.ckpt").is_file()
+
+
+def test_stored_targets(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Estimate, precompute, and train without the teacher as with it; then on more rows and with other teachers."""
+    steps = ("--trainer.log_every_n_steps=1", "--model.student={layers: null, config: {num_hidden_layers: 2}}")
+    cli.main(["precompute", "--config=run.yaml", "--estimate", "--data.limit_train=8", *steps])
+    said = capsys.readouterr().out
+    assert "rows    7 different ones, of which 0 are stored" in said
+    assert "attention[2].q: 4 x 8 for each token" in said
+    assert not Path("targets").exists()
+    cli.main(["precompute", "--config=run.yaml", "--data.limit_train=8", "--model.targets_dtype=float32", *steps])
+    assert "7 rows are stored: ildistil fit --model.targets targets" in capsys.readouterr().out
+
+    cli.main(["fit", "--config=run.yaml", "--data.limit_train=8", *steps])
+    with monkeypatch.context() as context:
+        context.setattr("ildistil.models.load", lambda *_, **__: pytest.fail("the teacher is loaded"))
+        cli.main(["fit", "--config=run.yaml", "--data.limit_train=8", "--model.targets=targets", *steps])
+    live, stored = (losses(f"runs/fit/version_{number}/metrics.csv") for number in (0, 1))
+    assert stored == pytest.approx(live, rel=1e-4)
+    last = "--ckpt_path=runs/fit/version_1/checkpoints/last.ckpt"
+    cli.main(["fit", "--config=run.yaml", "--trainer.max_epochs=2", "--model.targets=targets", last, *steps])
+    assert "Rows are missing in targets: the teacher is loaded" in caplog.text
+    capsys.readouterr()
+    cli.main(["precompute", "--config=run.yaml", *steps])  # the run has made them all
+    assert "12 different ones, of which 12 are stored" in capsys.readouterr().out
+
+    tiny.save_teacher(Path("teacher"), layers=4, initializer_range=0.2)
+    error = fails(capsys, "fit", "--config=run.yaml", "--model.targets=targets", *steps)
+    assert "The targets are of another teacher: its weights (BertForSequenceClassification, from ./teacher)" in error
+    tiny.save_teacher(Path("teacher"), layers=4)
+    tiny.save_teacher(Path("three"), layers=4, labels=3)
+    precompute = ("precompute", "--config=run.yaml")
+    assert "The data has 2 labels, the models have 3" in fails(
+        capsys, *precompute, "--model.teacher.path=./three", "--model.targets=others"
+    )
+    with monkeypatch.context() as context:
+        context.setattr("ildistil.cli.precompute", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            cli.main([*precompute, *steps])
+    assert "Interrupted: 12 rows are stored. The same command goes on" in capsys.readouterr().out
+    assert "no hidden[2], hidden[4]" in fails(
+        capsys, "fit", "--config=run.yaml", "--model.targets=targets", "--objectives.hidden=HiddenMSE"
+    )
+    assert "--model.targets FOLDER" in fails(capsys, "precompute", "--config=run.yaml", "--model.targets=null")
+
+
+def losses(metrics: str) -> list[float]:
+    with open(metrics, newline="") as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]

@@ -17,6 +17,7 @@ from ildistil import Distillation, Distiller, Stage, init_student, mappings, obj
 from ildistil.capture import Activations
 from ildistil.export import load_student
 from ildistil.objectives import Objective, ObjectiveError
+from ildistil.targets import StoredTeacher
 
 
 def loader(rows: int = 16, batch_size: int = 4, labels: int = 3, shuffle: bool = False) -> DataLoader[Any]:
@@ -442,3 +443,14 @@ def test_plain_ddp_trains_what_some_terms_do_not_reach(tmp_path: Path) -> None:
     assert torch.equal(heads[0][0], start)  # nothing but weight decay could have moved it in the first stage
     assert not torch.equal(heads[2][0], start)
     assert all(torch.equal(first, last) for first, last in zip(heads[0][1:], heads[2][1:], strict=True))
+    check_shared_targets(ranks, tmp_path / "targets")
+
+
+def check_shared_targets(ranks: list[dict[str, Any]], folder: Path) -> None:
+    """In the first epoch each rank makes the targets of its rows; in the second both read those of either."""
+    assert [found["runs"] for found in ranks] == [2 + 2, 2 + 2]  # dry runs, and an epoch of two batches
+    assert len(list(folder.glob("shard-*"))) == 2
+    assert len(StoredTeacher(folder).store) == 16
+    for name, value in ranks[0]["live"].items():
+        for found in ranks:
+            torch.testing.assert_close(found["stored"][name], value, rtol=1e-4, atol=1e-6)

@@ -28,9 +28,10 @@ MAY_IMPORT = {
     "export": set(),
     "monitor": set(),
     "objectives": {"chunked", "functional", "kernels", "capture", "mappings", "ranks", "schedules"},
-    "distillation": {"balance", "capture", "objectives", "ranks", "schedules", "synthetic"},
+    "distillation": {"balance", "capture", "objectives", "ranks", "schedules", "synthetic", "targets"},
+    "targets": {"capture", "data", "objectives"},
     "presets": {"objectives", "stages"},
-    "plan": {"capture", "distillation", "schedules", "stages"},
+    "plan": {"capture", "distillation", "schedules", "stages", "targets"},
     "distiller": {
         "balance",
         "capture",
@@ -41,6 +42,7 @@ MAY_IMPORT = {
         "ranks",
         "schedules",
         "stages",
+        "targets",
     },
 }
 LAST = {"cli", "quickstart"}  # they may import every room

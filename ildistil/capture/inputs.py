@@ -10,7 +10,20 @@ from torch import Tensor, nn
 
 from ildistil.capture.taps import CaptureError, is_classifier
 
-__all__ = ["decoder_mask", "full_mask", "model_inputs", "separate_configs", "token_mask", "without_labels"]
+__all__ = [
+    "OURS",
+    "TARGETS",
+    "decoder_mask",
+    "full_mask",
+    "input_names",
+    "model_inputs",
+    "separate_configs",
+    "token_mask",
+    "without_labels",
+]
+
+TARGETS = "ildistil_targets"  # stored targets that were read for a batch travel in it
+OURS = frozenset({"row_id", TARGETS})  # what no model is given
 
 
 def separate_configs(student: nn.Module, teacher: nn.Module) -> None:
@@ -27,9 +40,9 @@ def separate_configs(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Select what a model's ``forward`` names; everything but ``row_id`` if it takes anything."""
-    names = _input_names(model)
-    inputs = {k: v for k, v in batch.items() if k != "row_id" and (not names or k in names)}
+    """Select what a model's ``forward`` names; everything but ``row_id`` and stored targets if it takes anything."""
+    names = input_names(model)
+    inputs = {k: v for k, v in batch.items() if k not in OURS and (not names or k in names)}
     if "use_cache" in names:
         inputs["use_cache"] = False
     return inputs
@@ -45,7 +58,8 @@ def without_labels(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-def _input_names(model: nn.Module) -> frozenset[str]:
+def input_names(model: nn.Module) -> frozenset[str]:
+    """Give the names that a model's ``forward`` knows; none where it takes anything."""
     parameters = inspect.signature(model.forward).parameters.values()
     return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
 

@@ -61,6 +61,8 @@ class Sizes:
     def of(cls, model: nn.Module) -> "Sizes":
         """Read the sizes of a model from its config; of a plain module only the depth is known."""
         model = unwrapped(model)
+        if isinstance(stated := getattr(model, "sizes", None), cls):
+            return stated  # a stored teacher has neither layers nor weights to read them from
         config = getattr(model, "config", None)
         if not isinstance(config, PreTrainedConfig):
             layers = find_layers(model)

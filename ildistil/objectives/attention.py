@@ -26,6 +26,7 @@ class _AttentionObjective(LayerObjective):
     """Compares attention head by head."""
 
     taps = ("attention",)
+    attention_parts = "qk"
     heads: Heads = "equal"
 
     def build(self, student: Sizes, teacher: Sizes) -> None:
@@ -275,7 +276,7 @@ class QKVMSE(_AttentionStates):
         super().__init__(weight, mapping, projection, stack, "qkv_mse" if name is None else name)
         if not parts or not set(parts) <= _PARTS or len(set(parts)) < len(parts):
             raise ObjectiveError(f"QKVMSE: parts are any of 'q', 'k' and 'v', each once; got {list(parts)}.")
-        self.parts = tuple(parts)
+        self.parts, self.attention_parts = tuple(parts), "".join(parts)
 
     def state(self, activations: Activations, layer: int, part: str) -> Tensor:
         """Join the heads of queries, keys or values."""

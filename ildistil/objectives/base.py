@@ -47,12 +47,15 @@ class Objective(Callback, ABC):
         batch_coupled: true where the examples of a batch are compared with each other. Such a term sums over the
             batches of all processes (see :mod:`ildistil.ranks`) and can't be accumulated over several batches.
         counts_tokens: whether :meth:`count` gave target tokens, not examples.
+        attention_parts: what is read of the teacher's attention, any of queries, keys and values (``"qkv"``); no more
+            has to be stored where its targets are (:mod:`ildistil.targets`).
     """
 
     taps: ClassVar[tuple[str, ...]] = ()
     teacher_taps: ClassVar[tuple[str, ...] | None] = None
     batch_coupled: bool = False
     counts_tokens: bool = False
+    attention_parts: str = "qkv"
 
     def __init__(self, weight: Weight = 1.0, name: str | None = None) -> None:
         number = isinstance(weight, int | float)

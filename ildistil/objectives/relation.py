@@ -57,6 +57,7 @@ class RelationKL(LayerObjective):
             got = repr(bad[0]) if bad else "none"
             raise ObjectiveError(f"{type(self).__name__}: a relation is 'q-q', 'k-k', 'v-v', 'q-k' ...; got {got}.")
         self.relations, self.heads = tuple(relations), heads
+        self.attention_parts = "".join(sorted({part for relation in relations for part in relation if part != "-"}))
 
     def build(self, student: Sizes, teacher: Sizes) -> None:
         """Resolve the mapping and check that relation heads can be paired."""

@@ -1,0 +1,295 @@
+"""What a folder of targets holds: of which teacher, which tensors, in which precision. It is ``targets.json``."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ildistil.capture import Activations, Attention, Sizes, Tap, unwrapped
+from ildistil.capture.inputs import input_names
+from ildistil.objectives.base import Objective
+from ildistil.targets.errors import TargetsError
+
+__all__ = ["Column", "Dtype", "Header", "Layout", "Scores", "TeacherFacts", "wanted_targets", "weights_digest"]
+
+Dtype = Literal["float16", "bfloat16", "float32"]
+FORMAT = 1  # to be raised when the same targets would be stored in another way
+_PARTS = {"q": "query", "k": "key", "v": "value"}
+
+
+def wanted_targets(objectives: Iterable[Objective], teacher: Sizes) -> dict[Tap, str]:
+    """Give what objectives may want of the teacher at any step, with the wanted parts of each attention.
+
+    Args:
+        objectives: the objectives, after ``build``.
+        teacher: the teacher's sizes.
+    """
+    wanted: dict[Tap, str] = {}
+    for objective in objectives:
+        for tap in objective.teacher_may_want(teacher) if objective.needs_teacher else ():
+            parts = objective.attention_parts if tap.name == "attention" else ""
+            wanted[tap] = "".join(part for part in _PARTS if part in wanted.get(tap, "") + parts)
+    return wanted
+
+
+@dataclass(frozen=True)
+class Column:
+    """One stored tensor: of a tap, or of a part (``"q"``, ``"k"``, ``"v"``) of an attention.
+
+    ``shape`` is that of the value of one token, or of one row where ``per_token`` is false; heads come first.
+    """
+
+    tap: Tap
+    part: str
+    per_token: bool
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in the files."""
+        return f"{self.tap}.{self.part}" if self.part else str(self.tap)
+
+    @property
+    def width(self) -> int:
+        """Numbers per token, or per row."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What makes scores of the queries and keys of a layer; and the heads and sizes of its parts, stored or not."""
+
+    scale: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+    no_scores: str | None
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, tap: Tap, record: Attention) -> Self:
+        """Read them from a layer that ran.
+
+        Raises:
+            TargetsError: something is added to its scores.
+        """
+        if record.bias is not None:
+            raise TargetsError(
+                f"The teacher adds a bias to the scores of {tap} that depends on the positions of both tokens, a map "
+                "for each head, which is too large to store. Use hidden-state objectives or RelationKL on v-v with "
+                "stored targets, or run the teacher in each step."
+            )
+        shapes = {part: (record_part(record, part).shape[1], record_part(record, part).shape[3]) for part in _PARTS}
+        scale = float(record.scale)
+        return cls(scale, record.causal, record.window, record.softcap, record.no_scores, shapes)
+
+
+def record_part(record: Attention, part: str) -> Tensor:
+    """Give queries, keys or values of an attention."""
+    found: Tensor = getattr(record, _PARTS[part])
+    return found
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tensors are stored, and what reads them back as activations."""
+
+    columns: tuple[Column, ...]
+    scores: Mapping[str, Scores]  # by tap
+    inputs: tuple[str, ...]  # what the teacher was given
+
+    @classmethod
+    def of(cls, wanted: Mapping[Tap, str], seen: Activations, inputs: tuple[str, ...]) -> Self:
+        """Lay out what a run of the teacher gave.
+
+        Raises:
+            TargetsError: something wanted can't be stored.
+        """
+        check_storable(wanted)
+        columns: list[Column] = []
+        scores: dict[str, Scores] = {}
+        tokens = seen.mask.shape[1]
+        for tap in sorted(wanted, key=lambda tap: (tap.name, tap.layer or 0)):
+            if tap.name == "attention":
+                assert tap.layer is not None
+                scores[str(tap)] = Scores.of(tap, seen.attention[tap.layer])
+                columns += [Column(tap, part, True, scores[str(tap)].shapes[part]) for part in wanted[tap]]
+            else:
+                value = recorded(tap, seen)
+                # Of two dimensions it is a vector for each row: (batch, classes), or a pooled state.
+                per_token = value.ndim > 2 and value.shape[1] == tokens
+                columns.append(Column(tap, "", per_token, tuple(value.shape[2 if per_token else 1 :])))
+        return cls(tuple(columns), scores, inputs)
+
+    def named(self, wanted: Mapping[Tap, str]) -> list[Column]:
+        """Give the columns of taps, of an attention those of the wanted parts."""
+        return [c for c in self.columns if c.tap in wanted and c.part in (wanted[c.tap] or ("",))]
+
+    def lacking(self, wanted: Mapping[Tap, str]) -> list[str]:
+        """Name what is wanted and not stored."""
+        stored = {column.name for column in self.columns}
+        names = [f"{tap}.{part}" if part else str(tap) for tap, parts in wanted.items() for part in parts or ("",)]
+        return sorted(set(names) - stored)
+
+    def bytes_per(self, *, token: bool, dtype: Dtype) -> int:
+        """Give the bytes of one token, or of one row without its tokens."""
+        return sum(c.width for c in self.columns if c.per_token == token) * torch_dtype(dtype).itemsize
+
+
+def check_storable(wanted: Iterable[Tap]) -> None:
+    """Refuse what belongs to no row, or to several texts."""
+    for tap in wanted:
+        if tap.name == "loss":
+            raise TargetsError(
+                "The teacher's loss is one number for a whole batch and can't be stored row by row. Run the teacher in "
+                "each step for an objective that reads it."
+            )
+        if tap.stack is not None:
+            raise TargetsError(
+                f"Targets of an encoder-decoder ({tap}) can't be stored. Run the teacher in each step for this model."
+            )
+
+
+def recorded(tap: Tap, seen: Activations) -> Tensor:
+    """Give what was recorded of a tap that isn't an attention.
+
+    Raises:
+        TargetsError: it is no tensor whose first dimension is the batch.
+    """
+    if tap.name == "hidden":
+        assert tap.layer is not None
+        return seen.hidden[tap.layer]
+    value = seen.logits if tap.name == "logits" else seen.modules[tap.name]
+    if not isinstance(value, Tensor) or value.ndim < 2 or len(value) != len(seen.mask):
+        got = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise TargetsError(
+            f"{tap} of the teacher gives {got}; only tensors of shape (batch, tokens, ...) or (batch, ...) can be "
+            "stored. Tap a module inside it that gives one, or run the teacher in each step."
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What is known of the teacher when it isn't there.
+
+    ``weights`` is the hash of its weights, ``source`` that of the files they came from, if any; ``read`` are the names
+    that its ``forward`` knows.
+    """
+
+    sizes: Sizes
+    parameters: int
+    weights: str
+    source: str | None
+    name_or_path: str | None
+    config: Mapping[str, Any] | None
+    read: tuple[str, ...]
+
+    @classmethod
+    def of(cls, teacher: nn.Module, source: str | None) -> Self:
+        """Read the facts of a teacher.
+
+        Raises:
+            TargetsError: it is an encoder-decoder.
+        """
+        model = unwrapped(teacher)
+        sizes, config = Sizes.of(model), getattr(model, "config", None)
+        check_storable(Tap("hidden", 1, stack) for stack in sizes.stacks)
+        return cls(
+            sizes,
+            sum(p.numel() for p in model.parameters()),
+            weights_digest(model),
+            source,
+            getattr(model, "name_or_path", None) or None,
+            json.loads(config.to_json_string()) if isinstance(config, transformers.PreTrainedConfig) else None,
+            tuple(sorted(input_names(model))),
+        )
+
+    def check(self, teacher: nn.Module) -> None:
+        """Refuse a model that isn't this teacher.
+
+        Raises:
+            TargetsError: it has other weights.
+        """
+        if weights_digest(unwrapped(teacher)) != self.weights:
+            raise TargetsError(
+                f"The targets are of another teacher: its weights ({self.sizes.name}, from {self.name_or_path or '?'}) "
+                f"aren't those of this {type(unwrapped(teacher)).__name__}. Give the teacher they were made with, in "
+                "its precision, or another folder."
+            )
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Give a hash of a model's weights: of names, shapes, precision and values, wherever the model is.
+
+    >>> weights_digest(nn.Linear(2, 2)) == weights_digest(nn.Linear(2, 2))
+    False
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}:".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def torch_dtype(dtype: Dtype) -> torch.dtype:
+    """Give torch's name of a precision.
+
+    Raises:
+        TargetsError: targets aren't stored in this precision.
+    """
+    if dtype not in get_args(Dtype):
+        raise TargetsError(f"The dtype of targets is one of {', '.join(get_args(Dtype))}; got {dtype!r}.")
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything that ``targets.json`` says."""
+
+    dtype: Dtype
+    teacher: TeacherFacts
+    layout: Layout
+    tokenizer: str | None
+
+    def to_json(self) -> str:
+        """Write it down."""
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        return json.dumps({"format": FORMAT, "versions": versions, **dataclasses.asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            TargetsError: it is of another version of the format.
+        """
+        said = json.loads(text)
+        if said["format"] != FORMAT:
+            raise TargetsError(
+                f"These targets are in format {said['format']}; this version of ildistil reads format {FORMAT}. Make "
+                "them anew (ildistil precompute), in another folder."
+            )
+        facts, layout = said["teacher"], said["layout"]
+        layers = facts["sizes"]["init_layers"]
+        sizes = Sizes(**{**facts["sizes"], "init_layers": None if layers is None else tuple(layers)})
+        columns = tuple(Column(Tap(*c["tap"]), c["part"], c["per_token"], tuple(c["shape"])) for c in layout["columns"])
+        scores = {
+            tap: Scores(**{**s, "shapes": {part: tuple(shape) for part, shape in s["shapes"].items()}})
+            for tap, s in layout["scores"].items()
+        }
+        return cls(
+            said["dtype"],
+            TeacherFacts(**{**facts, "sizes": sizes, "read": tuple(facts["read"])}),
+            Layout(columns, scores, tuple(layout["inputs"])),
+            said["tokenizer"],
+        )

@@ -1,0 +1,233 @@
+"""Store the targets of a data set before training, after saying how large they get."""
+
+import copy
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from ildistil.capture import Sizes
+from ildistil.objectives.base import Objective
+from ildistil.targets.capture import StoredCapture
+from ildistil.targets.errors import TargetsError
+from ildistil.targets.layout import Column, Dtype, Layout, wanted_targets
+from ildistil.targets.rows import KEY_BYTES
+from ildistil.targets.teacher import StoredTeacher
+
+__all__ = ["Estimate", "estimate", "precompute"]
+
+Batches = Iterable[Mapping[str, Any]]
+Device = torch.device | str | None
+Objectives = Iterable[Objective] | Mapping[str, Objective]
+
+_ROW_BYTES = KEY_BYTES + 8  # its key, and where its tokens start
+_SECONDS = 10  # between lines that say how far it is
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How much there is to store: rows, each counted once, and their tokens; of all, and of those not stored yet."""
+
+    folder: Path
+    dtype: Dtype
+    layout: Layout
+    rows: int
+    tokens: int
+    missing_rows: int
+    missing_tokens: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the targets of all rows."""
+        return self._bytes(self.rows, self.tokens)
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes that are still to be written."""
+        return self._bytes(self.missing_rows, self.missing_tokens)
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that are free on the folder's disk."""
+        there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        return shutil.disk_usage(there).free
+
+    def check_space(self) -> None:
+        """Refuse to fill the disk.
+
+        Raises:
+            TargetsError: the disk has less space than is needed.
+        """
+        if self.missing_bytes > self.free_bytes:
+            raise TargetsError(
+                f"The targets need {_size(self.missing_bytes)} more, and {_size(self.free_bytes)} are free on the disk "
+                f"of {self.folder}. Free some, name a folder on another disk, map fewer layers, or train on fewer rows."
+            )
+
+    def __str__(self) -> str:
+        """Say it as a table."""
+        per_token, per_row = (self.layout.bytes_per(token=token, dtype=self.dtype) for token in (True, False))
+        lines = [
+            f"Targets in {self.folder}, in {self.dtype}",
+            f"  rows    {self.rows:,} different ones, of which {self.rows - self.missing_rows:,} are stored",
+            f"  tokens  {self.tokens:,} at {per_token:,} bytes; {per_row + _ROW_BYTES:,} bytes a row beside",
+            *(f"  {_told(column)}" for column in self.layout.columns),
+            f"  needed  {_size(self.bytes)}, of which {_size(self.missing_bytes)} are to be written; "
+            f"{_size(self.free_bytes)} are free",
+        ]
+        return "\n".join(lines)
+
+    def _bytes(self, rows: int, tokens: int) -> int:
+        per_token, per_row = (self.layout.bytes_per(token=token, dtype=self.dtype) for token in (True, False))
+        return tokens * per_token + rows * (per_row + _ROW_BYTES)
+
+
+def estimate(
+    stored: StoredTeacher,
+    objectives: Objectives,
+    student: nn.Module | Sizes,
+    batches: Batches,
+    *,
+    device: Device = None,
+) -> Estimate:
+    """Count what :func:`precompute` would store. The teacher runs on one batch at most.
+
+    Args:
+        stored: the stored teacher, with the teacher itself where nothing is stored yet.
+        objectives: what will be trained by.
+        student: the student, or its sizes: layer mappings depend on its depth.
+        batches: the training data; gone through once.
+        device: where the teacher runs; by default where it is.
+    """
+    with _capturing(stored, objectives, student) as capture:
+        return _estimate(capture, batches, device)
+
+
+def precompute(
+    stored: StoredTeacher,
+    objectives: Objectives,
+    student: nn.Module | Sizes,
+    batches: Batches,
+    *,
+    device: Device = None,
+    report: Callable[[str], object] = rank_zero_info,
+) -> Estimate:
+    """Say what is needed, and store the targets of all rows that aren't stored yet.
+
+    Whoever is interrupted goes on by calling it again.
+
+    Args:
+        stored: where to, with the teacher: ``StoredTeacher(folder, teacher)``.
+        objectives: what will be trained by; terms whose weight is 0 are left out.
+        student: the student, or its sizes: layer mappings depend on its depth.
+        batches: the training data, gone through twice: a list or a loader, best with rows of similar length in a
+            batch.
+        device: where the teacher runs; by default where it is.
+        report: takes the estimate, and the lines that say how far it is.
+
+    Returns:
+        What there was to do.
+
+    Raises:
+        TargetsError: the disk hasn't the space, or something wanted can't be stored.
+
+    >>> import tempfile
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> from ildistil import Distillation, init_student, objectives
+    >>> tiny = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 11}
+    >>> teacher = BertForSequenceClassification(BertConfig(num_hidden_layers=4, **tiny))
+    >>> student = init_student(teacher, layers=[2, 4])
+    >>> folder, terms = tempfile.mkdtemp(), [objectives.HiddenMSE()]
+    >>> batch = {"input_ids": torch.tensor([[1, 2, 3], [4, 5, 6]])}
+    >>> precompute(StoredTeacher(folder, teacher), terms, student, [batch], report=str).rows
+    2
+    >>> distill = Distillation(student, StoredTeacher(folder), terms)
+    >>> bool(distill(batch).total > 0)
+    True
+    """
+    if iter(batches) is batches:
+        raise TargetsError("The batches are gone through twice. Give a list or a DataLoader, not an iterator.")
+    with _capturing(stored, objectives, student) as capture:
+        needed = _estimate(capture, batches, device)
+        report(str(needed))
+        needed.check_space()
+        if not needed.missing_rows:
+            return needed
+        stored.load()
+        done, started, told = 0, time.monotonic(), time.monotonic()
+        for batch in batches:
+            done += capture.fill(_moved(batch, stored, device))
+            now = time.monotonic()
+            if now - told > _SECONDS and done:
+                told, rate = now, done / (now - started)
+                left = (needed.missing_rows - done) / rate / 60
+                report(f"{done:,} of {needed.missing_rows:,} rows, {rate:,.0f} rows/s, {left:.0f} min left")
+    return needed
+
+
+@contextmanager
+def _capturing(stored: StoredTeacher, objectives: Objectives, student: nn.Module | Sizes) -> Iterator[StoredCapture]:
+    """Open the capture of what objectives want; whatever happens, what waits is written."""
+    sizes = student if isinstance(student, Sizes) else Sizes.of(student)
+    given = objectives.values() if isinstance(objectives, Mapping) else objectives
+    used = [copy.deepcopy(objective) for objective in given if objective.weight != 0]
+    with torch.random.fork_rng(devices=[]):  # projections are made, at random, and not used
+        for objective in used:  # copies: the caller's own belong to an engine, with what they learn
+            objective.projections = nn.ModuleDict()
+            objective.build(sizes, stored.sizes)
+    wanted = wanted_targets(used, stored.sizes)
+    if not wanted:
+        raise TargetsError("None of the objectives reads anything of a teacher, so there is nothing to store.")
+    capture = StoredCapture(stored, wanted)
+    try:
+        yield capture
+    finally:
+        capture.close()
+        stored.flush()
+
+
+def _estimate(capture: StoredCapture, batches: Batches, device: Device) -> Estimate:
+    stored = capture.model
+    seen: set[bytes] = set()
+    tokens = missing_rows = missing_tokens = 0
+    layout: Layout | None = None
+    for batch in batches:
+        if layout is None:
+            layout = capture.layout_for(_moved(batch, stored, device))
+        for key, length, missing in capture.survey(batch):
+            if key not in seen:
+                seen.add(key)
+                tokens += length
+                missing_rows += missing
+                missing_tokens += length * missing
+    if layout is None:
+        raise TargetsError("There is no batch, so there is nothing to store.")
+    counts = (len(seen), tokens, missing_rows, missing_tokens)
+    return Estimate(stored.store.folder, stored.dtype, layout, *counts)
+
+
+def _moved(batch: Mapping[str, Any], stored: StoredTeacher, device: Device) -> dict[str, Any]:
+    """Bring a batch to where the teacher runs, which follows it."""
+    place = device or next((p.device for p in stored.parameters()), None)
+    return {k: v.to(place) if isinstance(v, Tensor) and place is not None else v for k, v in batch.items()}
+
+
+def _told(column: Column) -> str:
+    per = "token" if column.per_token else "row"
+    return f"  {column.name}: {' x '.join(map(str, column.shape))} for each {per}"
+
+
+def _size(count: int) -> str:
+    """Say a number of bytes.
+
+    >>> _size(4_200_000_000), _size(12_000)
+    ('4.20 GB', '0.01 MB')
+    """
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

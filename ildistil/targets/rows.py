@@ -1,0 +1,168 @@
+"""The rows of a batch: what names them, whatever the padding and the order, and where their tokens stand."""
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ildistil.capture.inputs import OURS, token_mask
+from ildistil.targets.errors import TargetsError
+
+__all__ = ["Rows", "Targets"]
+
+KEY_BYTES = 16
+# What says where the tokens are or how the model answers, not what it reads.
+_NOT_CONTENT = {*OURS, "attention_mask", "src_key_padding_mask", "labels", "use_cache", "return_dict"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a batch as the teacher reads them, on the CPU.
+
+    ``inputs`` are the tensors that its ``forward`` gets; ``mask`` is boolean ``(batch, tokens)``, ``None`` where the
+    batch has no padding.
+    """
+
+    inputs: Mapping[str, Tensor]
+    mask: Tensor | None
+    numbers: Tensor | None  # the batch's row_id, for messages
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any], read: Collection[str]) -> "Rows":
+        """Take the rows of a batch.
+
+        Args:
+            batch: the batch, on any device.
+            read: the names that the teacher's ``forward`` knows; none where it takes anything.
+
+        Raises:
+            TargetsError: an input is no tensor of the batch's rows.
+        """
+        mask = token_mask(batch)
+        given = {k: v for k, v in batch.items() if v is not None and k not in _NOT_CONTENT and (not read or k in read)}
+        sizes = {len(v) if isinstance(v, Tensor) and v.ndim else None for v in given.values()}
+        if not given or None in sizes or len(sizes | ({len(mask)} if mask is not None else set())) != 1:
+            shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in given.items()}
+            raise TargetsError(
+                "Targets are stored row by row, so what the teacher reads must be tensors whose first dimension is the "
+                f"batch; got {shapes}. Leave other inputs out of the batch, or run the teacher in each step."
+            )
+        numbers = batch.get("row_id")
+        return cls(
+            {name: given[name].detach().cpu() for name in sorted(given)},
+            None if mask is None else mask.cpu(),
+            numbers if isinstance(numbers, Tensor) else None,
+        )
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the inputs."""
+        return tuple(self.inputs)
+
+    @cached_property
+    def lengths(self) -> Tensor | None:
+        """The number of real tokens of each row, ``None`` where the batch doesn't say."""
+        return None if self.mask is None else self.mask.sum(1)
+
+    @cached_property
+    def keys(self) -> list[bytes]:
+        """What names each row: a hash of the names and the bytes of its inputs, those of its real tokens only."""
+        columns = [self._bytes(name, value) for name, value in self.inputs.items()]
+        return [
+            hashlib.blake2b(b"".join(parts), digest_size=KEY_BYTES).digest() for parts in zip(*columns, strict=True)
+        ]
+
+    def _bytes(self, name: str, value: Tensor) -> list[bytes]:
+        """The bytes of an input, row by row; integers of any width count as equal."""
+        if not value.is_floating_point():
+            value = value.long()
+        array = value.contiguous().view(torch.uint8).numpy().reshape(len(value), -1)
+        if self.mask is None or value.ndim < 2 or value.shape[1] != self.mask.shape[1]:
+            rows = [row.tobytes() for row in array]
+        else:
+            tokens = array.reshape(*value.shape[:2], -1)
+            rows = [row[mask].tobytes() for row, mask in zip(tokens, self.mask.numpy(), strict=True)]
+        return [f"{name} {value.dtype} {len(row)}:".encode() + row for row in rows]
+
+    def check_labels(self, labels: Any) -> None:
+        """Refuse labels of padding: nothing is stored of it, so there is nothing to learn from.
+
+        Raises:
+            TargetsError: a label of padding counts.
+        """
+        if self.mask is None or not isinstance(labels, Tensor) or labels.shape != self.mask.shape:
+            return
+        if bool(((labels.cpu() != -100) & ~self.mask).any()):
+            raise TargetsError(
+                "Some labels of padding aren't -100, so that padding would be learned from, of which nothing is "
+                "stored. Let the collate function set them to -100, as transformers' do."
+            )
+
+    def check_padding(self, *, offset_matters: bool) -> None:
+        """Refuse padding that the teacher's values would depend on.
+
+        Args:
+            offset_matters: whether values depend on how much padding stands before a row.
+        """
+        if self.mask is None:
+            return
+        steps = self.mask.int().diff(dim=1)
+        starts = (steps == 1).sum(1) + self.mask[:, 0].int()
+        if bool((starts > 1).any()):
+            raise TargetsError(
+                "The attention mask hides tokens between real ones. What the teacher makes of such a row depends on "
+                "the places of the gaps, and can't be stored. Leave these tokens out of the rows."
+            )
+        if offset_matters and bool((~self.mask[:, 0] & self.mask.any(1)).any()):
+            raise TargetsError(
+                "The batch is padded on the left, and what the teacher makes of a row depends on its first position, "
+                "so stored values would be those of other positions. Pad on the right (tokenizer.padding_side = "
+                "'right'), or run the teacher in each step."
+            )
+
+
+class Targets:
+    """What is read of the store for one batch: values of its rows, and where they belong.
+
+    ``values`` holds, by column, the real tokens of all rows one after the other, or one value for each row;
+    ``positions`` are the places of these tokens in ``batch x tokens``, counted row by row; ``size`` is ``(batch,
+    tokens)``. A plain class, which is moved to a device with the batch and otherwise left alone.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], positions: Tensor, size: tuple[int, int]) -> None:
+        self.values, self.positions, self.size = dict(values), positions, size
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
+        """Move everything to a device."""
+        values = {name: value.to(device, non_blocking=non_blocking) for name, value in self.values.items()}
+        return Targets(values, self.positions.to(device, non_blocking=non_blocking), self.size)
+
+    def lengths(self) -> list[int]:
+        """Give the number of tokens of each row."""
+        rows, tokens = self.size
+        numbers: list[int] = torch.bincount(self.positions.cpu() // max(tokens, 1), minlength=rows).tolist()
+        return numbers
+
+    def per_token(self, name: str) -> Tensor:
+        """Give the values of a column that has one for each token, ``(batch, tokens, ...)``, with zeros for padding."""
+        values = widened(self.values[name])
+        rows, tokens = self.size
+        whole = values.new_zeros(rows * tokens, *values.shape[1:])
+        # Places, not a mask: a mask's number of tokens would have to be waited for on a GPU.
+        return whole.index_copy_(0, self.positions, values).view(rows, tokens, *values.shape[1:])
+
+    def per_row(self, name: str) -> Tensor:
+        """Give the values of a column that has one for each row."""
+        return widened(self.values[name])
+
+
+def widened(values: Tensor) -> Tensor:
+    """Give half precision as float32, in which a live teacher would answer."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values

@@ -1,0 +1,300 @@
+"""The folder: a description and shards, written once and never changed, so that several processes can share it."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ildistil.targets.errors import TargetsError
+from ildistil.targets.layout import Column, Header, torch_dtype
+from ildistil.targets.rows import KEY_BYTES
+
+__all__ = ["DESCRIPTION", "SHARD_BYTES", "Found", "Store"]
+
+# What a run that is killed loses at most, and what waits in memory.
+SHARD_BYTES = 128 * 2**20
+DESCRIPTION = "targets.json"
+_KEYS, _STARTS = "row.keys", "row.starts"
+
+
+class Shard:
+    """One file of rows, mapped into memory rather than read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the file; what isn't looked at isn't read.
+
+        Raises:
+            TargetsError: the file is damaged.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        except (OSError, SafetensorError) as error:
+            raise self.damaged(str(error)) from error
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where the tokens of each row start, and where the last ones end."""
+        found: list[int] = self.tensors[_STARTS].tolist()
+        return found
+
+    @cached_property
+    def keys(self) -> NDArray[Any]:
+        """The keys of the rows."""
+        return self.tensors[_KEYS].numpy().view(f"S{KEY_BYTES}")[:, 0]
+
+    def check(self, header: Header) -> None:
+        """Refuse a file whose tensors aren't those of the description.
+
+        Raises:
+            TargetsError: the file is damaged, or of another folder.
+        """
+        shapes = {name: tuple(value.shape) for name, value in self.tensors.items()}
+        if not {_KEYS, _STARTS} <= shapes.keys():
+            raise self.damaged("it has no rows")
+        rows, tokens = len(self.tensors[_KEYS]), int(self.tensors[_STARTS][-1])
+        expected = {c.name: (tokens if c.per_token else rows, c.width) for c in header.layout.columns}
+        if shapes != {_KEYS: (rows, KEY_BYTES), _STARTS: (rows + 1,), **expected}:
+            raise self.damaged(f"it holds {shapes}, the description says {expected}")
+
+    def damaged(self, why: str) -> TargetsError:
+        """Make the error for a file that can't be used."""
+        return TargetsError(
+            f"The targets in {self.path} can't be read: {why}. Delete this file and run 'ildistil precompute' again, "
+            "which makes what is missing."
+        )
+
+
+class Found:
+    """Where the rows of a batch are in the store."""
+
+    def __init__(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+        self.shards, self.rows = shards, rows
+
+    def missing(self) -> list[int]:
+        """Give the numbers of the rows that aren't there."""
+        numbers: list[int] = np.flatnonzero(self.shards < 0).tolist()
+        return numbers
+
+
+class Store:
+    """Reads rows by their keys, and adds rows.
+
+    Args:
+        folder: the folder; it needs not exist.
+        shard_bytes: rows are written when they are as many bytes.
+
+    A shard gets its name when it is complete, so that whoever is interrupted leaves whole shards only. Processes that
+    write at the same time write shards of their own; :meth:`refresh` finds those of the others.
+    """
+
+    def __init__(self, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder, self.shard_bytes = Path(folder).expanduser(), shard_bytes
+        self.header = self._read_header()
+        self._shards: list[Shard] = []
+        self._keys: NDArray[Any] = np.empty(0, f"S{KEY_BYTES}")
+        self._places: NDArray[np.int64] = np.empty((0, 2), np.int64)  # shard and row in it, in the order of the keys
+        self._open: list[tuple[bytes, Mapping[str, Tensor]]] = []  # rows that aren't written yet
+        self._open_keys: set[bytes] = set()
+        self._open_bytes = 0
+        self.refresh()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let copies open the files themselves: copying or pickling what is mapped would read all of it."""
+        return Store, (self.folder, self.shard_bytes)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.path.stat().st_size for shard in self._shards)
+
+    # Reading
+
+    def _read_header(self) -> Header | None:
+        path = self.folder / DESCRIPTION
+        if not path.is_file():
+            return None
+        try:
+            return Header.from_json(path.read_text(encoding="utf-8"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise TargetsError(
+                f"{path} is damaged ({error!r}), so nobody knows what the targets beside it are. Delete the folder and "
+                "run 'ildistil precompute' again."
+            ) from error
+
+    def refresh(self) -> None:
+        """Find the shards that were written since, also by other processes."""
+        self.header = self.header or self._read_header()
+        known = {shard.path for shard in self._shards}
+        new = [Shard(path) for path in sorted(self.folder.glob("shard-*.safetensors")) if path not in known]
+        if not new:
+            return
+        if self.header is None:
+            raise TargetsError(
+                f"{self.folder} has shards but no {DESCRIPTION} that says what they are. Name another folder, or "
+                "delete this one."
+            )
+        for shard in new:
+            shard.check(self.header)
+        first, self._shards = len(self._shards), self._shards + new
+        places = [np.stack([np.full(len(s.keys), i), np.arange(len(s.keys))], 1) for i, s in enumerate(new, first)]
+        # A row that two processes made is there twice; either will do.
+        self._keys, order = np.unique(np.concatenate([self._keys, *(s.keys for s in new)]), return_index=True)
+        self._places = np.concatenate([self._places, *places])[order]
+
+    def find(self, keys: Sequence[bytes]) -> Found:
+        """Look rows up."""
+        wanted = np.array(keys, self._keys.dtype)
+        if not len(self._keys):
+            return Found(np.full(len(wanted), -1), np.full(len(wanted), -1))
+        at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
+        places = np.where((self._keys[at] == wanted)[:, None], self._places[at], -1)
+        return Found(places[:, 0], places[:, 1])
+
+    def first(self) -> Found:
+        """Give the first row."""
+        return Found(self._places[:1, 0], self._places[:1, 1])
+
+    def lengths(self, found: Found) -> list[int]:
+        """Give the number of tokens of each row; 0 for one that isn't there."""
+        starts = ((self._shards[s].starts, r) if s >= 0 else ([0, 0], 0) for s, r in self._pairs(found))
+        return [of[row + 1] - of[row] for of, row in starts]
+
+    def read(self, found: Found, columns: Sequence[Column]) -> dict[str, Tensor]:
+        """Read columns: the tokens of all rows one after the other, or a value for each row.
+
+        A row that isn't there has no tokens, and the value 0.
+        """
+        assert self.header is not None
+        there = [(self._shards[shard], row) for shard, row in self._pairs(found) if shard >= 0]
+        spans = {
+            True: [(shard, shard.starts[row], shard.starts[row + 1]) for shard, row in there],
+            False: [(shard, row, row + 1) for shard, row in there],
+        }
+        dtype, values = torch_dtype(self.header.dtype), {}
+        for column in columns:
+            name = column.name
+            parts = [shard.tensors[name][begin:end] for shard, begin, end in spans[column.per_token]]
+            joined = _joined(parts) if parts else torch.zeros(0, column.width, dtype=dtype)
+            if not column.per_token and len(there) < len(found.rows):
+                whole = torch.zeros(len(found.rows), column.width, dtype=dtype)
+                whole[torch.from_numpy(found.shards >= 0)] = joined
+                joined = whole
+            values[name] = joined.view(len(joined), *column.shape)
+        return values
+
+    def _pairs(self, found: Found) -> list[tuple[int, int]]:
+        return list(zip(found.shards.tolist(), found.rows.tolist(), strict=True))
+
+    # Writing
+
+    def create(self, header: Header) -> None:
+        """Write the description, unless another process was faster with the same.
+
+        Raises:
+            TargetsError: another process wrote another one.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self.folder / f".{DESCRIPTION}-{uuid.uuid4().hex[:12]}"
+        draft.write_text(header.to_json(), encoding="utf-8")
+        try:
+            os.link(draft, self.folder / DESCRIPTION)  # unlike a rename it fails where there is one
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            draft.rename(self.folder / DESCRIPTION)
+        finally:
+            draft.unlink(missing_ok=True)
+        self.header = self._read_header()
+        if self.header != header:
+            raise TargetsError(
+                f"Another run has just begun to write other targets into {self.folder}. Name another folder."
+            )
+
+    def add(self, keys: Sequence[bytes], lengths: Sequence[int], values: Mapping[str, Tensor]) -> int:
+        """Add those rows with a token that aren't there, and write a shard when there are enough of them.
+
+        Args:
+            keys: of all rows.
+            lengths: their numbers of tokens.
+            values: all columns, on the CPU in the stored precision: the tokens of all rows one after the other, or a
+                value for each row.
+
+        Returns:
+            How many rows were added.
+        """
+        assert self.header is not None
+        missing = self.find(keys).missing()
+        ends = np.cumsum([0, *lengths]).tolist()
+        added = 0
+        for i in missing:
+            if keys[i] in self._open_keys or not lengths[i]:
+                continue
+            row = {
+                column.name: values[column.name][ends[i] : ends[i + 1]].flatten(1)
+                if column.per_token
+                else values[column.name][i : i + 1].flatten(1)
+                for column in self.header.layout.columns
+            }
+            row |= {_STARTS: torch.tensor([lengths[i]])}
+            self._open.append((keys[i], {name: value.clone() for name, value in row.items()}))
+            self._open_keys.add(keys[i])
+            self._open_bytes += sum(value.nbytes for value in row.values()) + KEY_BYTES
+            added += 1
+        if self._open_bytes >= self.shard_bytes:
+            self.flush()
+        return added
+
+    def flush(self) -> None:
+        """Write the rows that wait, and find them and those of other processes."""
+        if self._open:
+            keys, rows = zip(*self._open, strict=True)
+            tensors = {name: _joined([row[name] for row in rows]) for name in rows[0]}
+            tensors[_STARTS] = torch.cat([torch.zeros(1, dtype=torch.long), tensors[_STARTS].cumsum(0)])
+            tensors[_KEYS] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
+            self._check_space()
+            name = f"shard-{uuid.uuid4().hex[:12]}.safetensors"
+            draft = self.folder / f".{name}"
+            try:
+                draft.write_bytes(save(tensors))  # save_file would hide it from all other users
+                draft.rename(self.folder / name)
+            finally:
+                draft.unlink(missing_ok=True)
+            self._open, self._open_keys, self._open_bytes = [], set(), 0
+        self.refresh()
+
+    def _check_space(self) -> None:
+        """Refuse to fill the disk to its last byte, which harms everyone on it.
+
+        Raises:
+            TargetsError: there is no space for the rows that wait.
+        """
+        free = shutil.disk_usage(self.folder).free
+        if self._open_bytes > free:
+            raise TargetsError(
+                f"The disk of {self.folder} is full: {free / 1e6:,.0f} MB are free, {self._open_bytes / 1e6:,.0f} MB "
+                "are to be written. Free some, and run again: what is written stays."
+            )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Join in the stored precision, which a run's autocast would change, or fail at."""
+    with torch.autocast("cpu", enabled=False):
+        return torch.cat(list(parts))

@@ -1,0 +1,458 @@
+"""Stored targets: the same training as with the teacher, and never targets of something else."""
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertForMaskedLM,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import tiny
+from ildistil import Distillation, Distiller, Stage, mappings, objectives
+from ildistil.capture import Tap
+from ildistil.objectives import Objective
+from ildistil.targets import StoredTeacher, TargetsError, estimate, precompute
+from ildistil.targets.capture import StoredCapture
+from table import CASES
+from test_distiller import loader, trainer
+
+LENGTHS = (7, 4, 6, 2)
+
+
+def models() -> tuple[PreTrainedModel, PreTrainedModel]:
+    return tiny.bert(2, seed=1), tiny.bert(4, seed=2)
+
+
+def stored(folder: Path, terms: Iterable[Objective], batches: Any = None, **options: Any) -> StoredTeacher:
+    """The targets of these terms, without the teacher."""
+    student, teacher = models()
+    made = StoredTeacher(folder, teacher, **options)
+    precompute(made, terms, student, [tiny.batch(LENGTHS)] if batches is None else batches)
+    return StoredTeacher(folder)
+
+
+def step(
+    terms: list[Objective], teacher: nn.Module, batch: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The terms and the gradients by parameter name, always from the same student and projections."""
+    torch.manual_seed(3)
+    engine = Distillation(models()[0], teacher, terms)
+    found = engine(batch, step=0)
+    found.total.backward()
+    gradients = {n: p.grad for n, p in engine.named_parameters() if p.grad is not None}
+    return {n: v.detach() for n, v in found.values.items()}, gradients
+
+
+def assert_same(left: Any, right: Any, tolerance: float) -> None:
+    for mine, theirs in zip(left, right, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def selected() -> list[Objective]:
+    return [
+        objectives.AttentionKL(),
+        objectives.HiddenMSE(projection="always", mapping=mappings.Random()),
+        objectives.LogitsKL(weight=0.5),
+        objectives.TaskLoss(weight=0.5),
+    ]
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> StoredTeacher:
+    return stored(tmp_path_factory.mktemp("targets"), [case.make() for case in CASES.values()], dtype="float32")
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n != "TaskLoss"])
+def test_the_same_losses_and_gradients_as_with_the_teacher(name: str, everything: StoredTeacher) -> None:
+    batch = tiny.batch(LENGTHS)
+    assert_same(step([CASES[name].make()], everything, batch), step([CASES[name].make()], models()[1], batch), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["AttentionKL", "AttentionMSE", "AttentionDIST", "RelationKL-heads", "QKVMSE"])
+def test_no_more_is_read_than_an_objective_says(name: str, tmp_path: Path) -> None:
+    """What isn't among its attention_parts isn't stored, and would make its loss not a number."""
+    batch, term = tiny.batch(LENGTHS), CASES[name].make()
+    teacher = stored(tmp_path, [term], dtype="float32")
+    header = teacher.store.header
+    assert header is not None
+    assert "".join(sorted({column.part for column in header.layout.columns})) == "".join(sorted(term.attention_parts))
+    assert_same(step([CASES[name].make()], teacher, batch), step([CASES[name].make()], models()[1], batch), 1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("bfloat16", 2e-2)])
+def test_half_precision_is_close(dtype: Any, tolerance: float, tmp_path: Path) -> None:
+    batch, teacher = tiny.batch(LENGTHS), stored(tmp_path, selected(), dtype=dtype)
+    live, half = step(selected(), models()[1], batch), step(selected(), teacher, batch)
+    assert_same(live[:1], half[:1], tolerance)
+    norms = [torch.stack([g.norm() for g in of.values()]) for of in (live[1], half[1])]
+    torch.testing.assert_close(norms[0], norms[1], rtol=10 * tolerance, atol=10 * tolerance)
+
+
+def test_order_and_padding_do_not_matter(tmp_path: Path) -> None:
+    teacher = stored(tmp_path, selected(), dtype="float32")
+    wide = tiny.batch(LENGTHS, right=5)
+    shuffled = {k: v[[2, 0, 3]] for k, v in wide.items()}
+    assert_same(step(selected(), teacher, shuffled), step(selected(), models()[1], shuffled), 1e-6)
+    left = tiny.batch(LENGTHS, left=3)  # with its position_ids, so that only the head knows of the padding
+    terms = [objectives.HiddenMSE(), objectives.AttentionKL()]
+    inner = stored(tmp_path / "inner", terms, dtype="float32")
+    assert_same(step(terms, inner, left), step(terms, models()[1], left), 1e-6)
+    with pytest.raises(TargetsError, match="padded on the left.*Pad on the right"):
+        step(selected(), teacher, left)
+    del left["position_ids"]
+    with pytest.raises(TargetsError, match="padded on the left"):
+        step(terms, inner, left)
+    wide["attention_mask"][0, 2] = 0
+    with pytest.raises(TargetsError, match="hides tokens between real ones"):
+        step(selected(), teacher, wide)
+
+
+def test_rows_without_tokens_need_no_targets(tmp_path: Path) -> None:
+    teacher, batch = stored(tmp_path, selected(), dtype="float32"), tiny.batch(LENGTHS)
+    batch["attention_mask"][1], batch["input_ids"][1] = 0, 49
+    assert_same(step(selected(), teacher, batch), step(selected(), models()[1], batch), 1e-6)
+
+
+def test_what_is_not_stored_is_an_error(tmp_path: Path) -> None:
+    teacher, batch = stored(tmp_path, selected()), tiny.batch(LENGTHS)
+    changed = {k: v.clone() for k, v in batch.items()}
+    changed["input_ids"][2, 1] += 1
+    with pytest.raises(TargetsError, match=r"1 of the 4 rows of a batch \(the first has the row_id 2\) aren't among"):
+        step(selected(), teacher, changed)
+    shorter = {k: v[:, :6] if v.ndim == 2 else v for k, v in batch.items()}
+    with pytest.raises(TargetsError, match=r"the first has the row_id 0.*cut or tokenised otherwise"):
+        step(selected(), teacher, shorter)
+    del batch["position_ids"]
+    with pytest.raises(TargetsError, match="from input_ids, position_ids; this batch gives the teacher input_ids"):
+        step(selected(), teacher, batch)
+    with pytest.raises(TargetsError, match=r"have no attention\[2\]\.v, attention\[4\]\.v, which the objectives want"):
+        step([objectives.AttentionOutputMSE()], teacher, batch)
+    with pytest.raises(TargetsError, match="first dimension is the batch"):
+        step(selected(), teacher, tiny.batch(LENGTHS) | {"head_mask": [1], "inputs_embeds": [1.0]})
+
+
+def test_targets_of_something_else_are_refused(tmp_path: Path) -> None:
+    stored(tmp_path, selected(), tokenizer="one")
+    other = models()[1]
+    next(other.parameters()).data[0, 0] += 1
+    with pytest.raises(TargetsError, match="targets are of another teacher"):
+        StoredTeacher(tmp_path, other)
+    with pytest.raises(TargetsError, match="targets are of another teacher"):
+        StoredTeacher(tmp_path, lambda: other).load()
+    with pytest.raises(TargetsError, match="made with another tokenizer"):
+        StoredTeacher(tmp_path).check_tokenizer("two")
+    with pytest.raises(TargetsError, match="are in float16, not in float32"):
+        StoredTeacher(tmp_path, dtype="float32")
+    with pytest.raises(TargetsError, match="There are no targets in nowhere. Make them first: ildistil precompute"):
+        StoredTeacher("nowhere")
+    with pytest.raises(TargetsError, match="one of float16, bfloat16, float32; got 'int8'"):
+        StoredTeacher("nowhere", models()[1], dtype="int8")  # type: ignore[arg-type]
+    reordered = models()[0]
+    reordered.config.id2label = {0: "LABEL_1", 1: "LABEL_0", 2: "LABEL_2"}
+    with pytest.raises(ValueError, match="numbers its labels"):
+        Distillation(reordered, StoredTeacher(tmp_path))
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    stored(tmp_path, selected())
+    (shard,) = tmp_path.glob("shard-*")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-8])
+    with pytest.raises(TargetsError, match=rf"The targets in {shard} can't be read: .* Delete this file"):
+        StoredTeacher(tmp_path)
+    shard.write_bytes(content)
+    description = tmp_path / "targets.json"
+    said = json.loads(description.read_text())
+    description.write_text(json.dumps(said | {"format": 0}))
+    with pytest.raises(TargetsError, match="in format 0; this version of ildistil reads format 1"):
+        StoredTeacher(tmp_path)
+    description.write_text("{")
+    with pytest.raises(TargetsError, match="damaged"):
+        StoredTeacher(tmp_path)
+    description.unlink()
+    with pytest.raises(TargetsError, match="has shards but no targets.json"):
+        StoredTeacher(tmp_path, models()[1])
+
+
+def test_numbers_too_large_for_half_precision(tmp_path: Path) -> None:
+    student, teacher = models()
+    teacher.classifier.bias.data[1] = 1e5
+    with pytest.raises(TargetsError, match="logits of the teacher is as large as 1e.05, and float16 ends at 65504"):
+        precompute(StoredTeacher(tmp_path, teacher), [objectives.LogitsMSE()], student, [tiny.batch()])
+    precompute(StoredTeacher(tmp_path, teacher, dtype="bfloat16"), [objectives.LogitsMSE()], student, [tiny.batch()])
+
+
+def batches(count: int = 6) -> list[dict[str, Tensor]]:
+    return [tiny.batch((5, 3), seed=seed) for seed in range(count)]
+
+
+class Interrupted(nn.Module):
+    """A teacher whose machine goes away."""
+
+    def __init__(self, model: nn.Module, after: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+        super().__init__()
+        self._orig_mod, self.after, self.error = model, after, error  # wrapped as torch.compile does it
+
+    def forward(self, **inputs: Any) -> Any:
+        self.after -= 1
+        if self.after < 0:
+            raise self.error
+        return self._orig_mod(**inputs)
+
+
+def test_an_interrupted_precompute_goes_on(tmp_path: Path) -> None:
+    student, teacher = models()
+    terms, seen = [objectives.HiddenMSE()], []
+    with pytest.raises(KeyboardInterrupt):
+        precompute(StoredTeacher(tmp_path, Interrupted(teacher, 4)), terms, student, batches())
+    assert len(StoredTeacher(tmp_path).store) == 6  # three batches: one run was for the estimate
+    found = precompute(StoredTeacher(tmp_path, teacher), terms, student, batches(), report=seen.append)
+    assert (found.rows, found.missing_rows) == (12, 6)
+    assert "rows    12 different ones, of which 6 are stored" in seen[0]
+    assert len(list(tmp_path.glob("shard-*"))) == 2
+    whole = stored(tmp_path / "whole", terms, batches())
+    for batch in batches():
+        mine, theirs = (step(terms, t, batch) for t in (StoredTeacher(tmp_path), whole))
+        assert_same(mine, theirs, 0)
+    again = precompute(StoredTeacher(tmp_path, Interrupted(teacher, 0)), terms, student, batches())
+    assert again.missing_bytes == 0
+    with pytest.raises(TargetsError, match="gone through twice"):
+        precompute(StoredTeacher(tmp_path, teacher), terms, student, iter(batches()))
+
+
+def test_the_estimate_is_what_gets_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terms, data = [objectives.RelationKL(relations=["k-k"]), objectives.HiddenMSE(), objectives.LogitsKL()], batches(40)
+    student, teacher = models()
+    empty = StoredTeacher(tmp_path, teacher)
+    needed = estimate(empty, terms, student, [*data, *data])
+    assert not list(tmp_path.iterdir())
+    per_token, per_row = 2 * (32 + 2 * 32), 2 * 3 + 24  # keys, two hidden states; logits, a key and a place
+    assert needed.bytes == 40 * 8 * per_token + 80 * per_row
+    precompute(empty, terms, student, data)
+    assert empty.store.size == pytest.approx(needed.bytes, rel=0.02)
+    assert f"needed  {needed.bytes / 1e6:.2f} MB, of which 0.00 MB" in str(estimate(empty, terms, student, data))
+    full = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(TargetsError, match=r"need 0.06 MB more, and 0.00 MB are free on the disk.*map fewer layers"):
+        precompute(StoredTeacher(tmp_path / "b", teacher), terms, student, data)
+    along = StoredTeacher(tmp_path / "c", teacher)
+    Distillation(student, along, terms)(data[0])
+    with pytest.raises(TargetsError, match=r"The disk of .* is full: 0 MB are free"):
+        along.flush()
+
+
+def test_small_shards_and_many_rows(tmp_path: Path) -> None:
+    teacher = stored(tmp_path, [objectives.HiddenMSE()], batches(), shard_bytes=1000)
+    assert len(list(tmp_path.glob("shard-*"))) > 3
+    both = {k: torch.cat([b[k] for b in batches()]) for k in batches()[0]}
+    assert_same(
+        step([objectives.HiddenMSE()], teacher, both)[:1], step([objectives.HiddenMSE()], models()[1], both)[:1], 1e-3
+    )
+    copied = copy.deepcopy(teacher)  # opens the files itself
+    assert len(copied.store) == len(teacher.store) == 12
+
+
+class Kinds(Objective):
+    """Reads a module for each token, one for each row, and the logits."""
+
+    taps = ("logits", "bert.pooler", "bert.encoder.layer.0.output")
+
+    def loss(self, student: Any, teacher: Any, batch: Any) -> Tensor:
+        s, t = ([a.logits, *(a.modules[p] for p in self.taps[1:])] for a in (student, teacher))
+        real = batch["attention_mask"][..., None]
+        return sum(((x - y) * (real if x.ndim == 3 else 1)).square().mean() for x, y in zip(s, t, strict=True))
+
+
+def test_module_paths(tmp_path: Path) -> None:
+    terms, batch = [Kinds()], tiny.batch((32, 30))  # as many tokens as the pooler is wide
+    teacher = stored(tmp_path, terms, [batch], dtype="float32")
+    assert_same(step([Kinds()], teacher, batch), step([Kinds()], models()[1], batch), 1e-6)
+
+    class Tuples(Kinds):
+        taps = ("bert.encoder.layer.0.attention",)
+
+    with pytest.raises(TargetsError, match="attention of the teacher gives a tuple; only tensors of shape"):
+        stored(tmp_path / "tuples", [Tuples()], [batch])
+
+    class Loss(Kinds):
+        taps = ("loss",)
+
+    with pytest.raises(TargetsError, match="one number for a whole batch and can't be stored"):
+        stored(tmp_path / "loss", [Loss()], [batch])
+
+
+class Liar(objectives.AttentionOutputMSE):
+    attention_parts = "qk"
+
+
+def test_who_reads_more_than_is_stored_has_no_loss(tmp_path: Path) -> None:
+    teacher = stored(tmp_path, [Liar()])
+    engine = Distillation(models()[0], teacher, [Liar()])
+    with pytest.raises(objectives.ObjectiveError, match="is nan in the dry run"):
+        engine.dry_run(tiny.batch(LENGTHS))
+
+
+def test_language_models_and_images(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {"input_ids": torch.randint(3, 50, (3, 6)), "attention_mask": torch.ones(3, 6, dtype=torch.long)}
+    text["attention_mask"][1, 4:] = 0
+    labels = torch.where(text["attention_mask"] == 1, text["input_ids"], -100)
+    gemma = Gemma2Config(**small, vocab_size=50, num_hidden_layers=2, num_key_value_heads=1, head_dim=8,
+                         attn_logit_softcapping=5.0, attn_implementation="eager")  # fmt: skip
+    image = ViTConfig(**small, num_hidden_layers=2, image_size=8, patch_size=4)
+    masked = BertConfig(**small, num_hidden_layers=2, vocab_size=50)
+    pixels = {"pixel_values": torch.randn(3, 3, 8, 8), "labels": torch.tensor([0, 1, 1])}
+    terms = (objectives.AttentionKL, objectives.HiddenMSE, objectives.LogitsKL, objectives.RelationKL)
+    for number, (kind, config, batch) in enumerate(
+        [
+            (Gemma2ForCausalLM, gemma, text | {"labels": labels}),
+            (BertForMaskedLM, masked, text | {"labels": labels}),
+            (ViTForImageClassification, image, pixels),
+        ]
+    ):
+        teacher, student = kind(copy.deepcopy(config)), kind(copy.deepcopy(config))
+        folder = tmp_path / str(number)
+        precompute(StoredTeacher(folder, teacher, dtype="float32"), [t() for t in terms], student, [batch])
+        live, read = (
+            Distillation(copy.deepcopy(student), t, [t() for t in terms]) for t in (teacher, StoredTeacher(folder))
+        )
+        read.dry_run(read.synthetic_batch())
+        turned = {k: v.flip(0) for k, v in batch.items()}
+        torch.testing.assert_close(read.eval()(turned).total, live.eval()(turned).total, rtol=1e-5, atol=1e-6)
+        if batch["labels"].ndim == 2:
+            with pytest.raises(TargetsError, match="labels of padding aren't -100"):
+                read(batch | {"labels": text["input_ids"]})
+
+
+def test_models_whose_attention_cannot_be_stored(tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
+    deberta = DebertaV2Config(
+        **small, vocab_size=50, relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False
+    )
+    teacher = DebertaV2ForSequenceClassification(deberta)
+    batch = {k: v for k, v in tiny.batch().items() if k != "position_ids"}
+    with pytest.raises(TargetsError, match=r"adds a bias to the scores of attention\[1\]"):
+        precompute(StoredTeacher(tmp_path / "a", teacher), [objectives.AttentionKL()], teacher, [batch])
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    bart = BartModel(BartConfig(d_model=8, encoder_layers=1, decoder_layers=1, vocab_size=20, **heads))
+    with pytest.raises(TargetsError, match="encoder-decoder .* can't be stored"):
+        StoredTeacher(tmp_path / "b", bart)
+
+
+class Watch(L.Callback):
+    """Notes how often a model ran, and the losses."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.runs, self.losses = 0, []
+        model.register_forward_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.runs += 1
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # type: ignore[override]
+        self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+
+def fit(teacher: nn.Module, watch: Watch, data: Any, **options: Any) -> Distiller:
+    torch.manual_seed(4)
+    module = Distiller(models()[0], teacher, **{k: v for k, v in options.items() if k == "stages"})
+    run = trainer(watch, *selected(), **{k: v for k, v in options.items() if k != "stages"})
+    run.fit(module, data, loader())
+    return module
+
+
+def test_targets_made_along_the_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = loader(rows=16)
+    live, teacher = Watch(models()[1]), models()[1]
+    fit(models()[1], live, data, max_epochs=3)
+    watch = Watch(teacher)
+    with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
+        module = fit(StoredTeacher(tmp_path, teacher, dtype="float32"), watch, data, max_epochs=3)
+    assert watch.runs == 1 + 1 + 4  # the two dry runs, and one epoch of four batches
+    assert watch.losses == pytest.approx(live.losses, rel=1e-5)
+    assert f"stored: 0 rows in {tmp_path}, others are made along the way" in caplog.text
+    assert len(module.teacher.store) == 16
+    watch = Watch(teacher)
+    fit(StoredTeacher(tmp_path), watch, data, max_epochs=3)
+    assert watch.runs == 0
+    assert watch.losses == pytest.approx(live.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_precision_of_the_run_does_not_change_the_targets(precision: str, tmp_path: Path) -> None:
+    data, teacher = loader(rows=4), models()[1]
+    read, watch = stored(tmp_path / "before", selected(), list(data)), Watch(teacher)
+    fit(StoredTeacher(tmp_path / "along", teacher, shard_bytes=1), watch, data, precision=precision)
+    again = Watch(nn.Identity())
+    fit(read, again, data, precision=precision)
+    assert watch.losses == again.losses
+    assert next(teacher.parameters()).dtype == torch.float32
+
+
+def test_a_run_that_breaks_off_leaves_what_it_made(tmp_path: Path) -> None:
+    teacher = models()[1]
+    with pytest.raises(MemoryError):
+        fit(StoredTeacher(tmp_path, Interrupted(teacher, 4, MemoryError)), Watch(teacher), loader(rows=16))
+    assert len(StoredTeacher(tmp_path).store) == 8
+
+
+def test_rows_that_are_new_in_each_epoch_are_warned_of(tmp_path: Path) -> None:
+    class New(Dataset[Any]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, row: int) -> dict[str, Tensor]:
+            return {k: v[0] for k, v in tiny.batch((5,), seed=int(torch.randint(10**6, ()))).items()}
+
+    with pytest.warns(UserWarning, match="4 rows of this epoch were not stored, though it wasn't the first"):
+        fit(StoredTeacher(tmp_path, models()[1]), Watch(nn.Identity()), DataLoader(New(), 2))
+
+
+def test_targets_are_read_before_a_batch_moves_and_only_what_a_stage_wants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, read = loader(rows=8), []
+    teacher = stored(tmp_path, selected(), list(data))
+    original = StoredCapture.read
+
+    def reading(self: StoredCapture, batch: Any, wanted: frozenset[Tap]) -> Any:
+        found = original(self, batch, wanted)
+        read.append({column.split("[")[0] for column in found.values})
+        return found
+
+    monkeypatch.setattr(StoredCapture, "read", reading)
+    stages = [Stage(["attention_kl", "hidden_mse"], 1), Stage(["logits_kl", "task_loss"], 1)]
+    fit(teacher, Watch(nn.Identity()), data, stages=stages, max_epochs=2)
+    assert read == [{"attention", "hidden", "logits"}, *2 * [{"attention", "hidden"}], *2 * [{"logits"}]]
+
+
+def test_accumulated_batches_and_validation_without_targets(tmp_path: Path) -> None:
+    data = loader(rows=16)
+    teacher = stored(tmp_path, selected(), list(data), dtype="float32")
+    live, read = Watch(nn.Identity()), Watch(nn.Identity())
+    fit(models()[1], live, data, accumulate_grad_batches=2)
+    fit(teacher, read, data, accumulate_grad_batches=2)
+    assert read.losses == pytest.approx(live.losses, rel=1e-5)
