@@ -1,0 +1,2 @@
+from ildistil.kernels.scores import Masks, Scores
+from ildistil.kernels import blockwise

@@ -1,0 +1,104 @@
+"""What attention scores are made of, which of them count, and the scores as whole maps."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Masks", "Scores", "real_queries", "score_map", "seen", "zeroed"]
+
+
+class Scores(NamedTuple):
+    """What the scores ``softcap * tanh(scale q k^T / softcap) + bias`` of an attention are made of.
+
+    Attributes:
+        query: ``(batch, heads, queries, size)``.
+        key: ``(batch, key heads, keys, size)``; fewer heads than the queries' are shared by consecutive ones.
+        scale: factor of the product.
+        bias: added after the softcap; broadcastable to ``(batch, heads, queries, keys)``.
+        softcap: bound of the product; ``None`` for none.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float = 1.0
+    bias: Tensor | None = None
+    softcap: float | None = None
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads."""
+        return self.query.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """Number of query heads to a key head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    def full_precision(self) -> "Scores":
+        """Widen half-precision tensors to float32."""
+        query, key = widened(self.query), widened(self.key)
+        return self._replace(query=query, key=key, bias=None if self.bias is None else widened(self.bias))
+
+    def detach(self) -> "Scores":
+        """Cut the gradients off."""
+        bias = None if self.bias is None else self.bias.detach()
+        return self._replace(query=self.query.detach(), key=self.key.detach(), bias=bias)
+
+
+class Masks(NamedTuple):
+    """Which scores count.
+
+    Attributes:
+        query_mask: boolean ``(batch, queries)``, true where the query is a real token; ``None`` if all are.
+        key_mask: boolean ``(batch, keys)``, true where the key is a real token; ``None`` if all are.
+        causal: queries attend to no later position.
+        window: queries attend to fewer than this many positions away.
+    """
+
+    query_mask: Tensor | None = None
+    key_mask: Tensor | None = None
+    causal: bool = False
+    window: int | None = None
+
+
+def widened(x: Tensor) -> Tensor:
+    """Widen half precision to float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def zeroed(vectors: Tensor, mask: Tensor | None) -> Tensor:
+    """Put zeros for padding, which may hold anything: 0 times NaN is NaN."""
+    return vectors if mask is None else torch.where(mask[..., None, :, None], vectors, 0)
+
+
+def score_map(parts: Scores, masks: Masks) -> Tensor:
+    """Give all scores, ``(batch, heads, queries, keys)``, at least in float32; padding gives some finite number."""
+    query, key, scale, bias, softcap = parts.full_precision()
+    key = zeroed(key, masks.key_mask).repeat_interleave(parts.groups, dim=1)
+    scores = zeroed(query, masks.query_mask) * scale @ key.mT
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores if bias is None else scores + bias
+
+
+def seen(masks: Masks, rows: slice, columns: slice, device: torch.device) -> Tensor | None:
+    """Tell which keys at these positions the queries at these look at, whether real or not: boolean, two dimensions.
+
+    ``None`` if causality and window leave out none.
+    """
+    if not masks.causal and masks.window is None:
+        return None
+    i, j = (torch.arange(x.start, x.stop, device=device) for x in (rows, columns))
+    distance = i[:, None] - j
+    if masks.window is None:
+        return distance >= 0
+    near = distance.abs() < masks.window
+    return near & (distance >= 0) if masks.causal else near
+
+
+def real_queries(parts: Scores, masks: Masks) -> Tensor:
+    """Tell which queries are real tokens: boolean ``(batch, queries)``."""
+    if masks.query_mask is not None:
+        return masks.query_mask
+    return parts.query.new_ones(parts.query.shape[0], parts.query.shape[2], dtype=torch.bool)
