@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ildistil.kernels.scores import Masks, Scores, seen, zeroed
+from ildistil.kernels.scores import Masks, Scores, seen, spans, zeroed
 
 __all__ = ["divergences", "squared_errors"]
 
 # Elements of one block of scores: on a CPU a few blocks fit into the caches, a GPU wants larger pieces of work.
 _BLOCK = 2**20
 _LARGE_BLOCK = 2**24
+# Greatest scores up to this size need not be taken off before scores are subtracted: a float32 holds the difference.
+_SMALL = 16
 # Rows of a block where each query sees only part of the keys: those that none of the rows sees are left out.
 _NARROW = 128
 
@@ -43,13 +45,17 @@ def _divergence(s: Tensor, t: Tensor, p: Tensor, blocked: Tensor | None) -> tupl
         for scores in (s, t):
             # Not -inf: a row without any key would give NaN.
             scores.masked_fill_(blocked, torch.finfo(s.dtype).min / 4)
+    top_s, top_t = s.amax(-1, keepdim=True), t.amax(-1, keepdim=True)
+    if s.device.type != "cpu" or bool(torch.max(top_s.abs().max(), top_t.abs().max()) > _SMALL):
+        s, t = s.sub_(top_s), t.sub_(top_t)
+        top_s, top_t = torch.zeros_like(top_s), torch.zeros_like(top_t)
     # sum p_T (t - s) - lse_T + lse_S, where lse is the greatest score less the logarithm of its probability.
-    rows = s.amax(-1) - t.amax(-1)
+    rows = top_s - top_t
     p_t = torch.softmax(t, -1, out=p)
-    rows += p_t.amax(-1).log()
+    rows += p_t.amax(-1, keepdim=True).log()
     value = torch.dot(p_t.view(-1), t.sub_(s).view(-1))
     p_s = torch.softmax(s, -1, out=t)
-    rows -= p_s.amax(-1).log()
+    rows -= p_s.amax(-1, keepdim=True).log()
     return value + rows.sum(), p_s.sub_(p_t)
 
 
@@ -63,11 +69,16 @@ def _squared_error(s: Tensor, t: Tensor, _: Tensor, blocked: Tensor | None) -> t
 
 def _sums(student: Scores, teacher: Scores, masks: Masks, compare: _Compare) -> Tensor:
     with torch.autocast(student.query.device.type, enabled=False):
-        student, teacher = student.full_precision(), teacher.full_precision().detach()
+        student, teacher = (_with_four_dimensions(x.full_precision()) for x in (student, teacher.detach()))
         sums: Tensor = _Blockwise.apply(  # type: ignore[no-untyped-call]
             student.query, student.key, student.bias, student.scale, student.softcap, teacher, masks, compare
         )
         return sums
+
+
+def _with_four_dimensions(parts: Scores) -> Scores:
+    """Write the dimensions out that a bias leaves to broadcasting."""
+    return parts if parts.bias is None else parts._replace(bias=parts.bias[(None,) * (4 - parts.bias.ndim)])
 
 
 class _Blockwise(torch.autograd.Function):
@@ -84,7 +95,7 @@ class _Blockwise(torch.autograd.Function):
             ctx.save_for_backward(query, key, bias, teacher.query, teacher.key, teacher.bias)
             ctx.rest = (scale, softcap), (teacher.scale, teacher.softcap), masks, compare
             return _walk(student, teacher, masks, compare)
-        grads = _Vectors.zeros(student, ctx.wanted)
+        grads = _Gradients.zeros(student, ctx.wanted)
         ctx.save_for_backward(*grads[:2])
         return _walk(student, teacher, masks, compare, grads)
 
@@ -101,31 +112,27 @@ class _Blockwise(torch.autograd.Function):
         q_s, k_s, b_s, q_t, k_t, b_t = ctx.saved_tensors
         (scale_s, softcap_s), (scale_t, softcap_t), masks, compare = ctx.rest
         student, teacher = Scores(q_s, k_s, scale_s, b_s, softcap_s), Scores(q_t, k_t, scale_t, b_t, softcap_t)
-        grads = _Vectors.zeros(student, ctx.wanted)
+        grads = _Gradients.zeros(student, ctx.wanted)
         _walk(student, teacher, masks, compare, grads, grad)
         return *grads, *nothing
 
 
-class _Vectors(NamedTuple):
-    """What scores are made of, or the gradients of these; ``None`` where there is none."""
+class _Gradients(NamedTuple):
+    """Gradients of what scores are made of; ``None`` where none is wanted."""
 
     query: Tensor | None
     key: Tensor | None
     bias: Tensor | None
 
     @classmethod
-    def zeros(cls, parts: Scores, wanted: tuple[bool, ...]) -> "_Vectors":
+    def zeros(cls, parts: Scores, wanted: tuple[bool, ...]) -> "_Gradients":
         tensors = zip((parts.query, parts.key, parts.bias), wanted, strict=True)
         return cls(*(torch.zeros_like(x) if wants and x is not None else None for x, wants in tensors))
 
-    def cut(self, block: "_Block", groups: int) -> "_Vectors":
-        """Give the vectors of one block, without the dimension of the batch."""
-        shared = slice(block.heads.start // groups, block.heads.stop // groups)
-        return _Vectors(
-            _cut(self.query, block.example, block.heads, block.rows),
-            _cut(self.key, block.example, shared, block.columns),
-            _cut(self.bias, block.example, block.heads, block.rows, block.columns),
-        )
+    def cut(self, block: "_Block", groups: int) -> "_Gradients":
+        """Give what belongs to one block."""
+        places = block.of_query, block.of_key(groups), block.of_scores
+        return _Gradients(*(None if x is None else _cut(x, place) for x, place in zip(self, places, strict=True)))
 
 
 class _Block(NamedTuple):
@@ -141,21 +148,35 @@ class _Block(NamedTuple):
         heads, rows, columns = (x.stop - x.start for x in self[1:])
         return heads, rows, columns
 
+    @property
+    def of_query(self) -> tuple[slice, ...]:
+        return self.example, self.heads, self.rows
 
-def _cut(x: Tensor | None, *block: slice) -> Tensor | None:
-    if x is None:
-        return None
-    # A dimension of 1 is shared, as a bias' may be.
-    return x[tuple(slice(0, 1) if size == 1 else part for part, size in zip(block, x.shape, strict=False))][0]
+    @property
+    def of_scores(self) -> tuple[slice, ...]:
+        return self.example, self.heads, self.rows, self.columns
+
+    def of_key(self, groups: int) -> tuple[slice, ...]:
+        return self.example, slice(self.heads.start // groups, self.heads.stop // groups), self.columns
+
+
+def _cut(x: Tensor, place: tuple[slice, ...]) -> Tensor:
+    """Cut a place of one example out; a dimension of 1 is shared, as a bias' may be."""
+    return x[tuple(slice(0, 1) if size == 1 else part for part, size in zip(place, x.shape, strict=False))][0]
+
+
+def _parts(x: Scores, block: _Block) -> tuple[Tensor, Tensor, Tensor | None]:
+    bias = None if x.bias is None else _cut(x.bias, block.of_scores)
+    return _cut(x.query, block.of_query), _cut(x.key, block.of_key(x.groups)), bias
 
 
 def _walk(
-    student: Scores, teacher: Scores, masks: Masks, compare: _Compare, grads: _Vectors | None = None,
+    student: Scores, teacher: Scores, masks: Masks, compare: _Compare, grads: _Gradients | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Give the sum of every example, and add up the gradients, of each example times its weight."""
-    rows, query_mask = _spans(masks.query_mask, student.query)
-    columns, key_mask = _spans(masks.key_mask, student.key)
+    rows, query_mask = spans(masks.query_mask, student.query)
+    columns, key_mask = spans(masks.key_mask, student.key)
     masks = masks._replace(query_mask=query_mask, key_mask=key_mask)
     student, teacher = (
         x._replace(query=zeroed(x.query, query_mask), key=zeroed(x.key, key_mask)) for x in (student, teacher)
@@ -176,18 +197,6 @@ def _walk(
             if grads is not None:
                 _accumulate(grads, student, block, d if weights is None else d.mul_(weights[b]), slope)
     return sums
-
-
-def _spans(mask: Tensor | None, vectors: Tensor) -> tuple[list[slice], Tensor | None]:
-    """Give the span of every example's real tokens, and the mask if any is left to do within the spans."""
-    tokens = vectors.shape[2]
-    if mask is None or mask.device.type != "cpu":  # on a GPU the host would have to wait for the answer
-        return [slice(0, tokens)] * len(vectors), mask
-    counts = mask.sum(1).tolist()
-    first, after = mask.int().argmax(1).tolist(), (tokens - mask.flip(1).int().argmax(1)).tolist()
-    spans = [slice(i, j if count else i) for i, j, count in zip(first, after, counts, strict=True)]
-    whole = all(span.stop - span.start == count for span, count in zip(spans, counts, strict=True))
-    return spans, None if whole else mask
 
 
 def _blocks(
@@ -237,7 +246,7 @@ def _blocked(b: int, rows: slice, columns: slice, masks: Masks, device: torch.de
 
 def _scores(parts: Scores, block: _Block, out: Tensor) -> Tensor | None:
     """Write the scores of a block; gives the slope of the softcap."""
-    query, key, bias = _Vectors(parts.query, parts.key, parts.bias).cut(block, parts.groups)
+    query, key, bias = _parts(parts, block)
     product = out.view(len(key), -1, key.shape[1])
     torch.baddbmm(product, _by_key_head(query, key), key.mT, beta=0, alpha=parts.scale, out=product)
     slope = None
@@ -255,9 +264,9 @@ def _by_key_head(x: Tensor, key: Tensor) -> Tensor:
     return x if len(x) == len(key) else x.reshape(len(key), -1, x.shape[-1])
 
 
-def _accumulate(grads: _Vectors, student: Scores, block: _Block, d: Tensor, slope: Tensor | None) -> None:
+def _accumulate(grads: _Gradients, student: Scores, block: _Block, d: Tensor, slope: Tensor | None) -> None:
     """Add up the gradients of a block from that of its scores, which is overwritten."""
-    query, key, _ = _Vectors(*student[:2], None).cut(block, student.groups)
+    query, key, _ = _parts(student, block)
     dq, dk, db = grads.cut(block, student.groups)
     if db is not None:
         db += d.sum_to_size(db.shape)

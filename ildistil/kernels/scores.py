@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Masks", "Scores", "real_queries", "score_map", "seen", "zeroed"]
+__all__ = ["Masks", "Scores", "allowed_map", "pairs", "real_queries", "score_map", "seen", "spans", "zeroed"]
 
 
 class Scores(NamedTuple):
@@ -69,17 +70,18 @@ def widened(x: Tensor) -> Tensor:
 
 def zeroed(vectors: Tensor, mask: Tensor | None) -> Tensor:
     """Put zeros for padding, which may hold anything: 0 times NaN is NaN."""
-    return vectors if mask is None else torch.where(mask[..., None, :, None], vectors, 0)
+    return vectors if mask is None else torch.where(mask[:, None, :, None], vectors, 0)
 
 
 def score_map(parts: Scores, masks: Masks) -> Tensor:
     """Give all scores, ``(batch, heads, queries, keys)``, at least in float32; padding gives some finite number."""
     query, key, scale, bias, softcap = parts.full_precision()
-    key = zeroed(key, masks.key_mask).repeat_interleave(parts.groups, dim=1)
-    scores = zeroed(query, masks.query_mask) * scale @ key.mT
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    return scores if bias is None else scores + bias
+    with torch.autocast(query.device.type, enabled=False):
+        key = zeroed(key, masks.key_mask).repeat_interleave(parts.groups, dim=1)
+        scores = zeroed(query, masks.query_mask) * scale @ key.mT
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        return scores if bias is None else scores + bias
 
 
 def seen(masks: Masks, rows: slice, columns: slice, device: torch.device) -> Tensor | None:
@@ -97,8 +99,43 @@ def seen(masks: Masks, rows: slice, columns: slice, device: torch.device) -> Ten
     return near & (distance >= 0) if masks.causal else near
 
 
+def spans(mask: Tensor | None, vectors: Tensor) -> tuple[list[slice], Tensor | None]:
+    """Give the span of every example's real tokens, and the mask if any is left to do within the spans."""
+    tokens = vectors.shape[2]
+    if mask is None or mask.device.type != "cpu":  # on a GPU the host would have to wait for the answer
+        return [slice(0, tokens)] * len(vectors), mask
+    counts = mask.sum(1).tolist()
+    first, after = mask.int().argmax(1).tolist(), (tokens - mask.flip(1).int().argmax(1)).tolist()
+    spans = [slice(i, j if count else i) for i, j, count in zip(first, after, counts, strict=True)]
+    whole = all(span.stop - span.start == count for span, count in zip(spans, counts, strict=True))
+    return spans, None if whole else mask
+
+
+def allowed_map(parts: Scores, masks: Masks) -> Tensor:
+    """Tell which keys a query may attend to: boolean, ``(batch, 1, queries, keys)``."""
+    batch, (queries, keys) = len(parts.query), (parts.query.shape[2], parts.key.shape[2])
+    allowed = seen(masks, slice(0, queries), slice(0, keys), parts.query.device)
+    if allowed is None:
+        allowed = torch.ones(queries, keys, dtype=torch.bool, device=parts.query.device)
+    allowed = allowed.expand(batch, 1, queries, keys)
+    return allowed if masks.key_mask is None else allowed & masks.key_mask[:, None, None, :]
+
+
 def real_queries(parts: Scores, masks: Masks) -> Tensor:
-    """Tell which queries are real tokens: boolean ``(batch, queries)``."""
+    """Tell which queries are real tokens: boolean, ``(batch, queries)``."""
     if masks.query_mask is not None:
         return masks.query_mask
-    return parts.query.new_ones(parts.query.shape[0], parts.query.shape[2], dtype=torch.bool)
+    return torch.ones(len(parts.query), parts.query.shape[2], dtype=torch.bool, device=parts.query.device)
+
+
+def pairs(parts: Scores, masks: Masks) -> Tensor:
+    """Count the pairs of a real query and a real key that it may attend to: ``(batch,)``."""
+    real, device = real_queries(parts, masks), parts.query.device
+    queries, keys = parts.query.shape[2], parts.key.shape[2]
+    key_mask = torch.ones(1, keys, dtype=torch.bool, device=device) if masks.key_mask is None else masks.key_mask
+    before = F.pad(key_mask.cumsum(1), (1, 0))  # how many real keys stand before each position
+    position = torch.arange(queries, device=device)
+    reach = keys + queries if masks.window is None else masks.window
+    start = (position - reach + 1).clamp(0, keys)
+    stop = (position + (1 if masks.causal else reach)).clamp(0, keys)
+    return ((before[:, stop] - before[:, start]) * real).sum(1)
