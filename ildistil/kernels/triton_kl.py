@@ -23,11 +23,10 @@ _TILES = {64: (64, 2), 128: (32, 1), 256: (16, 1)}
 
 def divergences(student: Scores, teacher: Scores, masks: Masks) -> Tensor:
     """Sum of the rows' Kullback-Leibler divergences, teacher first: ``(batch,)``."""
-    student, teacher = (x._replace(query=_dense(x.query), key=_dense(x.key)) for x in (student, teacher.detach()))
     with torch.autocast(student.query.device.type, enabled=False):
-        sums: Tensor = _Divergences.apply(  # type: ignore[no-untyped-call]
-            student.query, student.key, student._replace(query=None, key=None), teacher, masks
-        )
+        student, teacher = (x._replace(query=_dense(x.query), key=_dense(x.key)) for x in (student, teacher.detach()))
+        rest = tuple(student.detach()[2:])
+        sums: Tensor = _Divergences.apply(student.query, student.key, rest, teacher, masks)
         return sums
 
 
@@ -38,14 +37,13 @@ def _dense(vectors: Tensor) -> Tensor:
 class _Divergences(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, rest: Any, teacher: Scores, masks: Masks) -> Tensor:
-        student = rest._replace(query=query, key=key)
         batch, heads, queries, _ = query.shape
         rows = query.new_empty(5, batch, heads, queries, dtype=torch.float32)
-        tile, arguments = _arguments(student, teacher, masks)
+        tile, arguments = _arguments(Scores(query, key, *rest), teacher, masks)
         with _device(query):
             _row_kernel[(triton.cdiv(queries, tile), batch * heads)](**arguments, rows=rows, row_count=rows[0].numel())
         ctx.save_for_backward(query, key, teacher.query, teacher.key, rows[:4])
-        ctx.rest = rest, teacher._replace(query=None, key=None), masks
+        ctx.rest = rest, teacher[2:], masks
         return rows[4].sum((1, 2))
 
     @staticmethod
@@ -55,20 +53,20 @@ class _Divergences(torch.autograd.Function):
                 "The Triton attention loss has no second derivative. Use kernels.use('plain') around the step."
             )
         q_s, k_s, q_t, k_t, rows = ctx.saved_tensors
-        rest, rest_t, masks = ctx.rest
-        tile, arguments = _arguments(rest._replace(query=q_s, key=k_s), rest_t._replace(query=q_t, key=k_t), masks)
-        more = {"rows": rows, "row_count": rows[0].numel(), "weights": grad.float().contiguous()}
+        rest_s, rest_t, masks = ctx.rest
+        tile, arguments = _arguments(Scores(q_s, k_s, *rest_s), Scores(q_t, k_t, *rest_t), masks)
+        arguments |= {"rows": rows, "row_count": rows[0].numel(), "weights": grad.float().contiguous()}
         batch, heads, queries, _ = q_s.shape
         dq = dk = None
         with _device(q_s):
             if ctx.needs_input_grad[0]:
                 dq = torch.empty_like(q_s)
                 grid = (triton.cdiv(queries, tile), batch * heads)
-                _query_kernel[grid](**arguments, **more, out=dq, **_strides("out", dq))
+                _query_kernel[grid](**arguments, out=dq, **_strides("out", dq))
             if ctx.needs_input_grad[1]:
                 dk = torch.empty_like(k_s)
                 grid = (triton.cdiv(k_s.shape[2], tile), batch * k_s.shape[1])
-                _key_kernel[grid](**arguments, **more, out=dk, **_strides("out", dk))
+                _key_kernel[grid](**arguments, out=dk, **_strides("out", dk))
         return dq, dk, None, None, None
 
 
