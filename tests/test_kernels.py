@@ -1,26 +1,29 @@
-"""The blockwise and Gram forms against the plain losses in float64, on the same inputs."""
+"""The forms of the kernels against the plain losses in float64, on the same inputs."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from ildistil import functional, kernels
-from ildistil.capture import Attention
+from ildistil import kernels
+from ildistil.kernels import Masks, Scores, blockwise, choice
 
-MASKS = ["none", "right", "left", "holes", "an empty row"]
-
-
-def inputs(
-    heads: int = 3, queries: int = 9, keys: int = 9, sizes: tuple[int, int] = (4, 6), seed: int = 0
-) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(queries, sizes[0]), (keys, sizes[0]), (queries, sizes[1]), (keys, sizes[1])]
-    return [torch.randn(3, heads, *shape, generator=generator) * 1.5 for shape in shapes]
+PADDING = ["none", "right", "left", "holes", "an empty row"]
+REACHES = [(False, None), (True, None), (False, 3), (True, 4)]
+LOSSES = {"kl": kernels.attention_kl, "mse": kernels.attention_mse}
 
 
-def mask(kind: str, tokens: int) -> Tensor:
+def mask(kind: str, tokens: int) -> Tensor | None:
     real = torch.ones(3, tokens, dtype=torch.bool)
+    if kind == "none":
+        return None
     if kind == "right":
         real[1, -3:] = real[2, 1:] = False
     elif kind == "left":
@@ -32,96 +35,282 @@ def mask(kind: str, tokens: int) -> Tensor:
     return real
 
 
-def expected(tensors: list[Tensor], rows: Tensor, columns: Tensor, causal: bool, window: int | None) -> Tensor:
-    q_s, k_s, q_t, k_t = tensors
-    record = Attention(q_s, k_s, k_s, 1.0, causal, window, key_mask=columns)
-    return functional.attention_kl(q_s @ k_s.mT, q_t @ k_t.mT, record.allowed(), rows)
+def sides(
+    heads: int = 4, queries: int = 9, keys: int = 9, sizes: tuple[int, int] = (4, 6),
+    key_heads: tuple[int, int] = (4, 4), dtype: torch.dtype = torch.float64,
+    biases: tuple[tuple[int, ...] | None, tuple[int, ...] | None] = (None, None),
+    softcaps: tuple[float | None, float | None] = (None, None), scales: tuple[float, float] = (0.6, 0.4),
+) -> tuple[Scores, Scores]:  # fmt: skip
+    """Student and teacher as captured: heads and tokens lie transposed; all of the student wants gradients."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * 1.5).to(dtype)
+
+    made = []
+    for side in (0, 1):
+        query = draw(3, queries, heads, sizes[side]).transpose(1, 2)
+        key = draw(3, keys, key_heads[side], sizes[side]).transpose(1, 2)
+        shape = biases[side]
+        made.append(Scores(query, key, scales[side], None if shape is None else draw(*shape), softcaps[side]))
+    return with_gradients(made[0]), made[1]
 
 
-def gradients(values: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+def with_gradients(student: Scores) -> Scores:
+    return student._replace(
+        query=student.query.detach().requires_grad_(),
+        key=student.key.detach().requires_grad_(),
+        bias=None if student.bias is None else student.bias.detach().requires_grad_(),
+    )
+
+
+def converted(parts: Scores, dtype: torch.dtype) -> Scores:
+    return parts._replace(query=parts.query.detach().to(dtype), key=parts.key.detach().to(dtype))
+
+
+def trained(student: Scores) -> list[Tensor]:
+    return [x for x in (student.query, student.key, student.bias) if x is not None and x.requires_grad]
+
+
+def evaluate(loss: str, form: kernels.Form, student: Scores, teacher: Scores, masks: Masks) -> list[Tensor]:
+    """The values of a loss, and its gradients where examples have different weights."""
+    with kernels.use(form):
+        values = LOSSES[loss](student, teacher, masks)
     weights = torch.tensor([1.0, 2.0, 3.0], dtype=values.dtype)
-    return list(torch.autograd.grad((values * weights).sum(), tensors[:2]))
+    return [values, *torch.autograd.grad((values * weights).sum(), trained(student))]
 
 
-@pytest.mark.parametrize("block", [2, 20, 2**19])
-@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (False, 3), (True, 4)])
-@pytest.mark.parametrize("kind", MASKS)
-def test_blocks_give_the_divergence_and_its_gradients(
-    kind: str, causal: bool, window: int | None, block: int, monkeypatch: pytest.MonkeyPatch
+def check(loss: str, student: Scores, teacher: Scores, masks: Masks) -> None:
+    found, wanted = (evaluate(loss, form, student, teacher, masks) for form in ("blockwise", "plain"))
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-12, atol=1e-13)
+
+
+@pytest.fixture(autouse=True)
+def automatic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("ILDISTIL_KERNELS", raising=False)
+    with kernels.use("auto"):
+        yield
+
+
+@pytest.mark.parametrize("block", [2, 60, 2**19])
+@pytest.mark.parametrize(("causal", "window"), REACHES)
+@pytest.mark.parametrize("kind", PADDING)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_masks(
+    loss: str, kind: str, causal: bool, window: int | None, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_BLOCK", block)
-    tensors = [x.double().requires_grad_() for x in inputs()]
-    real = mask(kind, 9)
-    plain = expected(tensors, real, real, causal, window)
-    blocks = kernels.attention_kl((tensors[0], tensors[1]), (tensors[2], tensors[3]), real, real, causal, window)
-    torch.testing.assert_close(blocks, plain, rtol=1e-12, atol=1e-14)
-    for mine, theirs in zip(gradients(blocks, tensors), gradients(plain, tensors), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-14)
+    monkeypatch.setattr(blockwise, "_BLOCK", block)
+    monkeypatch.setattr(blockwise, "_NARROW", 4)
+    check(loss, *sides(), Masks(mask(kind, 9), mask(kind, 9), causal, window))
 
 
-def test_queries_and_keys_may_be_of_different_texts() -> None:
-    tensors = [x.double().requires_grad_() for x in inputs(queries=5, keys=8)]
-    rows, columns = mask("right", 5), mask("left", 8)
-    plain = expected(tensors, rows, columns, False, None)
-    blocks = kernels.attention_kl((tensors[0], tensors[1]), (tensors[2], tensors[3]), rows, columns)
-    torch.testing.assert_close(blocks, plain, rtol=1e-12, atol=1e-14)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_queries_and_keys_may_be_of_different_texts(loss: str) -> None:
+    check(loss, *sides(queries=5, keys=8), Masks(mask("right", 5), mask("left", 8)))
 
 
-def test_gradcheck_and_no_second_derivative() -> None:
-    tensors = [x.double().requires_grad_() for x in inputs(heads=2, queries=4, keys=4)]
+@pytest.mark.parametrize("block", [30, 2**19])
+@pytest.mark.parametrize("softcaps", [(None, None), (2.0, 3.0), (None, 3.0)])
+@pytest.mark.parametrize("shape", [(3, 4, 9, 9), (1, 4, 9, 9), (3, 1, 1, 9), (1, 1, 9, 9), (9, 9)])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_biases_and_softcaps(
+    loss: str, shape: tuple[int, ...], softcaps: tuple[float, float], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trained bias has its gradient too, added up over whatever shares it."""
+    monkeypatch.setattr(blockwise, "_BLOCK", block)
+    check(
+        loss, *sides(biases=(shape, (1, 4, 9, 9)), softcaps=softcaps), Masks(mask("right", 9), mask("right", 9), True)
+    )
+
+
+def test_a_fixed_bias_gets_no_gradient() -> None:
+    student, teacher = sides(biases=((1, 4, 9, 9), None))
+    assert student.bias is not None
+    student.bias.requires_grad_(False)
+    values = kernels.attention_kl(student, teacher)
+    wanted = torch.autograd.grad(kernels.attention_kl(student, teacher).sum(), student.query)
+    with kernels.use("plain"):
+        plain = kernels.attention_kl(student, teacher)
+    torch.testing.assert_close(values, plain)
+    torch.testing.assert_close(wanted, torch.autograd.grad(plain.sum(), student.query))
+
+
+@pytest.mark.parametrize("key_heads", [(2, 2), (1, 4), (4, 2), (2, 1)])
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 6)])
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, 4)])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_heads_may_share_keys(
+    loss: str, causal: bool, window: int | None, sizes: tuple[int, int], key_heads: tuple[int, int]
+) -> None:
+    check(loss, *sides(sizes=sizes, key_heads=key_heads), Masks(mask("left", 9), mask("left", 9), causal, window))
+
+
+@pytest.mark.parametrize("kind", PADDING)
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 6)])
+@pytest.mark.parametrize("scales", [(0.5, 0.5), (0.6, 0.4)])
+def test_grams_give_the_squared_error(kind: str, sizes: tuple[int, int], scales: tuple[float, float]) -> None:
+    check("mse", *sides(sizes=sizes, scales=scales), Masks(mask(kind, 9), mask(kind, 9)))
+
+
+@pytest.mark.parametrize("form", ["blockwise", "plain"])
+@pytest.mark.parametrize("kind", ["right", "left", "holes", "an empty row"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_whatever_stands_in_padding_is_never_seen(loss: str, causal: bool, kind: str, form: kernels.Form) -> None:
+    student, teacher = sides()
+    masks = Masks(mask(kind, 9), mask(kind, 9), causal)
+    wanted = evaluate(loss, form, student, teacher, masks)
+    assert masks.query_mask is not None
+    padding = ~masks.query_mask[:, None, :, None]
+    with torch.no_grad():
+        for tensor in (student.query, student.key, teacher.query, teacher.key):
+            tensor.masked_fill_(padding, float("nan"))
+    for mine, theirs in zip(evaluate(loss, form, student, teacher, masks), wanted, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("more", [{}, {"softcaps": (2.0, None), "biases": ((1, 2, 4, 4), None)}])
+def test_gradcheck_and_no_second_derivative(loss: str, more: dict[str, object]) -> None:
+    student, teacher = sides(heads=2, queries=4, keys=4, key_heads=(1, 2), **more)  # type: ignore[arg-type]
     real = mask("right", 4)
 
-    def values(q: Tensor, k: Tensor) -> Tensor:
-        return kernels.attention_kl((q, k), (tensors[2], tensors[3]), real, real)
+    def values(*tensors: Tensor) -> Tensor:
+        query, key, *bias = tensors
+        return LOSSES[loss](student._replace(query=query, key=key, bias=bias[0] if bias else None), teacher, masks)
 
-    assert gradcheck(values, (tensors[0], tensors[1]))
+    masks = Masks(real, real)
+    assert gradcheck(values, tuple(x.detach().requires_grad_() for x in trained(student)))
     with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(values(tensors[0], tensors[1]).sum(), tensors[0], create_graph=True)
+        torch.autograd.grad(values(*trained(student)).sum(), student.query, create_graph=True)
 
 
 @pytest.mark.parametrize("length", [64, 300])
-def test_float32_is_near_float64_on_the_same_inputs(length: int) -> None:
-    tensors = [x.requires_grad_() for x in inputs(heads=4, queries=length, keys=length, sizes=(32, 32))]
-    exact = [x.detach().double().requires_grad_() for x in tensors]
-    real = torch.ones(3, length, dtype=torch.bool)
-    found, wanted = (kernels.attention_kl((x[0] / 6, x[1]), (x[2] / 6, x[3]), real, real) for x in (tensors, exact))
-    assert (found.double() / wanted - 1).abs().max() < 2e-6
-    for mine, theirs in zip(gradients(found, tensors), gradients(wanted, exact), strict=True):
+@pytest.mark.parametrize("causal", [False, True])
+def test_float32_is_near_float64_on_the_same_inputs(length: int, causal: bool) -> None:
+    student, teacher = sides(queries=length, keys=length, sizes=(32, 32), dtype=torch.float32, scales=(1 / 6, 1 / 6))
+    exact = with_gradients(converted(student, torch.float64)), converted(teacher, torch.float64)
+    masks = Masks(causal=causal)
+    found, wanted = evaluate("kl", "auto", student, teacher, masks), evaluate("kl", "plain", *exact, masks)
+    assert (wanted[0] > 1e-2).all()
+    assert (found[0].double() / wanted[0] - 1).abs().max() < 2e-6
+    for mine, theirs in zip(found[1:], wanted[1:], strict=True):
         assert (mine.double() - theirs).norm() / theirs.norm() < 2e-5
 
 
-def test_large_scores_stay_exact() -> None:
-    """Scores of 1e4 with small differences: the greatest is taken off before anything is subtracted."""
-    q, k, _, _ = inputs(sizes=(4, 4))
-    k = k * 1e3
-    tensors = [q, k, q + 1e-5, k]
-    real = torch.ones(3, 9, dtype=torch.bool)
-    found = kernels.attention_kl((q, k), (tensors[2], k), real, real)
-    wanted = kernels.attention_kl(*(tuple(x.double() for x in pair) for pair in ((q, k), (tensors[2], k))), real, real)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_half_precision_is_widened(loss: str, dtype: torch.dtype) -> None:
+    student, teacher = sides(dtype=dtype)
+    wide = with_gradients(converted(student, torch.float32)), converted(teacher, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evaluate(loss, "auto", student, teacher, Masks(causal=True))
+    wanted = evaluate(loss, "auto", *wide, Masks(causal=True))
+    assert found[0].dtype == torch.float32
+    torch.testing.assert_close(found[0], wanted[0])
+    for mine, theirs in zip(found[1:], wanted[1:], strict=True):
+        assert torch.equal(mine, theirs.to(dtype))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+@pytest.mark.parametrize("bias", [None, 1e4])
+def test_large_scores_stay_exact(scale: float, bias: float | None) -> None:
+    """Large in both models, or in one: the greatest is taken off before anything is subtracted."""
+    student, teacher = sides(sizes=(4, 4), dtype=torch.float32, scales=(scale, scale))
+    query = student.query.detach()
+    teacher = Scores(
+        query + 1e-5, student.key.detach(), scale, None if bias is None else torch.full((1, 1, 9, 9), bias)
+    )
+    found = kernels.attention_kl(student, teacher)
+    with kernels.use("plain"):
+        wanted = kernels.attention_kl(converted(student, torch.float64), converted(teacher, torch.float64))
     torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("sizes", [(4, 4), (4, 6)])
-def test_grams_give_the_squared_error_and_its_gradients(kind: str, sizes: tuple[int, int]) -> None:
-    tensors = [x.double().requires_grad_() for x in inputs(sizes=sizes)]
-    real = mask(kind, 9)
-    q_s, k_s, q_t, k_t = tensors
-    plain = functional.attention_mse(q_s @ k_s.mT, q_t @ k_t.mT, real[:, None, None, :].expand(3, 1, 9, 9), real)
-    grams = kernels.attention_mse((q_s, k_s), (q_t, k_t), real, real)
-    torch.testing.assert_close(grams, plain, rtol=1e-12, atol=1e-13)
-    for mine, theirs in zip(gradients(grams, tensors), gradients(plain, tensors), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("distance", [1.0, 1e-2, 1e-4])
 @pytest.mark.parametrize("rotated", [False, True])
 def test_grams_do_not_cancel(distance: float, rotated: bool) -> None:
     """Also where equal scores come from other vectors: queries and keys turned by the same rotation."""
-    q, k, dq, dk = inputs(sizes=(4, 4))
+    student, other = sides(sizes=(4, 4), dtype=torch.float32, scales=(1.0, 1.0))
+    q, k, dq, dk = (x.detach() for x in (student.query, student.key, other.query, other.key))
     turn = torch.linalg.qr(torch.randn(4, 4))[0] if rotated else torch.eye(4)
-    student, teacher = (q + distance * dq, k + distance * dk), (q @ turn, k @ turn)
-    real = mask("right", 9)
-    found = kernels.attention_mse(student, teacher, real, real)
-    wanted = kernels.attention_mse(*(tuple(x.double() for x in pair) for pair in (student, teacher)), real, real)
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-13)
+    pair = (
+        Scores((q + distance * dq).requires_grad_(), (k + distance * dk).requires_grad_()),
+        Scores(q @ turn, k @ turn),
+    )
+    exact = with_gradients(converted(pair[0], torch.float64)), converted(pair[1], torch.float64)
+    masks = Masks(mask("right", 9), mask("right", 9))
+    found, wanted = evaluate("mse", "auto", *pair, masks), evaluate("mse", "plain", *exact, masks)
+    torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-5, atol=1e-13)
+    for mine, theirs in zip(found[1:], wanted[1:], strict=True):
+        assert (mine.double() - theirs).norm() / theirs.norm() < 1e-5
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("loss", "causal"), [("kl", False), ("kl", True), ("mse", False), ("mse", True)])
+def test_nothing_of_all_queries_by_all_keys_is_kept(loss: str, causal: bool, biased: bool) -> None:
+    tokens, kept = 300, []
+    shape = (1, 1, tokens, tokens) if biased else None
+    student, teacher = sides(queries=tokens, keys=tokens, dtype=torch.float32, biases=(shape, None))
+
+    def note(tensor: Tensor) -> Tensor:
+        if student.bias is None or tensor.untyped_storage().data_ptr() != student.bias.untyped_storage().data_ptr():
+            kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        LOSSES[loss](student, teacher, Masks(causal=causal)).sum()
+    vectors = sum(x.numel() for x in (student.query, student.key, teacher.query, teacher.key))
+    assert sum(kept) <= vectors + 10_000
+
+
+def test_the_form_is_chosen_by_device_and_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, _ = sides()
+    assert choice.chosen(student) == "blockwise"
+    monkeypatch.setenv("ILDISTIL_KERNELS", "plain")
+    with kernels.use("blockwise"):
+        assert choice.chosen(student) == "blockwise"
+        kernels.use("plain")
+        assert choice.chosen(student) == "plain"
+    on_gpu, small = (
+        Scores(torch.empty(8, 12, tokens, 32, device="meta"), torch.empty(8, 12, tokens, 32, device="meta"))
+        for tokens in (4096, 64)
+    )
+    with kernels.use("auto"):
+        assert [choice.chosen(x) for x in (on_gpu, small)] == ["blockwise", "plain"]
+        assert choice.chosen(small, linear=True) == "blockwise"
+
+
+def test_forms_that_cannot_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = sides(dtype=torch.float32)
+    with pytest.raises(kernels.KernelError, match=r"kernels.use: got 'fast'; choose one of 'auto', 'triton'"):
+        kernels.use("fast")  # type: ignore[arg-type]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    reason = "Triton kernels run on CUDA, the tensors are on cpu" if find_spec("triton") else "Triton isn't installed"
+    with kernels.use("triton"), pytest.raises(kernels.KernelError, match=reason):
+        kernels.attention_kl(student, teacher)
+
+
+def test_the_environment_names_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_told", None)
+    student, _ = sides()
+    monkeypatch.setenv("ILDISTIL_KERNELS", "plain")
+    assert choice.chosen(student) == "plain"
+    monkeypatch.setenv("ILDISTIL_KERNELS", "fast")
+    with pytest.raises(kernels.KernelError, match="ILDISTIL_KERNELS: got 'fast'"):
+        choice.chosen(student)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton isn't installed; its interpreter runs the GPU kernels")
+@pytest.mark.parametrize("part", ["interpreted", "compiled"])
+def test_triton(part: str) -> None:
+    """In a process of its own: the interpreter must be asked for before the first import."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if part == "interpreted" else "0"}
+    cases = Path(__file__).parent / "triton_cases.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:xdist", str(cases), "-k", part]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, cwd=cases.parent.parent
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tiny
-from ildistil import Distillation, Distiller, chunked, mappings, objectives
+from ildistil import Distillation, Distiller, mappings, objectives
 from ildistil.capture import Capture, CaptureError, Tap
+from ildistil.kernels import chunked
 from ildistil.objectives import Objective
 from ildistil.stages import Stage
 from test_distiller import loader, trainer

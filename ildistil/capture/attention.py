@@ -48,13 +48,8 @@ class Attention:
         """Number of query heads."""
         return self.query.shape[1]
 
-    @property
-    def is_product(self) -> bool:
-        """Whether the scores are the product of :meth:`vectors` and nothing else."""
-        return self.softcap is None and self.bias is None
-
-    def vectors(self) -> tuple[Tensor, Tensor]:
-        """Give the scaled queries and the keys, as many heads of either, at least in float32, with zeros for padding.
+    def require_scores(self) -> None:
+        """Check that the scores are known.
 
         Raises:
             CaptureError: the model makes its scores otherwise.
@@ -64,10 +59,6 @@ class Attention:
                 f"The scores of this attention aren't known: {self.no_scores}. Use RelationKL, which compares queries, "
                 "keys and values, or a hidden-state objective."
             )
-        with torch.autocast(self.query.device.type, enabled=False):
-            query, key = (self.per_head(part) for part in ("q", "k"))
-            query, key = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (query, key))
-            return query * self.scale, key
 
     def per_head(self, part: str) -> Tensor:
         """Give the vectors of every head, ``(batch, heads, tokens, size)``, with zeros for padding.
@@ -75,10 +66,14 @@ class Attention:
         Args:
             part: ``"q"``, ``"k"`` or ``"v"``; keys and values that heads share (grouped-query attention) are repeated.
         """
-        vectors = {"q": self.query, "k": self.key, "v": self.value}[part]
+        vectors = self.unmasked(part)
         mask = self.query_mask if part == "q" else self.key_mask
-        if mask is not None:  # padding may hold anything, NaN included, and 0 times NaN is NaN
-            vectors = torch.where(mask[:, None, :, None], vectors, 0)
+        # Padding may hold anything, NaN included, and 0 times NaN is NaN.
+        return vectors if mask is None else torch.where(mask[:, None, :, None], vectors, 0)
+
+    def unmasked(self, part: str) -> Tensor:
+        """Give the vectors of every head as they are, padding included; see :meth:`per_head`."""
+        vectors = {"q": self.query, "k": self.key, "v": self.value}[part]
         groups = self.heads // vectors.shape[1]
         return vectors if groups == 1 else vectors.repeat_interleave(groups, dim=1)
 
@@ -90,9 +85,11 @@ class Attention:
         Raises:
             CaptureError: the model makes its scores otherwise.
         """
-        query, key = self.vectors()
-        with torch.autocast(query.device.type, enabled=False):
-            scores = query @ key.transpose(-1, -2)
+        self.require_scores()
+        with torch.autocast(self.query.device.type, enabled=False):
+            query, key = (self.per_head(part) for part in ("q", "k"))
+            query, key = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (query, key))
+            scores = (query * self.scale) @ key.transpose(-1, -2)
             if self.softcap is not None:
                 scores = self.softcap * torch.tanh(scores / self.softcap)
             return scores if self.bias is None else scores + self.bias

@@ -46,21 +46,32 @@ class _AttentionObjective(LayerObjective):
         s, t = student.attention[pair[0]], teacher.attention[pair[1]]
         same_tokens(s.query, t.query, axis=2)
         same_tokens(s.key, t.key, axis=2)
-        fast = self.compare_vectors(s, t)
-        if fast is not None:
-            return functional.example_mean(fast, s.real_queries().sum(1))
-        allowed = s.allowed()
-        if (s.causal, s.window) != (t.causal, t.window):
-            allowed = allowed & t.allowed()
-        return self.compare(s.scores(), t.scores(), allowed, s.real_queries())
-
-    def compare_vectors(self, student: Attention, teacher: Attention) -> Tensor | None:
-        """Compare two layers without making their scores: one value per example; ``None`` where that isn't possible."""
-        return None
+        return self.compare(s, t)
 
     @abstractmethod
-    def compare(self, student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor) -> Tensor:
-        """Compare the scores of two layers: a scalar."""
+    def compare(self, student: Attention, teacher: Attention) -> Tensor:
+        """Compare two layers: a scalar."""
+
+
+def _parts(attention: Attention) -> kernels.Scores:
+    """Give what the scores are made of."""
+    attention.require_scores()
+    return kernels.Scores(attention.query, attention.key, attention.scale, attention.bias, attention.softcap)
+
+
+def _masks(student: Attention, teacher: Attention) -> kernels.Masks:
+    """Tell what both may attend to."""
+    causal = student.causal or teacher.causal
+    windows = [a.window for a in (student, teacher) if a.window is not None]
+    return kernels.Masks(student.query_mask, student.key_mask, causal, min(windows, default=None))
+
+
+def _maps(student: Attention, teacher: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give the scores of both, what both may attend to, and which queries are real."""
+    allowed = student.allowed()
+    if (student.causal, student.window) != (teacher.causal, teacher.window):
+        allowed = allowed & teacher.allowed()
+    return student.scores(), teacher.scores(), allowed, student.real_queries()
 
 
 class AttentionMSE(_AttentionObjective):
@@ -81,16 +92,10 @@ class AttentionMSE(_AttentionObjective):
     Source: Jiao et al., "TinyBERT", 2020; Wang et al., "How to Distill your BERT", 2023.
     """
 
-    def compare_vectors(self, student: Attention, teacher: Attention) -> Tensor | None:
-        """Give the squared errors in linear time, where padding is all that is masked."""
-        if not (student.is_product and teacher.is_product) or any(a.causal or a.window for a in (student, teacher)):
-            return None
-        return kernels.attention_mse(student.vectors(), teacher.vectors(), student.real_queries(), student.real_keys())
-
-    def compare(self, student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor) -> Tensor:
+    def compare(self, student: Attention, teacher: Attention) -> Tensor:
         """Give the mean over examples of the squared error."""
-        values = functional.attention_mse(student, teacher, allowed, query_mask)
-        return functional.example_mean(values, query_mask.sum(1))
+        values = kernels.attention_mse(_parts(student), _parts(teacher), _masks(student, teacher))
+        return functional.example_mean(values, student.real_queries().sum(1))
 
 
 class _MergingObjective(_AttentionObjective):
@@ -136,18 +141,13 @@ class AttentionKL(_MergingObjective):
     Source: Wang et al., "MiniLM", 2020; Wang et al., "How to Distill your BERT", 2023.
     """
 
-    def compare_vectors(self, student: Attention, teacher: Attention) -> Tensor | None:
-        """Give the divergences block by block, where scores are plain products of as many heads."""
-        same = student.heads == teacher.heads and (student.causal, student.window) == (teacher.causal, teacher.window)
-        if not (same and student.is_product and teacher.is_product and kernels.suits(student.query)):
-            return None
-        real = student.real_queries(), student.real_keys()
-        return kernels.attention_kl(student.vectors(), teacher.vectors(), *real, student.causal, student.window)
-
-    def compare(self, student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor) -> Tensor:
+    def compare(self, student: Attention, teacher: Attention) -> Tensor:
         """Give the mean over examples of the divergence."""
-        values = functional.attention_kl(student, teacher, allowed, query_mask)
-        return functional.example_mean(values, query_mask.sum(1))
+        if student.heads == teacher.heads:
+            values = kernels.attention_kl(_parts(student), _parts(teacher), _masks(student, teacher))
+        else:
+            values = functional.attention_kl(*_maps(student, teacher))
+        return functional.example_mean(values, student.real_queries().sum(1))
 
 
 class AttentionDIST(_MergingObjective):
@@ -191,15 +191,15 @@ class AttentionDIST(_MergingObjective):
         self.over = over
         self.batch_coupled = over == "sentences"
 
-    def compare(self, student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor) -> Tensor:
+    def compare(self, student: Attention, teacher: Attention) -> Tensor:
         """Give the mean distance."""
+        s, t, allowed, real = _maps(student, teacher)
         if self.over != "sentences":
-            values = functional.attention_dist(student, teacher, allowed, query_mask, self.over)
-            return functional.example_mean(values, query_mask.sum(1))
-        more = ranks.longest(student.shape[-1], student.device) - student.shape[-1]
-        allowed = allowed.expand(len(student), *allowed.shape[1:])
-        s, t, allowed = (F.pad(x, (0, more, 0, more)) for x in (student, teacher, allowed))
-        return functional.attention_dist_over_batch(s, t, allowed, F.pad(query_mask, (0, more)), ranks.total)
+            return functional.example_mean(functional.attention_dist(s, t, allowed, real, self.over), real.sum(1))
+        more = ranks.longest(s.shape[-1], s.device) - s.shape[-1]
+        allowed = allowed.expand(len(s), *allowed.shape[1:])
+        s, t, allowed = (F.pad(x, (0, more, 0, more)) for x in (s, t, allowed))
+        return functional.attention_dist_over_batch(s, t, allowed, F.pad(real, (0, more)), ranks.total)
 
     def describe(self) -> str:
         """Give the pairs, and what the correlation runs over."""

@@ -7,9 +7,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ildistil import chunked, functional, ranks
+from ildistil import functional, ranks
 from ildistil.capture import Activations, Sizes, TokenLogits
 from ildistil.functional.logits import Divergence
+from ildistil.kernels import chunked
 from ildistil.objectives.base import Objective, ObjectiveError, Weight
 
 __all__ = ["LogitsDIST", "LogitsKL", "LogitsMSE"]

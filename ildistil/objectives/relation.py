@@ -85,30 +85,24 @@ class RelationKL(LayerObjective):
         return sum(losses[1:], start=losses[0]) / len(losses)
 
     def _relation_loss(self, student: Attention, teacher: Attention, relation: str) -> Tensor:
-        (q_s, k_s), (q_t, k_t) = (self._vectors(attention, relation) for attention in (student, teacher))
-        rows, columns = (
-            student.real_queries() if part == "q" else student.real_keys() for part in (relation[0], relation[2])
-        )
-        if self.stack != "cross":
-            rows, columns = student.real_queries(), student.real_keys()
-        if kernels.suits(q_s):
-            # In cross attention queries and keys are of different texts: no causality.
-            causal, window = (False, None) if self.stack == "cross" else (student.causal, student.window)
-            values = kernels.attention_kl((q_s, k_s), (q_t, k_t), rows, columns, causal, window)
+        own, theirs = (self._relation(attention, relation) for attention in (student, teacher))
+        if self.stack == "cross":
+            # Queries and keys are of different texts: each part has its own tokens, and there is no causality.
+            rows, columns = (student.query_mask if part == "q" else student.key_mask for part in relation[::2])
+            masks = kernels.Masks(rows, columns)
         else:
-            allowed = columns[:, None, None, :] if self.stack == "cross" else student.allowed()
-            values = functional.attention_kl(q_s @ k_s.mT, q_t @ k_t.mT, allowed, rows)
-        return functional.example_mean(values, rows.sum(1))
+            masks = kernels.Masks(student.query_mask, student.key_mask, student.causal, student.window)
+        values = kernels.attention_kl(own, theirs, masks)
+        return values.mean() if masks.query_mask is None else functional.example_mean(values, masks.query_mask.sum(1))
 
-    def _vectors(self, attention: Attention, relation: str) -> tuple[Tensor, Tensor]:
-        """Give both sides of a relation, the left one scaled."""
-        left, right = (self._cut(attention, part) for part in (relation[0], relation[2]))
-        with functional.full_precision(left, right) as (x, y):
-            return x * x.shape[-1] ** -0.5, y
+    def _relation(self, attention: Attention, relation: str) -> kernels.Scores:
+        """Give both sides of a relation."""
+        left, right = (self._cut(attention, part) for part in relation[::2])
+        return kernels.Scores(left, right, left.shape[-1] ** -0.5)
 
     def _cut(self, attention: Attention, part: str) -> Tensor:
         """(batch, heads, tokens, size) -> (batch, relation heads, tokens, size): join the heads, then cut anew."""
-        x = attention.per_head(part)
+        x = attention.unmasked(part)  # kernels never look at padding
         if self.heads is None:
             return x
         # Heads and tokens swap places first: a plain reshape would mix tokens.

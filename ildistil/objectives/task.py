@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ildistil import chunked, functional
+from ildistil import functional
 from ildistil.capture import Activations, Sizes, TokenLogits
+from ildistil.kernels import chunked
 from ildistil.objectives.base import Objective
 
 __all__ = ["TaskLoss"]

@@ -1,0 +1,282 @@
+"""Losses on attention scores in plain torch, over blocks of heads and query rows: never all queries by all keys.
+
+The gradient of a row's divergence with respect to the student's scores is ``p_S - p_T``, that of the squared error
+``2 (a_S - a_T)``: so one pass gives the loss and the gradients of query and key, and nothing but these is kept for the
+backward pass. Where a bias, which examples may share, wants its gradient too, the backward pass goes over the blocks
+once more.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ildistil.kernels.scores import Masks, Scores, seen, spans, zeroed
+
+__all__ = ["divergences", "squared_errors"]
+
+# Elements of one block of scores: on a CPU a few blocks fit into the caches, a GPU wants larger pieces of work.
+_BLOCK = 2**20
+_LARGE_BLOCK = 2**24
+# Greatest scores up to this size need not be taken off before scores are subtracted: a float32 holds the difference.
+_SMALL = 16
+# Rows of a block where each query sees only part of the keys: those that none of the rows sees are left out.
+_NARROW = 128
+
+# Scores of student and teacher, a third buffer, what is masked out -> the sum, and its gradient with respect to the
+# student's scores. Overwrites the three.
+_Compare = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def divergences(student: Scores, teacher: Scores, masks: Masks) -> Tensor:
+    """Sum of the rows' Kullback-Leibler divergences, teacher first: ``(batch,)``."""
+    return _sums(student, teacher, masks, _divergence)
+
+
+def squared_errors(student: Scores, teacher: Scores, masks: Masks) -> Tensor:
+    """Sum of the squared errors of the scores: ``(batch,)``."""
+    return _sums(student, teacher, masks, _squared_error)
+
+
+def _divergence(s: Tensor, t: Tensor, p: Tensor, blocked: Tensor | None) -> tuple[Tensor, Tensor]:
+    if blocked is not None:
+        for scores in (s, t):
+            # Not -inf: a row without any key would give NaN.
+            scores.masked_fill_(blocked, torch.finfo(s.dtype).min / 4)
+    top_s, top_t = s.amax(-1, keepdim=True), t.amax(-1, keepdim=True)
+    if s.device.type != "cpu" or bool(torch.max(top_s.abs().max(), top_t.abs().max()) > _SMALL):
+        s, t = s.sub_(top_s), t.sub_(top_t)
+        top_s, top_t = torch.zeros_like(top_s), torch.zeros_like(top_t)
+    # sum p_T (t - s) - lse_T + lse_S, where lse is the greatest score less the logarithm of its probability.
+    rows = top_s - top_t
+    p_t = torch.softmax(t, -1, out=p)
+    rows += p_t.amax(-1, keepdim=True).log()
+    value = torch.dot(p_t.view(-1), t.sub_(s).view(-1))
+    p_s = torch.softmax(s, -1, out=t)
+    rows -= p_s.amax(-1, keepdim=True).log()
+    return value + rows.sum(), p_s.sub_(p_t)
+
+
+def _squared_error(s: Tensor, t: Tensor, _: Tensor, blocked: Tensor | None) -> tuple[Tensor, Tensor]:
+    error = s.sub_(t)
+    if blocked is not None:
+        error.masked_fill_(blocked, 0)
+    value = torch.dot(error.view(-1), error.view(-1))
+    return value, error.mul_(2)
+
+
+def _sums(student: Scores, teacher: Scores, masks: Masks, compare: _Compare) -> Tensor:
+    with torch.autocast(student.query.device.type, enabled=False):
+        student, teacher = (_with_four_dimensions(x.full_precision()) for x in (student, teacher.detach()))
+        sums: Tensor = _Blockwise.apply(  # type: ignore[no-untyped-call]
+            student.query, student.key, student.bias, student.scale, student.softcap, teacher, masks, compare
+        )
+        return sums
+
+
+def _with_four_dimensions(parts: Scores) -> Scores:
+    """Write the dimensions out that a bias leaves to broadcasting."""
+    return parts if parts.bias is None else parts._replace(bias=parts.bias[(None,) * (4 - parts.bias.ndim)])
+
+
+class _Blockwise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
+        teacher: Scores, masks: Masks, compare: _Compare,
+    ) -> Tensor:  # fmt: skip
+        student = Scores(query, key, scale, bias, softcap)
+        ctx.wanted = ctx.needs_input_grad[:3]
+        # Examples may share a bias: its gradient needs the weight of each, which only the backward pass knows.
+        ctx.late = ctx.wanted[2]
+        if ctx.late:
+            ctx.save_for_backward(query, key, bias, teacher.query, teacher.key, teacher.bias)
+            ctx.rest = (scale, softcap), (teacher.scale, teacher.softcap), masks, compare
+            return _walk(student, teacher, masks, compare)
+        grads = _Gradients.zeros(student, ctx.wanted)
+        ctx.save_for_backward(*grads[:2])
+        return _walk(student, teacher, masks, compare, grads)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "The blockwise attention losses have no second derivative. Use kernels.use('plain') around the step."
+            )
+        nothing = (None,) * 5
+        if not ctx.late:
+            dq, dk = (None if x is None else x * grad[:, None, None, None] for x in ctx.saved_tensors)
+            return dq, dk, None, *nothing
+        q_s, k_s, b_s, q_t, k_t, b_t = ctx.saved_tensors
+        (scale_s, softcap_s), (scale_t, softcap_t), masks, compare = ctx.rest
+        student, teacher = Scores(q_s, k_s, scale_s, b_s, softcap_s), Scores(q_t, k_t, scale_t, b_t, softcap_t)
+        grads = _Gradients.zeros(student, ctx.wanted)
+        _walk(student, teacher, masks, compare, grads, grad)
+        return *grads, *nothing
+
+
+class _Gradients(NamedTuple):
+    """Gradients of what scores are made of; ``None`` where none is wanted."""
+
+    query: Tensor | None
+    key: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def zeros(cls, parts: Scores, wanted: tuple[bool, ...]) -> "_Gradients":
+        tensors = zip((parts.query, parts.key, parts.bias), wanted, strict=True)
+        return cls(*(torch.zeros_like(x) if wants and x is not None else None for x, wants in tensors))
+
+    def cut(self, block: "_Block", groups: int) -> "_Gradients":
+        """Give what belongs to one block."""
+        places = block.of_query, block.of_key(groups), block.of_scores
+        return _Gradients(*(None if x is None else _cut(x, place) for x, place in zip(self, places, strict=True)))
+
+
+class _Block(NamedTuple):
+    """Scores that are made at once."""
+
+    example: slice
+    heads: slice
+    rows: slice
+    columns: slice
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        heads, rows, columns = (x.stop - x.start for x in self[1:])
+        return heads, rows, columns
+
+    @property
+    def of_query(self) -> tuple[slice, ...]:
+        return self.example, self.heads, self.rows
+
+    @property
+    def of_scores(self) -> tuple[slice, ...]:
+        return self.example, self.heads, self.rows, self.columns
+
+    def of_key(self, groups: int) -> tuple[slice, ...]:
+        return self.example, slice(self.heads.start // groups, self.heads.stop // groups), self.columns
+
+
+def _cut(x: Tensor, place: tuple[slice, ...]) -> Tensor:
+    """Cut a place of one example out; a dimension of 1 is shared, as a bias' may be."""
+    return x[tuple(slice(0, 1) if size == 1 else part for part, size in zip(place, x.shape, strict=False))][0]
+
+
+def _parts(x: Scores, block: _Block) -> tuple[Tensor, Tensor, Tensor | None]:
+    bias = None if x.bias is None else _cut(x.bias, block.of_scores)
+    return _cut(x.query, block.of_query), _cut(x.key, block.of_key(x.groups)), bias
+
+
+def _walk(
+    student: Scores, teacher: Scores, masks: Masks, compare: _Compare, grads: _Gradients | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Give the sum of every example, and add up the gradients, of each example times its weight."""
+    rows, query_mask = spans(masks.query_mask, student.query)
+    columns, key_mask = spans(masks.key_mask, student.key)
+    masks = masks._replace(query_mask=query_mask, key_mask=key_mask)
+    student, teacher = (
+        x._replace(query=zeroed(x.query, query_mask), key=zeroed(x.key, key_mask)) for x in (student, teacher)
+    )
+    sums = student.query.new_zeros(len(student.query))
+    together = math.lcm(student.groups, teacher.groups)
+    buffers = None
+    for b in range(len(sums)):
+        for block, blocked in _blocks(b, rows[b], columns[b], masks, student.query, together):
+            size = math.prod(block.shape)
+            if buffers is None or buffers.shape[1] < size:
+                buffers = student.query.new_empty(3, size)
+            s, t, p = (x[:size].view(block.shape) for x in buffers)
+            slope = _scores(student, block, s)
+            _scores(teacher, block, t)
+            value, d = compare(s, t, p, blocked)
+            sums[b] += value
+            if grads is not None:
+                _accumulate(grads, student, block, d if weights is None else d.mul_(weights[b]), slope)
+    return sums
+
+
+def _blocks(
+    b: int, rows: slice, columns: slice, masks: Masks, query: Tensor, together: int
+) -> Iterator[tuple[_Block, Tensor | None]]:
+    """Cut an example into blocks of whole rows and of so many heads, and tell what is masked out in each."""
+    n, m, heads = rows.stop - rows.start, columns.stop - columns.start, query.shape[1]
+    size = _BLOCK if query.device.type == "cpu" else _LARGE_BLOCK
+    if n == 0 or m == 0:
+        return
+    narrow = masks.causal or masks.window is not None
+    high = max(1, min(n, size // (m * together), _NARROW if narrow else n))
+    for r in _pieces(rows, high):
+        c = _reached(r, columns, masks)
+        if c.stop <= c.start:
+            continue
+        blocked = _blocked(b, r, c, masks, query.device)
+        wide = max(1, size // (high * (c.stop - c.start) * together)) * together
+        for h in _pieces(slice(0, heads), wide):
+            yield _Block(slice(b, b + 1), h, r, c), blocked
+
+
+def _pieces(whole: slice, length: int) -> Iterator[slice]:
+    for start in range(whole.start, whole.stop, length):
+        yield slice(start, min(start + length, whole.stop))
+
+
+def _reached(rows: slice, columns: slice, masks: Masks) -> slice:
+    """Leave out the keys at both ends that none of the rows reaches."""
+    start, stop = columns.start, columns.stop
+    if masks.window is not None:
+        start, stop = max(start, rows.start - masks.window + 1), min(stop, rows.stop - 1 + masks.window)
+    return slice(start, min(stop, rows.stop) if masks.causal else stop)
+
+
+def _blocked(b: int, rows: slice, columns: slice, masks: Masks, device: torch.device) -> Tensor | None:
+    parts = [seen(masks, rows, columns, device)]
+    if masks.key_mask is not None:
+        parts.append(masks.key_mask[b, columns])
+    if masks.query_mask is not None:
+        parts.append(masks.query_mask[b, rows, None])
+    counted = None
+    for part in parts:
+        counted = part if counted is None or part is None else counted & part
+    return None if counted is None else ~counted
+
+
+def _scores(parts: Scores, block: _Block, out: Tensor) -> Tensor | None:
+    """Write the scores of a block; gives the slope of the softcap."""
+    query, key, bias = _parts(parts, block)
+    product = out.view(len(key), -1, key.shape[1])
+    torch.baddbmm(product, _by_key_head(query, key), key.mT, beta=0, alpha=parts.scale, out=product)
+    slope = None
+    if parts.softcap is not None:
+        out.div_(parts.softcap).tanh_()
+        slope = 1 - out.square()
+        out.mul_(parts.softcap)
+    if bias is not None:
+        out.add_(bias)
+    return slope
+
+
+def _by_key_head(x: Tensor, key: Tensor) -> Tensor:
+    """(heads, rows, ...) -> (key heads, heads of each * rows, ...)."""
+    return x if len(x) == len(key) else x.reshape(len(key), -1, x.shape[-1])
+
+
+def _accumulate(grads: _Gradients, student: Scores, block: _Block, d: Tensor, slope: Tensor | None) -> None:
+    """Add up the gradients of a block from that of its scores, which is overwritten."""
+    query, key, _ = _parts(student, block)
+    dq, dk, db = grads.cut(block, student.groups)
+    if db is not None:
+        db += d.sum_to_size(db.shape)
+    if slope is not None:
+        d.mul_(slope)
+    d = _by_key_head(d, key)
+    if dq is not None and len(query) == len(key):
+        # Rows are whole: there is nothing to add to.
+        torch.baddbmm(dq, d, key, beta=0, alpha=student.scale, out=dq)
+    elif dq is not None:
+        dq.copy_((d @ key).view_as(dq)).mul_(student.scale)
+    if dk is not None:
+        dk.baddbmm_(d.mT, _by_key_head(query, key), alpha=student.scale)

@@ -1,0 +1,106 @@
+"""Which form of a kernel is taken: by device and size, or as told."""
+
+import os
+from importlib.util import find_spec
+from types import TracebackType
+from typing import Literal, get_args
+
+import torch
+
+from ildistil.kernels.scores import Scores
+
+__all__ = ["Form", "KernelError", "chosen", "triton_suits", "use"]
+
+Form = Literal["auto", "triton", "blockwise", "plain"]
+
+# Scores of a layer from which on blocks are taken on a device that has no kernel of its own: 1 GiB in float32, of which
+# a plain loss keeps several.
+_LARGE = 2**28
+_told: Form | None = None
+
+
+class KernelError(RuntimeError):
+    """A form of a kernel that doesn't exist, or can't run here."""
+
+
+class use:  # noqa: N801
+    """Take one form of the kernels from now on, or within a ``with`` block.
+
+    ``"auto"``: Triton kernels on CUDA where Triton is installed, blocks in plain torch on a CPU; elsewhere whole score
+    maps, or blocks where the maps would be large. ``"triton"``: where it has no kernel, blocks. ``"blockwise"`` and
+    ``"plain"``: always blocks, always whole maps, in plain torch. The environment variable ``ILDISTIL_KERNELS`` says
+    the same for a whole run.
+
+    Raises:
+        KernelError: there is no such form.
+
+    >>> with use("plain"):
+    ...     pass
+    """
+
+    def __init__(self, form: Form) -> None:
+        global _told
+        self.before = _told
+        _told = _known(form, "kernels.use")
+
+    def __enter__(self) -> None:
+        """Nothing is left to do."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Go back to what was told before."""
+        global _told
+        _told = self.before
+
+
+def chosen(student: Scores, has_triton_kernel: bool = False, linear: bool = False) -> Form:
+    """Give the form to take: ``"triton"``, ``"blockwise"`` or ``"plain"``.
+
+    Args:
+        student: what the student's scores are made of.
+        has_triton_kernel: whether there is a Triton kernel for this loss and these scores.
+        linear: whether the form without maps takes time linear in the number of tokens: then no device wants maps.
+
+    Raises:
+        KernelError: Triton is asked for but can't run here, or the environment variable holds no known form.
+    """
+    form = _told or _known(os.environ.get("ILDISTIL_KERNELS") or "auto", "ILDISTIL_KERNELS")
+    device = student.query.device.type
+    if form == "triton":
+        _check_triton(device)
+        return "triton" if has_triton_kernel else "blockwise"
+    if form != "auto":
+        return form
+    if device == "cuda" and has_triton_kernel and _installed():
+        return "triton"
+    batch, heads, queries, _ = student.query.shape
+    large = batch * heads * queries * student.key.shape[2] >= _LARGE
+    return "blockwise" if device == "cpu" or linear or large else "plain"
+
+
+def triton_suits(student: Scores, teacher: Scores) -> bool:
+    """Tell whether the Triton kernels take these scores: no float64, no gradient of a bias, heads of at most 256."""
+    trained_bias = student.bias is not None and student.bias.requires_grad
+    sizes = student.query.shape[-1], teacher.query.shape[-1]
+    return student.query.dtype != torch.float64 and not trained_bias and max(sizes) <= 256
+
+
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def _known(form: str, where: str) -> Form:
+    forms: tuple[Form, ...] = get_args(Form)
+    for known in forms:
+        if form == known:
+            return known
+    raise KernelError(f"{where}: got {form!r}; choose one of {', '.join(map(repr, get_args(Form)))}.")
+
+
+def _check_triton(device: str) -> None:
+    if not _installed():
+        raise KernelError("kernels.use('triton'): Triton isn't installed. Use 'auto', or pip install triton.")
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise KernelError(
+            f"kernels.use('triton'): Triton kernels run on CUDA, the tensors are on {device}. Use 'auto', or set "
+            "TRITON_INTERPRET=1 before the first import to run them in Triton's slow interpreter."
+        )
