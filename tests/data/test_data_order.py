@@ -142,7 +142,7 @@ def test_a_token_budget_is_filled_with_new_batches_in_every_epoch(replicas: int)
         assert max(longest) - min(longest) <= 5
         assert max(map(len, step)) - min(map(len, step)) <= 1
     own = [float(LENGTHS[batch].float().mean()) for batch in first[0][2:]]
-    assert abs(float(torch.corrcoef(torch.tensor([own[:-1], own[1:]]))[0, 1])) < 0.3  # not sorted
+    assert float(torch.corrcoef(torch.tensor([own[:-1], own[1:]]))[0, 1]) < 0.5  # not sorted
 
 
 def test_the_biggest_batches_of_a_token_budget_come_first() -> None:
