@@ -15,6 +15,14 @@ from torch.autograd import gradcheck
 from ildistil import kernels
 from ildistil.kernels import Masks, Scores, blockwise, choice
 
+
+@pytest.fixture(autouse=True)
+def short_texts_too(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Small maps would be made whole: here they stand for large ones."""
+    if "short" not in request.node.name:
+        monkeypatch.setattr(choice, "_SHORT", 0)
+
+
 PADDING = ["none", "right", "left", "holes", "an empty row"]
 REACHES = [(False, None), (True, None), (False, 3), (True, 4)]
 LOSSES = {"kl": kernels.attention_kl, "mse": kernels.attention_mse}
@@ -281,6 +289,23 @@ def test_the_form_is_chosen_by_device_and_can_be_told(monkeypatch: pytest.Monkey
     with kernels.use("auto"):
         assert [choice.chosen(x) for x in (on_gpu, small)] == ["blockwise", "plain"]
         assert choice.chosen(small, linear=True) == "blockwise"
+
+
+@pytest.mark.parametrize("distance", [1.0, 1e-4])
+def test_short_texts_are_compared_by_whole_maps_as_exactly(distance: float) -> None:
+    student, other = sides(sizes=(4, 4), dtype=torch.float32, scales=(1.0, 1.0))
+    assert choice.chosen(student) == "plain"
+    long = Scores(torch.empty(1, 12, 64, 32), torch.empty(1, 12, 64, 32))
+    many = Scores(torch.empty(4096, 12, 16, 32), torch.empty(4096, 12, 16, 32))
+    assert [choice.chosen(x) for x in (long, many)] == ["blockwise", "blockwise"]
+    query, key = (y.detach() + distance * x.detach() for x, y in zip(student[:2], other[:2], strict=True))
+    teacher = Scores(query, key)
+    student = with_gradients(other)
+    exact = with_gradients(converted(student, torch.float64)), converted(teacher, torch.float64)
+    found, wanted = evaluate("mse", "auto", student, teacher, Masks()), evaluate("mse", "plain", *exact, Masks())
+    assert found[0].dtype == torch.float32
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert (mine.double() - theirs).norm() / theirs.norm() < 1e-5
 
 
 def test_forms_that_cannot_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:

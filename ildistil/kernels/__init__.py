@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ildistil import functional
 from ildistil.kernels import blockwise, gram
-from ildistil.kernels.choice import Form, KernelError, chosen, triton_suits, use
-from ildistil.kernels.scores import Masks, Scores, allowed_map, pairs, real_queries, score_map
+from ildistil.kernels.choice import Form, KernelError, chosen, short, triton_suits, use
+from ildistil.kernels.scores import Masks, Scores, allowed_map, pairs, real_queries, score_map, widened
 
 __all__ = ["Form", "KernelError", "Masks", "Scores", "attention_kl", "attention_mse", "use"]
 
@@ -77,9 +77,15 @@ def attention_mse(student: Scores, teacher: Scores, masks: Masks = Masks()) -> T
     """
     linear = gram.suits(student, teacher, masks)
     if chosen(student, linear=linear) == "plain":
-        return functional.attention_mse(*_maps(student, teacher, masks), real_queries(student, masks))
+        if linear and short(student):  # where scores are nearly the same, as exact as the linear form
+            return _plain_mse(student.double(), teacher.double(), masks).to(widened(student.query).dtype)
+        return _plain_mse(student, teacher, masks)
     sums: Tensor = (gram if linear else blockwise).squared_errors(student, teacher, masks)
     return sums / (student.heads * pairs(student, masks)).clamp(min=1)
+
+
+def _plain_mse(student: Scores, teacher: Scores, masks: Masks) -> Tensor:
+    return functional.attention_mse(*_maps(student, teacher, masks), real_queries(student, masks))
 
 
 def _maps(student: Scores, teacher: Scores, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,13 +9,16 @@ import torch
 
 from ildistil.kernels.scores import Scores
 
-__all__ = ["Form", "KernelError", "chosen", "triton_suits", "use"]
+__all__ = ["Form", "KernelError", "chosen", "short", "triton_suits", "use"]
 
 Form = Literal["auto", "triton", "blockwise", "plain"]
 
 # Scores of a layer from which on blocks are taken on a device that has no kernel of its own: 1 GiB in float32, of which
 # a plain loss keeps several.
 _LARGE = 2**28
+# Scores of an example up to which whole maps are faster on a CPU, where blocks go from one example to the next: about 50
+# tokens at 12 heads. And scores of a layer up to which they may be kept: 16 MiB in float32.
+_SHORT, _SMALL = 2**15, 2**22
 _told: Form | None = None
 
 
@@ -26,10 +29,10 @@ class KernelError(RuntimeError):
 class use:  # noqa: N801
     """Take one form of the kernels from now on, or within a ``with`` block.
 
-    ``"auto"``: Triton kernels on CUDA where Triton is installed, blocks in plain torch on a CPU; elsewhere whole score
-    maps, or blocks where the maps would be large. ``"triton"``: where it has no kernel, blocks. ``"blockwise"`` and
-    ``"plain"``: always blocks, always whole maps, in plain torch. The environment variable ``ILDISTIL_KERNELS`` says
-    the same for a whole run.
+    ``"auto"``: Triton kernels on CUDA where Triton is installed; blocks in plain torch on a CPU, but whole score maps
+    where texts are short; elsewhere whole maps, or blocks where the maps would be large. ``"triton"``: where it has no
+    kernel, blocks. ``"blockwise"`` and ``"plain"``: always blocks, always whole maps, in plain torch. The environment
+    variable ``ILDISTIL_KERNELS`` says the same for a whole run.
 
     Raises:
         KernelError: there is no such form.
@@ -73,8 +76,17 @@ def chosen(student: Scores, has_triton_kernel: bool = False, linear: bool = Fals
     if device == "cuda" and has_triton_kernel and _installed():
         return "triton"
     batch, heads, queries, _ = student.query.shape
+    if device == "cpu":
+        return "plain" if short(student) else "blockwise"
     large = batch * heads * queries * student.key.shape[2] >= _LARGE
-    return "blockwise" if device == "cpu" or linear or large else "plain"
+    return "blockwise" if linear or large else "plain"
+
+
+def short(student: Scores) -> bool:
+    """Tell whether texts are so short that a CPU is fastest with whole maps, which are small."""
+    batch, heads, queries, _ = student.query.shape
+    scores = heads * queries * student.key.shape[2]
+    return scores <= _SHORT and batch * scores <= _SMALL
 
 
 def triton_suits(student: Scores, teacher: Scores) -> bool:

@@ -41,6 +41,11 @@ class Scores(NamedTuple):
         query, key = widened(self.query), widened(self.key)
         return self._replace(query=query, key=key, bias=None if self.bias is None else widened(self.bias))
 
+    def double(self) -> "Scores":
+        """Widen all to float64."""
+        bias = None if self.bias is None else self.bias.double()
+        return self._replace(query=self.query.double(), key=self.key.double(), bias=bias)
+
     def detach(self) -> "Scores":
         """Cut the gradients off."""
         bias = None if self.bias is None else self.bias.detach()
