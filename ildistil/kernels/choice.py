@@ -16,8 +16,8 @@ Form = Literal["auto", "triton", "blockwise", "plain"]
 # Scores of a layer from which on blocks are taken on a device that has no kernel of its own: 1 GiB in float32, of which
 # a plain loss keeps several.
 _LARGE = 2**28
-# Scores of an example up to which whole maps are faster on a CPU, where blocks go from one example to the next: about 50
-# tokens at 12 heads. And scores of a layer up to which they may be kept: 16 MiB in float32.
+# Scores of an example up to which whole maps are faster on a CPU, where blocks go from one example to the next: those of
+# about 50 tokens at 12 heads. And scores of a layer up to which they may be kept: 16 MiB in float32.
 _SHORT, _SMALL = 2**15, 2**22
 _told: Form | None = None
 
