@@ -328,12 +328,13 @@ class Distillation(nn.Module):
         self, capture: Capture | StoredCapture, wants: Iterable[set[Tap]], batch: Mapping[str, Any], verify: bool
     ) -> Activations:
         wanted = frozenset[Tap]().union(*wants)
-        # The first step checks the masks too, for those who never make a dry run; not inside a compiled model,
-        # which would be compiled once more for it.
+        # The first step checks the masks too, for those who never make a dry run; as plain code, or a compiled model
+        # would be compiled once more for it.
         seen = {(capture.role, tap) for tap in wanted}
-        verify = verify or not (seen <= self._verified or capture.is_compiled)
+        verify = verify or not seen <= self._verified
         self._verified |= seen
-        return capture(batch, wanted=wanted, verify=verify)
+        with torch.compiler.set_stance("force_eager") if verify and capture.is_compiled else nullcontext():
+            return capture(batch, wanted=wanted, verify=verify)
 
     def _attach_unreached(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Let every trainable parameter take part in the backward pass, which DDP waits for.

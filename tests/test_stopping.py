@@ -239,12 +239,12 @@ def test_only_target_tokens_get_logits(family: str) -> None:
 
 def test_chunks_have_no_second_derivative_and_cost_nothing_without_a_gradient() -> None:
     layer, states = nn.Linear(2, 3), torch.randn(4, 2, requires_grad=True)
-    value = chunked.summed(lambda logits, _: logits.square().sum(-1), layer, states, 3)
+    value = chunked.summed(lambda logits, _: logits.square().sum(-1), layer, layer, states)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(value, states, create_graph=True)
     with torch.no_grad():
-        assert not chunked.summed(lambda logits, _: logits.square().sum(-1), layer, states, 3).requires_grad
-    nothing = chunked.summed(lambda logits, _: logits.sum(-1), layer, states[:0], 3)
+        assert not chunked.summed(lambda logits, _: logits.square().sum(-1), layer, layer, states).requires_grad
+    nothing = chunked.summed(lambda logits, _: logits.sum(-1), layer, layer, states[:0])
     assert (nothing.item(), torch.autograd.grad(nothing, layer.weight)[0].abs().sum().item()) == (0, 0)
 
 
@@ -254,3 +254,110 @@ def test_vocabularies_of_other_sizes_are_refused() -> None:
     teacher.config.vocab_size = student.config.vocab_size
     with pytest.raises(objectives.ObjectiveError, match="student gives .*50.*, the teacher .*51"):
         Distillation(student, teacher, [objectives.LogitsKL()])(text_with_targets("BERT"))
+
+
+def test_chunks_are_added_up_in_full_precision() -> None:
+    """Of bfloat16 weights, and in float16, where a sum over rows would be infinite."""
+    torch.manual_seed(0)
+    layer, states = nn.Linear(8, 50), torch.randn(2000, 8)
+    layer.weight.data *= 3
+
+    def gradients(dtype: torch.dtype | None, weights: nn.Linear) -> Tensor:
+        inputs = states.to(weights.weight.dtype).requires_grad_()
+
+        def logits(rows: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                return weights(rows)  # type: ignore[no-any-return]
+
+        value = chunked.summed(lambda z, _: z.float().logsumexp(-1), logits, weights, inputs)
+        return torch.autograd.grad(value, weights.weight)[0].float()
+
+    exact = gradients(None, layer)
+    rounded = copy.deepcopy(layer).bfloat16()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "_CHUNK", 16 * 50)
+        assert (gradients(None, rounded) - exact).norm() < 5e-3 * exact.norm()
+    states = states * 200
+    assert torch.isfinite(gradients(torch.float16, layer)).all()
+
+
+def test_logits_are_made_in_the_precision_that_the_model_ran_in() -> None:
+    student, teacher = (model.float() for model in language_models("BERT"))
+    engine = Distillation(student, teacher.half(), [objectives.LogitsKL()]).eval()
+    batch = text_with_targets("BERT")
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, parts = engine(batch), engine(batch)
+    torch.testing.assert_close(parts.total, whole.total, rtol=1e-4, atol=0)
+
+
+def test_a_loss_with_more_than_cross_entropy_is_left_to_the_model() -> None:
+    torch.manual_seed(0)
+    config = tf.MixtralConfig(
+        **GROUPED, num_hidden_layers=1, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True
+    )
+    engine = Distillation(tf.MixtralForCausalLM(config), None, [objectives.TaskLoss()]).eval()
+    batch = text_with_targets("Llama")
+    assert engine(batch).total == engine(batch).total
+
+
+def test_labels_of_another_shape_are_left_to_the_model() -> None:
+    """Sparse prediction makes logits of the masked tokens only."""
+    torch.manual_seed(0)
+    config = tf.ModernBertConfig(
+        **TEXT, cls_token_id=1, sep_token_id=2, local_attention=4, num_hidden_layers=1, sparse_prediction=True
+    )
+    engine = Distillation(tf.ModernBertForMaskedLM(config), None, [objectives.TaskLoss()]).eval()
+    batch = text_with_targets("ModernBERT")
+    torch.testing.assert_close(engine(batch).total, engine(batch).total)
+
+
+def test_a_first_batch_without_targets_decides_nothing() -> None:
+    engine = Distillation(*language_models("BERT"), [objectives.TaskLoss()]).eval()
+    batch = text_with_targets("BERT")
+    engine(batch | {"labels": torch.full_like(batch["labels"], -100)})
+    assert engine._student_capture is not None
+    assert "loss" not in engine._student_capture._agrees
+    engine(batch)
+    assert engine._student_capture._agrees["loss"]
+
+
+def test_the_logits_of_a_stack_are_those_of_the_model() -> None:
+    capture = Capture(LANGUAGE["T5"](1).eval(), {Tap("logits")})  # type: ignore[arg-type]
+    batch = text_with_targets("T5")
+    whole = capture(batch, verify=True).stack("decoder").logits
+    seen = capture(batch)
+    assert seen.output is None
+    torch.testing.assert_close(seen.stack("decoder").logits, whole)
+
+
+def test_what_nobody_wants_is_not_given_in_the_first_step_either() -> None:
+    seen = Capture(tiny.bert(2), {Tap("hidden", 2)})(tiny.batch(), verify=True)
+    with pytest.raises(CaptureError, match="Nobody asked"):
+        _ = seen.logits
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_the_first_step_checks_a_compiled_model_too() -> None:
+    torch._dynamo.reset()
+    engine = Distillation(*language_models("BERT"), [objectives.LogitsKL()]).eval()
+    engine.compile(backend="aot_eager")
+    for _ in range(2):
+        engine(text_with_targets("BERT"))
+    assert engine._student_capture is not None
+    assert engine._student_capture._agrees == {"logits": True}
+
+
+def test_padding_before_a_text_has_no_target() -> None:
+    models = [model.double() for model in language_models("Llama")]
+    engine = Distillation(*models, [objectives.LogitsKL()]).eval()
+    batch = {key: tiny.batch()[key] for key in ("input_ids", "attention_mask", "position_ids")}
+    left = {key: tiny.batch(left=3)[key] for key in batch}
+    torch.testing.assert_close(engine(batch).total, engine(left).total, rtol=1e-6, atol=1e-9)
+
+
+def test_a_teacher_of_another_precision() -> None:
+    for term in (objectives.AttentionKL, objectives.AttentionMSE, objectives.RelationKL, objectives.LogitsKL):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ildistil.kernels.choice._SHORT", 0)
+            engine = Distillation(tiny.bert(2).double(), tiny.bert(4, seed=1), [term()])
+            engine(tiny.batch()).total.backward()

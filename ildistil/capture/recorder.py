@@ -92,10 +92,10 @@ class Recorder:
             self.hidden[(stack, 0)] = args[0] if args else kwargs["hidden_states"]
             self._stop_if_enough()
 
-    def before_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note what the output layer over the vocabulary is given: the hook before it."""
         if self.active and self.wants_head:
-            self.head_states = args[0]
+            self.head_states = args[0] if args else next(iter(kwargs.values()))
             self._stop_if_enough()
 
     def _stop_if_enough(self) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -181,10 +181,14 @@ class Capture:
         if verify:
             for place, record in attention.items():
                 self._check_mask(place, record)
-            if token_logits is not None:
-                self._agrees = agrees(token_logits, output, self._agrees)
-        seen = self._activations(batch, masks, hidden, attention, modules, output)
-        return replace(seen, token_logits=token_logits) if output is None and token_logits is not None else seen
+        # A first batch may have had no label: then a later one tells.
+        unknown = {"logits", "loss"} & {tap.name for tap in wanted} - self._agrees.keys()
+        if token_logits is not None and output is not None and (verify or (unknown and not self.is_compiled)):
+            self._agrees = agrees(token_logits, output, self._agrees)
+        if all(tap.layer is not None for tap in wanted):
+            output = None  # the same whether the run stopped or not
+        made_later = token_logits if output is None else None
+        return self._activations(batch, masks, hidden, attention, modules, output, made_later)
 
     def compile(self, **options: Any) -> None:
         """Compile the run, with the options of ``torch.compile``; what isn't wanted of the model is left out of it."""
@@ -214,10 +218,10 @@ class Capture:
     def _token_logits(self, states: Tensor | None, batch: Mapping[str, Any]) -> TokenLogits | None:
         if states is None or self._output_layer is None:
             return None
-        labels = batch.get("labels")
-        return TokenLogits(
-            states, self._output_layer, labels if is_token_labels(labels) else None, self.sizes.next_token
-        )
+        labels, device = batch.get("labels"), states.device.type
+        fitting = is_token_labels(labels) and labels.shape == states.shape[:-1]
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return TokenLogits(states, self._output_layer, labels if fitting else None, self.sizes.next_token, autocast)
 
     def inputs(self, batch: Mapping[str, Any], wanted: frozenset[Tap] | None = None) -> dict[str, Any]:
         """Select what the model's ``forward`` knows; labels only where the model's own loss is wanted."""
@@ -259,7 +263,9 @@ class Capture:
         if recorder.wants_head:
             self._output_layer = output_layer(model)
             if self._output_layer is not None:
-                self._handles.append(self._output_layer.register_forward_pre_hook(recorder.before_head))
+                self._handles.append(
+                    self._output_layer.register_forward_pre_hook(recorder.before_head, with_kwargs=True)
+                )
         modules = dict(model.named_modules())
         for path in {tap.name for tap in self.wanted} - {"hidden", "attention", "logits", "loss"}:
             if path not in modules:
@@ -374,6 +380,7 @@ class Capture:
         attention: Mapping[Key, Attention],
         modules: dict[str, Any],
         output: Any,
+        token_logits: TokenLogits | None,
     ) -> Activations:
         stacks: dict[str | None, Activations] = {}
         for stack, (mask, _) in masks.items():
@@ -388,12 +395,13 @@ class Capture:
                 mask,
                 output,
                 modules,
+                token_logits=token_logits,
             )
         if None in stacks:
             return stacks[None]
         named = {stack: seen for stack, seen in stacks.items() if stack is not None}
         none: tuple[Layers[Tensor], Layers[Attention]] = (Layers({}, 0, "hidden"), Layers({}, 0, "attention"))
-        return Activations(*none, named["decoder"].mask, output, modules, named)
+        return Activations(*none, named["decoder"].mask, output, modules, named, token_logits)
 
 
 def _is_compiled(model: nn.Module) -> bool:
@@ -406,4 +414,5 @@ def _is_sharded(model: nn.Module) -> bool:
         return False
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel  # slow to import, and rarely needed
 
-    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    sharded = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    return sharded or any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # DeepSpeed's third stage

@@ -1,4 +1,4 @@
-"""Losses on attention scores that never hold a map of all queries by all keys.
+"""Losses that never hold a map of all queries by all keys; in ``chunked``, ones that never hold a vocabulary's logits.
 
 They give the same values and gradients as :mod:`ildistil.functional`, from what scores are made of:
 
@@ -11,6 +11,7 @@ All are exact under padding, wherever it stands, whatever stands there. :class:`
 Triton kernels are tested in Triton's interpreter; how fast they are on a GPU hasn't been measured.
 """
 
+import torch
 from torch import Tensor
 
 from ildistil import functional
@@ -78,7 +79,9 @@ def attention_mse(student: Scores, teacher: Scores, masks: Masks = Masks()) -> T
     linear = gram.suits(student, teacher, masks)
     if chosen(student, linear=linear) == "plain":
         if linear and short(student):  # where scores are nearly the same, as exact as the linear form
-            return _plain_mse(student.double(), teacher.double(), masks).to(widened(student.query).dtype)
+            return _plain_mse(student.to(torch.float64), teacher.to(torch.float64), masks).to(
+                widened(student.query).dtype
+            )
         return _plain_mse(student, teacher, masks)
     sums: Tensor = (gram if linear else blockwise).squared_errors(student, teacher, masks)
     return sums / (student.heads * pairs(student, masks)).clamp(min=1)

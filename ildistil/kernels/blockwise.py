@@ -69,7 +69,8 @@ def _squared_error(s: Tensor, t: Tensor, _: Tensor, blocked: Tensor | None) -> t
 
 def _sums(student: Scores, teacher: Scores, masks: Masks, compare: _Compare) -> Tensor:
     with torch.autocast(student.query.device.type, enabled=False):
-        student, teacher = (_with_four_dimensions(x.full_precision()) for x in (student, teacher.detach()))
+        student = _with_four_dimensions(student.full_precision())
+        teacher = _with_four_dimensions(teacher.detach().to(student.query.dtype))
         sums: Tensor = _Blockwise.apply(  # type: ignore[no-untyped-call]
             student.query, student.key, student.bias, student.scale, student.softcap, teacher, masks, compare
         )

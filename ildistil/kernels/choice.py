@@ -1,5 +1,6 @@
 """Which form of a kernel is taken: by device and size, or as told."""
 
+import functools
 import os
 from importlib.util import find_spec
 from types import TracebackType
@@ -16,8 +17,8 @@ Form = Literal["auto", "triton", "blockwise", "plain"]
 # Scores of a layer from which on blocks are taken on a device that has no kernel of its own: 1 GiB in float32, of which
 # a plain loss keeps several.
 _LARGE = 2**28
-# Scores of an example up to which whole maps are faster on a CPU, where blocks go from one example to the next: those of
-# about 50 tokens at 12 heads. And scores of a layer up to which they may be kept: 16 MiB in float32.
+# Scores of an example up to which whole maps are faster on a CPU, where blocks go from example to example: about 50
+# tokens at 12 heads. And scores of a layer up to which they may be kept: 16 MiB in float32.
 _SHORT, _SMALL = 2**15, 2**22
 _told: Form | None = None
 
@@ -96,6 +97,7 @@ def triton_suits(student: Scores, teacher: Scores) -> bool:
     return student.query.dtype != torch.float64 and not trained_bias and max(sizes) <= 256
 
 
+@functools.cache
 def _installed() -> bool:
     return find_spec("triton") is not None
 

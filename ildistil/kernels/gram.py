@@ -38,7 +38,8 @@ def squared_errors(student: Scores, teacher: Scores, masks: Masks) -> Tensor:
     On CUDA in float64, so that the host need not wait to learn whether the terms cancel; else only where they do.
     """
     with torch.autocast(student.query.device.type, enabled=False):
-        student, teacher = student.full_precision(), teacher.full_precision().detach()
+        student = student.full_precision()
+        teacher = teacher.detach().to(student.query.dtype)
         keys = student.key, teacher.key
         if keys[0].shape[1] != keys[1].shape[1]:  # shared otherwise
             keys = keys[0].repeat_interleave(student.groups, 1), keys[1].repeat_interleave(teacher.groups, 1)

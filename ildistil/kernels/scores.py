@@ -41,10 +41,10 @@ class Scores(NamedTuple):
         query, key = widened(self.query), widened(self.key)
         return self._replace(query=query, key=key, bias=None if self.bias is None else widened(self.bias))
 
-    def double(self) -> "Scores":
-        """Widen all to float64."""
-        bias = None if self.bias is None else self.bias.double()
-        return self._replace(query=self.query.double(), key=self.key.double(), bias=bias)
+    def to(self, dtype: torch.dtype) -> "Scores":
+        """Convert all tensors."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self._replace(query=self.query.to(dtype), key=self.key.to(dtype), bias=bias)
 
     def detach(self) -> "Scores":
         """Cut the gradients off."""

@@ -17,6 +17,7 @@ from ildistil.kernels.scores import Masks, Scores
 
 __all__ = ["divergences"]
 
+# The first axis of a grid, the one that may be long, counts batch times heads.
 # Rows and columns of a tile, and stages of loading, by the size of the heads: large ones need more shared memory.
 _TILES = {64: (64, 2), 128: (32, 1), 256: (16, 1)}
 
@@ -41,7 +42,7 @@ class _Divergences(torch.autograd.Function):
         rows = query.new_empty(5, batch, heads, queries, dtype=torch.float32)
         tile, arguments = _arguments(Scores(query, key, *rest), teacher, masks)
         with _device(query):
-            _row_kernel[(triton.cdiv(queries, tile), batch * heads)](**arguments, rows=rows, row_count=rows[0].numel())
+            _row_kernel[(batch * heads, triton.cdiv(queries, tile))](**arguments, rows=rows, row_count=rows[0].numel())
         ctx.save_for_backward(query, key, teacher.query, teacher.key, rows[:4])
         ctx.rest = rest, teacher[2:], masks
         return rows[4].sum((1, 2))
@@ -61,11 +62,11 @@ class _Divergences(torch.autograd.Function):
         with _device(q_s):
             if ctx.needs_input_grad[0]:
                 dq = torch.empty_like(q_s)
-                grid = (triton.cdiv(queries, tile), batch * heads)
+                grid = (batch * heads, triton.cdiv(queries, tile))
                 _query_kernel[grid](**arguments, out=dq, **_strides("out", dq))
             if ctx.needs_input_grad[1]:
                 dk = torch.empty_like(k_s)
-                grid = (triton.cdiv(k_s.shape[2], tile), batch * k_s.shape[1])
+                grid = (batch * k_s.shape[1], triton.cdiv(k_s.shape[2], tile))
                 _key_kernel[grid](**arguments, out=dk, **_strides("out", dk))
         return dq, dk, None, None, None
 
@@ -187,8 +188,8 @@ def _row_kernel(
     tile: tl.constexpr, precision_s: tl.constexpr, precision_t: tl.constexpr,
 ):  # fmt: skip
     """Write for each row of student and teacher the greatest score and the log of the sum, and the row's divergence."""
-    b, h = tl.program_id(1) // heads, tl.program_id(1) % heads
-    start = tl.program_id(0) * tile
+    b, h = tl.program_id(0) // heads, tl.program_id(0) % heads
+    start = tl.program_id(1) * tile
     i = start + tl.arange(0, tile)
     real = _real(query_mask, b, i, queries)
     at_k_s, at_k_t = _at(k_s, b, h // group_s, k_s_b, k_s_h), _at(k_t, b, h // group_t, k_t_b, k_t_h)
@@ -225,7 +226,7 @@ def _row_kernel(
         top_s, top_t = new_s, new_t
     # A tile may see no key at all.
     sum_s, sum_t = tl.maximum(sum_s, 1e-30), tl.maximum(sum_t, 1e-30)
-    at = rows + tl.program_id(1).to(tl.int64) * queries + i
+    at = rows + tl.program_id(0).to(tl.int64) * queries + i
     inside = i < queries
     tl.store(at, top_s, mask=inside)
     tl.store(at + row_count, tl.log(sum_s), mask=inside)
@@ -258,9 +259,9 @@ def _query_kernel(
     tile: tl.constexpr, precision_s: tl.constexpr, precision_t: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of the student's queries."""
-    bh = tl.program_id(1)
+    bh = tl.program_id(0)
     b, h = bh // heads, bh % heads
-    start = tl.program_id(0) * tile
+    start = tl.program_id(1) * tile
     i = start + tl.arange(0, tile)
     real = _real(query_mask, b, i, queries)
     at_k_s, at_k_t = _at(k_s, b, h // group_s, k_s_b, k_s_h), _at(k_t, b, h // group_t, k_t_b, k_t_h)
@@ -298,8 +299,8 @@ def _key_kernel(
 ):  # fmt: skip
     """Write the gradient of the student's keys, added up over the heads that share them."""
     key_heads = heads // group_s
-    b, key_head = tl.program_id(1) // key_heads, tl.program_id(1) % key_heads
-    start = tl.program_id(0) * tile
+    b, key_head = tl.program_id(0) // key_heads, tl.program_id(0) % key_heads
+    start = tl.program_id(1) * tile
     j = start + tl.arange(0, tile)
     real_keys = _real(key_mask, b, j, keys)
     own_k = _vectors(_at(k_s, b, key_head, k_s_b, k_s_h), k_s_n, j, real_keys, size_s, width_s)

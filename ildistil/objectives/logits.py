@@ -19,11 +19,10 @@ __all__ = ["LogitsDIST", "LogitsKL", "LogitsMSE"]
 class _LogitsObjective(Objective):
     taps = ("logits",)
     _next_token = False
-    _vocabulary = 1
 
     def build(self, student: Sizes, teacher: Sizes) -> None:
         """Check that both models have the same labels."""
-        self._next_token, self._vocabulary = student.next_token, student.vocabulary or 1
+        self._next_token = student.next_token
         if None not in (student.labels, teacher.labels) and student.labels != teacher.labels:
             raise ObjectiveError(
                 f"{type(self).__name__}: the student has {student.labels} labels, the teacher {teacher.labels}. Give "
@@ -83,8 +82,8 @@ class _LogitsObjective(Objective):
         real = student.mask if labels is None else labels != -100
         if not self._next_token:
             return real
-        # Position i predicts token i + 1.
-        return torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], dim=1)
+        # Position i predicts token i + 1; the padding before a text predicts nothing.
+        return torch.cat([real[:, 1:] & student.mask[:, :-1], torch.zeros_like(real[:, :1])], dim=1)
 
 
 class _RowObjective(_LogitsObjective):
@@ -106,7 +105,7 @@ class _RowObjective(_LogitsObjective):
 
         def values(logits: Tensor, part: slice) -> Tensor:
             with torch.no_grad():
-                wanted = rows[part] if theirs is None else theirs.layer(rows[part])
+                wanted = rows[part] if theirs is None else theirs.made(rows[part])
             if wanted.shape != logits.shape:
                 raise ObjectiveError(
                     f"{type(self).__name__}: the student's vocabulary has {logits.shape[-1]} entries, the teacher's "
@@ -115,7 +114,7 @@ class _RowObjective(_LogitsObjective):
             return self.values(logits, wanted)
 
         states = student.states[targets]
-        return chunked.summed(values, student.layer, states, self._vocabulary) / max(1, len(states))
+        return chunked.summed(values, student.made, student.layer, states) / max(1, len(states))
 
 
 class LogitsKL(_RowObjective):

@@ -29,11 +29,10 @@ class TaskLoss(Objective):
     taps = ("loss",)
     teacher_taps = ()
     _next_token = False
-    _vocabulary = 1
 
     def build(self, student: Sizes, teacher: Sizes) -> None:
-        """Note whether the student predicts the next token, of how many."""
-        self._next_token, self._vocabulary = student.next_token, student.vocabulary or 1
+        """Note whether the student predicts the next token."""
+        self._next_token = student.next_token
 
     def count(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the number of labels: of examples, or of the target tokens of a language model."""
@@ -59,4 +58,4 @@ class TaskLoss(Objective):
             with functional.full_precision(made) as (z,):
                 return F.cross_entropy(z, labels[rows], reduction="none")
 
-        return chunked.summed(values, logits.layer, states, self._vocabulary) / max(1, len(states))
+        return chunked.summed(values, logits.made, logits.layer, states) / max(1, len(states))
