@@ -121,7 +121,6 @@ def spread(model: PreTrainedModel) -> PreTrainedModel:
     return model.double().eval()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # DeBERTa's file, before transformers 5.20
 @pytest.mark.parametrize("family", OUTSIDE)
 def test_attention_outside_the_interface_is_what_the_model_attends_with(family: str) -> None:
     model = OUTSIDE[family]().double().eval()
@@ -139,7 +138,6 @@ def test_attention_outside_the_interface_is_what_the_model_attends_with(family: 
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("family", OUTSIDE)
 def test_values_outside_the_interface_are_those_of_the_model(family: str) -> None:
     """The probabilities applied to the values are what the attention module gives."""
@@ -404,7 +402,7 @@ def test_checkpointing_and_compile_give_the_same_gradients(checkpointing: bool, 
         torch.testing.assert_close(plain, changed, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated", "ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize(
     ("family", "change"),
     [("MPNet", "compile"), ("DeBERTa", "checkpointing"), ("DeBERTa-v3", "checkpointing"), ("DeBERTa-v3", "compile")],

@@ -25,7 +25,6 @@ from ildistil.capture.taps import STACKS
 from ildistil.objectives import Objective, ObjectiveError
 from ildistil.synthetic import synthetic_batch
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # DeBERTa, before transformers 5.20
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 START, END = "<!-- made by tests/test_models.py -->", "<!-- end of what is made -->"
 TEACHER, STUDENT = 4, 2  # layers
