@@ -33,6 +33,7 @@ from ildistil.capture import Tap
 from ildistil.objectives import Objective
 from ildistil.targets import StoredTeacher, TargetsError, estimate, precompute
 from ildistil.targets.capture import StoredCapture
+from ildistil.targets.rows import Rows
 from table import CASES
 from test_distiller import loader, trainer
 
@@ -68,6 +69,25 @@ def assert_same(left: Any, right: Any, tolerance: float) -> None:
         assert mine.keys() == theirs.keys()
         for name in mine:
             torch.testing.assert_close(mine[name], theirs[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def values(teacher: StoredTeacher, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is stored of a batch."""
+    header = teacher.store.header
+    assert header is not None
+    keys = Rows.of(batch, teacher.facts.read).keys
+    return teacher.store.read(teacher.store.find(keys), header.layout.columns)
+
+
+def masked_language_model(seed: int, **config: Any) -> PreTrainedModel:
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
+    torch.manual_seed(seed)
+    return BertForMaskedLM(BertConfig(**small, vocab_size=tiny.VOCABULARY, initializer_range=0.3, **config))
+
+
+def masked_text(seed: int = 0) -> dict[str, Tensor]:
+    batch = {k: v for k, v in tiny.batch(seed=seed).items() if k in ("input_ids", "attention_mask")}
+    return batch | {"labels": torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)}
 
 
 def selected() -> list[Objective]:
@@ -410,6 +430,22 @@ def test_precision_of_the_run_does_not_change_the_targets(precision: str, tmp_pa
     fit(read, again, data, precision=precision)
     assert watch.losses == again.losses
     assert next(teacher.parameters()).dtype == torch.float32
+
+
+def test_a_language_models_logits_are_not_made_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    """Its run stops before the output layer, which is asked later."""
+    data = [masked_text(seed) for seed in (0, 1)]
+    teacher, student = (masked_language_model(seed) for seed in (1, 2))
+    precompute(StoredTeacher(tmp_path / "before", teacher, dtype="float32"), [objectives.LogitsKL()], student, data)
+    along = StoredTeacher(tmp_path / "along", teacher, dtype="float32")
+    engine = Distillation(student, along, [objectives.LogitsKL()])
+    for batch in data:
+        with torch.autocast("cpu", torch.bfloat16):
+            engine(batch)
+    along.flush()
+    for batch in data:
+        before, after = (values(StoredTeacher(tmp_path / name), batch)["logits"] for name in ("before", "along"))
+        torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
 
 
 def test_a_run_that_breaks_off_leaves_what_it_made(tmp_path: Path) -> None:

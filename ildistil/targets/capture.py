@@ -175,10 +175,18 @@ class StoredCapture:
         rows = self._rows(batch, None if header is None else header.layout)
         device = next(v.device for v in batch.values() if isinstance(v, Tensor))
         live = self._running(device)
-        # In full precision whatever a step runs in, so that they are what 'precompute' would have stored.
+        # In full precision whatever a step runs in, so that they are what 'precompute' would have stored. A language
+        # model's logits are made only when they are asked for, so everything below belongs to the run.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             seen = live(batch, verify=verify)
-        layout = Layout.of(self._stored_parts(), seen, rows.names)
+            layout = Layout.of(self._stored_parts(), seen, rows.names)
+            self._check_layout(batch, header, layout)
+            positions, size = _positions(seen.mask), (seen.mask.shape[0], seen.mask.shape[1])
+            values = {c.name: self._packed(c, seen, positions) for c in layout.columns}
+        return rows, layout, Targets(values, positions, size)
+
+    def _check_layout(self, batch: Mapping[str, Any], header: Header | None, layout: Layout) -> None:
+        """Refuse a batch of which the teacher gives something else than what is stored."""
         if header is None:
             self._rows(batch, layout)  # now it is known what the padding may not change
         elif header.layout != layout:
@@ -188,9 +196,6 @@ class StoredCapture:
                 f"In this batch {', '.join(names)} of the teacher have other shapes or constants than the targets in "
                 f"{self.model.store.folder}. What isn't alike in all batches can't be stored."
             )
-        positions, size = _positions(seen.mask), (seen.mask.shape[0], seen.mask.shape[1])
-        values = {c.name: self._packed(c, seen, positions) for c in layout.columns}
-        return rows, layout, Targets(values, positions, size)
 
     def _running(self, device: torch.device) -> Capture:
         """Give the capture of the teacher itself, loaded if need be."""
