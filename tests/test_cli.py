@@ -236,6 +236,15 @@ def test_stored_targets(
     cli.main(["precompute", "--config=run.yaml", *steps])  # the run has made them all
     assert "12 different ones, of which 12 are stored" in capsys.readouterr().out
 
+    error = fails(
+        capsys,
+        "fit",
+        "--config=run.yaml",
+        "--model.targets=targets",
+        "--model.teacher.config={hidden_act: relu}",
+        *steps,
+    )
+    assert "the same weights and another config: hidden_act is 'relu' and was 'gelu'" in error
     tiny.save_teacher(Path("teacher"), layers=4, initializer_range=0.2)
     error = fails(capsys, "fit", "--config=run.yaml", "--model.targets=targets", *steps)
     assert "The targets are of another teacher: its weights (BertForSequenceClassification, from ./teacher)" in error

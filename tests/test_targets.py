@@ -1,6 +1,7 @@
 """Stored targets: the same training as with the teacher, and never targets of something else."""
 
 import copy
+import dataclasses
 import json
 import logging
 import shutil
@@ -34,6 +35,7 @@ from ildistil.objectives import Objective
 from ildistil.targets import StoredTeacher, TargetsError, estimate, precompute
 from ildistil.targets.capture import StoredCapture
 from ildistil.targets.rows import Rows
+from ildistil.targets.store import Store
 from table import CASES
 from test_distiller import loader, trainer
 
@@ -193,6 +195,55 @@ def test_targets_of_something_else_are_refused(tmp_path: Path) -> None:
     reordered.config.id2label = {0: "LABEL_1", 1: "LABEL_0", 2: "LABEL_2"}
     with pytest.raises(ValueError, match="numbers its labels"):
         Distillation(reordered, StoredTeacher(tmp_path))
+
+
+def test_a_folder_that_another_run_began_meanwhile_is_looked_at(tmp_path: Path) -> None:
+    terms, batch = [objectives.HiddenMSE()], tiny.batch(LENGTHS)
+    student, teacher = models()
+    other, narrow, same = (StoredTeacher(tmp_path, m, dtype=d) for m, d in
+                           ((tiny.bert(4, seed=5), None), (teacher, "bfloat16"), (teacher, None)))  # fmt: skip
+    precompute(StoredTeacher(tmp_path, teacher), terms, student, [batch])
+    for _ in range(2):  # what was refused once isn't taken the second time
+        with pytest.raises(TargetsError, match="targets are of another teacher"):
+            other.refresh()
+        with pytest.raises(TargetsError, match="are in float16, not in bfloat16"):
+            narrow.flush()
+    header = same.store.header
+    same.refresh()
+    assert (header, len(same.store)) == (None, 4)
+    made = same.store.header
+    assert made is not None
+    late = Store(tmp_path / "late")
+    Store(tmp_path / "late").create(made)
+    for _ in range(2):
+        with pytest.raises(TargetsError, match="has just begun to write other targets"):
+            late.create(dataclasses.replace(made, tokenizer="another"))
+
+
+def test_shards_of_another_folder_are_refused(tmp_path: Path) -> None:
+    terms, (student, teacher) = [objectives.HiddenMSE()], models()
+    stored(tmp_path / "a", terms)
+    for name, model, dtype, error in (
+        ("b", tiny.bert(4, seed=5), "float16", r"written for another targets\.json"),
+        ("c", teacher, "bfloat16", r"it is in torch\.float16, the description says bfloat16"),
+    ):
+        precompute(StoredTeacher(tmp_path / name, model, dtype=dtype), terms, student, batches(1))
+        (shard,) = (tmp_path / "a").glob("shard-*")
+        shutil.copy(shard, tmp_path / name)
+        with pytest.raises(TargetsError, match=error):
+            StoredTeacher(tmp_path / name)
+
+
+def test_the_same_weights_with_another_config_are_refused(tmp_path: Path) -> None:
+    stored(tmp_path, [objectives.HiddenMSE()])
+    twin = tiny.bert(4, seed=2, hidden_dropout_prob=0.5, classifier_dropout=0.1, id2label={0: "a", 1: "b", 2: "c"})
+    StoredTeacher(tmp_path, twin)
+    twin.config.hidden_act, twin.config.layer_norm_eps = "relu", 1e-3
+    for make in (lambda: StoredTeacher(tmp_path, twin), lambda: StoredTeacher(tmp_path, lambda: twin).load()):
+        with pytest.raises(
+            TargetsError, match="config: hidden_act is 'relu' and was 'gelu', layer_norm_eps is 0.001 and"
+        ):
+            make()
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ildistil.targets.errors import TargetsError
-from ildistil.targets.layout import Column, Header, torch_dtype
+from ildistil.targets.layout import Column, Dtype, Header, TeacherFacts, torch_dtype
 from ildistil.targets.rows import KEY_BYTES
 
 __all__ = ["DESCRIPTION", "SHARD_BYTES", "Found", "Store"]
@@ -25,6 +25,8 @@ __all__ = ["DESCRIPTION", "SHARD_BYTES", "Found", "Store"]
 SHARD_BYTES = 128 * 2**20
 DESCRIPTION = "targets.json"
 _KEYS, _STARTS = "row.keys", "row.starts"
+_ELSEWHERE = "Name another folder."
+_OF = "targets"  # in a shard's metadata: the digest of its description
 
 
 class Shard:
@@ -34,17 +36,22 @@ class Shard:
         self.path = path
 
     @cached_property
+    def _opened(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+                return tensors, file.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise self.damaged(str(error)) from error
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the file; what isn't looked at isn't read.
 
         Raises:
             TargetsError: the file is damaged.
         """
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-        except (OSError, SafetensorError) as error:
-            raise self.damaged(str(error)) from error
+        return self._opened[0]
 
     @cached_property
     def starts(self) -> list[int]:
@@ -70,6 +77,11 @@ class Shard:
         expected = {c.name: (tokens if c.per_token else rows, c.width) for c in header.layout.columns}
         if shapes != {_KEYS: (rows, KEY_BYTES), _STARTS: (rows + 1,), **expected}:
             raise self.damaged(f"it holds {shapes}, the description says {expected}")
+        dtypes = {self.tensors[name].dtype for name in expected} - {torch_dtype(header.dtype)}
+        if dtypes:
+            raise self.damaged(f"it is in {', '.join(map(str, dtypes))}, the description says {header.dtype}")
+        if self._opened[1].get(_OF) != header.digest:
+            raise self.damaged(f"it was written for another {DESCRIPTION} than the one beside it")
 
     def damaged(self, why: str) -> TargetsError:
         """Make the error for a file that can't be used."""
@@ -97,14 +109,17 @@ class Store:
     Args:
         folder: the folder; it needs not exist.
         shard_bytes: rows are written when they are as many bytes.
+        expected: the teacher and the precision that the description must name, where one turns up later.
 
     A shard gets its name when it is complete, so that whoever is interrupted leaves whole shards only. Processes that
     write at the same time write shards of their own; :meth:`refresh` finds those of the others.
     """
 
-    def __init__(self, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self.folder, self.shard_bytes = Path(folder).expanduser(), shard_bytes
-        self.header = self._read_header()
+    def __init__(
+        self, folder: str | Path, shard_bytes: int = SHARD_BYTES, expected: tuple[TeacherFacts, Dtype] | None = None
+    ) -> None:
+        self.folder, self.shard_bytes, self.expected = Path(folder).expanduser(), shard_bytes, expected
+        self.header: Header | None = None
         self._shards: list[Shard] = []
         self._keys: NDArray[Any] = np.empty(0, f"S{KEY_BYTES}")
         self._places: NDArray[np.int64] = np.empty((0, 2), np.int64)  # shard and row in it, in the order of the keys
@@ -115,7 +130,7 @@ class Store:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let copies open the files themselves: copying or pickling what is mapped would read all of it."""
-        return Store, (self.folder, self.shard_bytes)
+        return Store, (self.folder, self.shard_bytes, self.expected)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -128,6 +143,21 @@ class Store:
     # Reading
 
     def _read_header(self) -> Header | None:
+        """Read the description, if there is one.
+
+        Raises:
+            TargetsError: it is damaged, or of something else than is expected here.
+        """
+        found = self._parsed_header()
+        if found is None or self.expected is None:
+            return found
+        teacher, dtype = self.expected
+        found.teacher.compare(teacher.sizes.name, teacher.weights, teacher.config)
+        if found.dtype != dtype:
+            raise TargetsError(f"The targets in {self.folder} are in {found.dtype}, not in {dtype}. {_ELSEWHERE}")
+        return found
+
+    def _parsed_header(self) -> Header | None:
         path = self.folder / DESCRIPTION
         if not path.is_file():
             return None
@@ -222,11 +252,10 @@ class Store:
             draft.rename(self.folder / DESCRIPTION)
         finally:
             draft.unlink(missing_ok=True)
-        self.header = self._read_header()
-        if self.header != header:
-            raise TargetsError(
-                f"Another run has just begun to write other targets into {self.folder}. Name another folder."
-            )
+        found = self._read_header()
+        if found != header:
+            raise TargetsError(f"Another run has just begun to write other targets into {self.folder}. {_ELSEWHERE}")
+        self.header = found
 
     def add(self, keys: Sequence[bytes], lengths: Sequence[int], values: Mapping[str, Tensor]) -> int:
         """Add those rows with a token that aren't there, and write a shard when there are enough of them.
@@ -265,6 +294,7 @@ class Store:
     def flush(self) -> None:
         """Write the rows that wait, and find them and those of other processes."""
         if self._open:
+            assert self.header is not None
             keys, rows = zip(*self._open, strict=True)
             tensors = {name: _joined([row[name] for row in rows]) for name in rows[0]}
             tensors[_STARTS] = torch.cat([torch.zeros(1, dtype=torch.long), tensors[_STARTS].cumsum(0)])
@@ -273,7 +303,9 @@ class Store:
             name = f"shard-{uuid.uuid4().hex[:12]}.safetensors"
             draft = self.folder / f".{name}"
             try:
-                draft.write_bytes(save(tensors))  # save_file would hide it from all other users
+                draft.write_bytes(
+                    save(tensors, {_OF: self.header.digest})
+                )  # save_file would hide it from all other users
                 draft.rename(self.folder / name)
             finally:
                 draft.unlink(missing_ok=True)

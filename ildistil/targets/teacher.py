@@ -77,6 +77,7 @@ class StoredTeacher(nn.Module):
             self.facts = header.teacher
             if self.live is not None:
                 self.facts.check(self.live)
+        self.store.expected = (self.facts, self.dtype)
         self.made = self._made_before = self._epochs = 0  # rows, in how many epochs
         self.requires_grad_(False).eval()
 
