@@ -82,6 +82,11 @@ def make_distiller(
     """
     tokenizer = tokenizer or teacher.tokenizer
     if targets is None:
+        if targets_dtype is not None:
+            raise ValueError(
+                f"targets_dtype is {targets_dtype}, and there are no targets. Name their folder (--model.targets "
+                "FOLDER), or leave targets_dtype out."
+            )
         loaded = teacher.load()
         return Distiller(student.make(loaded, teacher), loaded, tokenizer=tokenizer, **options)
     stored, model = _stored_teacher(teacher, targets, targets_dtype, with_weights=student.copies_weights)
@@ -328,7 +333,8 @@ class _PrecomputeCLI(_DistillCLI):
         except KeyboardInterrupt:
             print(f"Interrupted: {len(stored.store):,} rows are stored. The same command goes on from there.")
             raise SystemExit(130) from None
-        print(f"{len(stored.store):,} rows are stored: ildistil fit --model.targets {stored.store.folder}")
+        folder = stored.store.folder
+        print(f"{len(stored.store):,} rows are stored. Add --model.targets {folder} to your ildistil fit command.")
 
     def _training_batches(self) -> Any:
         """Prepare and check the data as a fit does, and give the loader of the training set."""

@@ -1,7 +1,9 @@
 """The folder: a description and shards, written once and never changed, so that several processes can share it."""
 
+import contextlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -25,6 +27,7 @@ __all__ = ["DESCRIPTION", "SHARD_BYTES", "Found", "Store"]
 SHARD_BYTES = 128 * 2**20
 DESCRIPTION = "targets.json"
 _KEYS, _STARTS = "row.keys", "row.starts"
+_DAY = 24 * 60 * 60  # seconds
 _ELSEWHERE = "Name another folder."
 _OF = "targets"  # in a shard's metadata: the digest of its description
 
@@ -311,6 +314,13 @@ class Store:
                 draft.unlink(missing_ok=True)
             self._open, self._open_keys, self._open_bytes = [], set(), 0
         self.refresh()
+
+    def tidy(self) -> None:
+        """Delete drafts of shards that a killed run left a day ago or before; a younger one may be in the making."""
+        for draft in self.folder.glob(".shard-*"):
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                if time.time() - draft.stat().st_mtime > _DAY:
+                    draft.unlink()
 
     def _check_space(self) -> None:
         """Refuse to fill the disk to its last byte, which harms everyone on it.
