@@ -37,7 +37,6 @@ from ildistil.plan import table
 from ildistil.schedules import Schedule
 from ildistil.targets import StoredTeacher, estimate, precompute
 from ildistil.targets.layout import Dtype
-from ildistil.targets.store import DESCRIPTION
 
 __all__ = ["finetuner", "main", "make_distiller"]
 
@@ -102,10 +101,9 @@ def _stored_teacher(
     stored yet; else when a row turns out to be missing.
     """
     digest = source.digest()
-    if not (Path(folder).expanduser() / DESCRIPTION).is_file():
-        model = source.load()
-        return StoredTeacher(folder, model, dtype=dtype, source=digest), model
-    stored = StoredTeacher(folder, source.load, dtype=dtype)
+    stored = StoredTeacher(folder, source.load, dtype=dtype, source=digest)
+    if isinstance(stored.live, PreTrainedModel):
+        return stored, stored.live
     known = digest is not None and digest == stored.facts.source
     skeleton = stored.skeleton() if known and not with_weights else None
     if skeleton is not None:

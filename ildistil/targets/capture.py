@@ -72,6 +72,7 @@ class StoredCapture:
         store = self.model.store
         if store.header is None:
             return None
+        self._check()  # another process may have begun the folder, for other objectives
         rows = self._rows(batch, store.header.layout)
         found = store.find(rows.keys)
         missing = [i for i in found.missing() if rows.lengths is None or rows.lengths[i] > 0]

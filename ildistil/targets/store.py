@@ -138,11 +138,6 @@ class Store:
     def __len__(self) -> int:
         return len(self._keys)
 
-    @property
-    def size(self) -> int:
-        """Bytes of all shards."""
-        return sum(shard.path.stat().st_size for shard in self._shards)
-
     # Reading
 
     def _read_header(self) -> Header | None:
