@@ -12,6 +12,7 @@ from ildistil.capture.taps import Role
 from ildistil.targets.errors import TargetsError
 from ildistil.targets.layout import Column, Dtype, Header, Layout, record_part, recorded, torch_dtype
 from ildistil.targets.rows import Rows, Targets, with_and_without_padding
+from ildistil.targets.store import missing
 from ildistil.targets.teacher import StoredTeacher
 
 __all__ = ["StoredCapture"]
@@ -74,15 +75,15 @@ class StoredCapture:
             return None
         self._check()  # another process may have begun the folder, for other objectives
         rows = self._rows(batch, store.header.layout)
-        found = store.find(rows.keys)
-        missing = [i for i in found.missing() if rows.lengths is None or rows.lengths[i] > 0]
-        if missing:
+        places = store.find(rows.keys)
+        lacking = [i for i in missing(places) if rows.lengths is None or rows.lengths[i] > 0]
+        if lacking:
             if self.model.grows:
                 return None
-            raise self._not_stored(rows, missing)
-        lengths = torch.tensor(store.lengths(found))
+            raise self._not_stored(rows, lacking)
+        lengths = torch.tensor(store.lengths(places))
         mask = rows.mask if rows.mask is not None else _all_real(lengths)
-        values = store.read(found, self._columns(wanted))
+        values = store.read(places, self._columns(wanted))
         return Targets(values, _positions(mask), (mask.shape[0], mask.shape[1]))
 
     def made_up(self, batch: Mapping[str, Any]) -> Targets:
@@ -116,11 +117,11 @@ class StoredCapture:
             )
         return rows
 
-    def _not_stored(self, rows: Rows, missing: list[int]) -> TargetsError:
-        which = "" if rows.numbers is None else f" (the first has the row_id {int(rows.numbers[missing[0]])})"
+    def _not_stored(self, rows: Rows, lacking: list[int]) -> TargetsError:
+        which = "" if rows.numbers is None else f" (the first has the row_id {int(rows.numbers[lacking[0]])})"
         store = self.model.store
         return TargetsError(
-            f"{len(missing)} of the {len(rows)} rows of a batch{which} aren't among the {len(store):,} in "
+            f"{len(lacking)} of the {len(rows)} rows of a batch{which} aren't among the {len(store):,} in "
             f"{store.folder}. They were added or changed since, or are cut or tokenised otherwise: run 'ildistil "
             "precompute' with this configuration, which adds them. Batches that are other ones in each epoch (tokens "
             f"masked at random, augmentation) can't be stored: leave model.targets out.{_rounded(rows)}"
@@ -137,8 +138,8 @@ class StoredCapture:
     def survey(self, batch: Mapping[str, Any]) -> list[tuple[bytes, int, bool]]:
         """Tell the key of each row with a token, its number of tokens, and whether it isn't stored."""
         rows, store = self._rows(batch, self._layout), self.model.store
-        found = store.find(rows.keys)
-        missing = set(found.missing())
+        places = store.find(rows.keys)
+        lacking = set(missing(places))
         width = rows.token_width()
         if rows.lengths is not None:
             lengths = rows.lengths.tolist()
@@ -146,7 +147,7 @@ class StoredCapture:
             lengths = [width] * len(rows)
         else:  # all rows have the same number, as those of a first batch: images of one size
             lengths = [self._trial_length or store.lengths(store.first())[0]] * len(rows)
-        return [(key, n, i in missing) for i, (key, n) in enumerate(zip(rows.keys, lengths, strict=True)) if n]
+        return [(key, n, i in lacking) for i, (key, n) in enumerate(zip(rows.keys, lengths, strict=True)) if n]
 
     def _trial(self, batch: Mapping[str, Any]) -> Targets:
         """Run the teacher on a batch without storing anything."""

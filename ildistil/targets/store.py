@@ -21,12 +21,13 @@ from ildistil.targets.errors import TargetsError
 from ildistil.targets.layout import Column, Dtype, Header, TeacherFacts, torch_dtype
 from ildistil.targets.rows import KEY_BYTES
 
-__all__ = ["DESCRIPTION", "SHARD_BYTES", "Found", "Store"]
+__all__ = ["DESCRIPTION", "SHARD_BYTES", "Places", "Store", "missing"]
 
 # What a run that is killed loses at most, and what waits in memory.
 SHARD_BYTES = 128 * 2**20
 DESCRIPTION = "targets.json"
 _KEYS, _STARTS = "row.keys", "row.starts"
+Places = NDArray[np.int64]  # the shard of each row and its number there; -1 where it isn't stored
 _DAY = 24 * 60 * 60  # seconds
 _ELSEWHERE = "Name another folder."
 _OF = "targets"  # in a shard's metadata: the digest of its description
@@ -94,16 +95,14 @@ class Shard:
         )
 
 
-class Found:
-    """Where the rows of a batch are in the store."""
+def missing(places: Places) -> list[int]:
+    """Give the numbers of the rows that aren't there.
 
-    def __init__(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
-        self.shards, self.rows = shards, rows
-
-    def missing(self) -> list[int]:
-        """Give the numbers of the rows that aren't there."""
-        numbers: list[int] = np.flatnonzero(self.shards < 0).tolist()
-        return numbers
+    >>> missing(np.array([[0, 3], [-1, -1]]))
+    [1]
+    """
+    numbers: list[int] = np.flatnonzero(places[:, 0] < 0).tolist()
+    return numbers
 
 
 class Store:
@@ -125,7 +124,7 @@ class Store:
         self.header: Header | None = None
         self._shards: list[Shard] = []
         self._keys: NDArray[Any] = np.empty(0, f"S{KEY_BYTES}")
-        self._places: NDArray[np.int64] = np.empty((0, 2), np.int64)  # shard and row in it, in the order of the keys
+        self._places: Places = np.empty((0, 2), np.int64)  # shard and row in it, in the order of the keys
         self._open: list[tuple[bytes, Mapping[str, Tensor]]] = []  # rows that aren't written yet
         self._open_keys: set[bytes] = set()
         self._open_bytes = 0
@@ -187,31 +186,30 @@ class Store:
         self._keys, order = np.unique(np.concatenate([self._keys, *(s.keys for s in new)]), return_index=True)
         self._places = np.concatenate([self._places, *places])[order]
 
-    def find(self, keys: Sequence[bytes]) -> Found:
+    def find(self, keys: Sequence[bytes]) -> Places:
         """Look rows up."""
         wanted = np.array(keys, self._keys.dtype)
         if not len(self._keys):
-            return Found(np.full(len(wanted), -1), np.full(len(wanted), -1))
+            return np.full((len(wanted), 2), -1)
         at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
-        places = np.where((self._keys[at] == wanted)[:, None], self._places[at], -1)
-        return Found(places[:, 0], places[:, 1])
+        return np.where((self._keys[at] == wanted)[:, None], self._places[at], -1)
 
-    def first(self) -> Found:
+    def first(self) -> Places:
         """Give the first row."""
-        return Found(self._places[:1, 0], self._places[:1, 1])
+        return self._places[:1]
 
-    def lengths(self, found: Found) -> list[int]:
+    def lengths(self, places: Places) -> list[int]:
         """Give the number of tokens of each row; 0 for one that isn't there."""
-        starts = ((self._shards[s].starts, r) if s >= 0 else ([0, 0], 0) for s, r in self._pairs(found))
+        starts = ((self._shards[s].starts, r) if s >= 0 else ([0, 0], 0) for s, r in places.tolist())
         return [of[row + 1] - of[row] for of, row in starts]
 
-    def read(self, found: Found, columns: Sequence[Column]) -> dict[str, Tensor]:
+    def read(self, places: Places, columns: Sequence[Column]) -> dict[str, Tensor]:
         """Read columns: the tokens of all rows one after the other, or a value for each row.
 
         A row that isn't there has no tokens, and the value 0.
         """
         assert self.header is not None
-        there = [(self._shards[shard], row) for shard, row in self._pairs(found) if shard >= 0]
+        there = [(self._shards[shard], row) for shard, row in places.tolist() if shard >= 0]
         spans = {
             True: [(shard, shard.starts[row], shard.starts[row + 1]) for shard, row in there],
             False: [(shard, row, row + 1) for shard, row in there],
@@ -221,15 +219,12 @@ class Store:
             name = column.name
             parts = [shard.tensors[name][begin:end] for shard, begin, end in spans[column.per_token]]
             joined = _joined(parts) if parts else torch.zeros(0, column.width, dtype=dtype)
-            if not column.per_token and len(there) < len(found.rows):
-                whole = torch.zeros(len(found.rows), column.width, dtype=dtype)
-                whole[torch.from_numpy(found.shards >= 0)] = joined
+            if not column.per_token and len(there) < len(places):
+                whole = torch.zeros(len(places), column.width, dtype=dtype)
+                whole[torch.from_numpy(places[:, 0] >= 0)] = joined
                 joined = whole
             values[name] = joined.view(len(joined), *column.shape)
         return values
-
-    def _pairs(self, found: Found) -> list[tuple[int, int]]:
-        return list(zip(found.shards.tolist(), found.rows.tolist(), strict=True))
 
     # Writing
 
@@ -268,10 +263,9 @@ class Store:
             How many rows were added.
         """
         assert self.header is not None
-        missing = self.find(keys).missing()
         ends = np.cumsum([0, *lengths]).tolist()
         added = 0
-        for i in missing:
+        for i in missing(self.find(keys)):
             if keys[i] in self._open_keys or not lengths[i]:
                 continue
             row = {
