@@ -37,7 +37,6 @@ from ildistil.plan import table
 from ildistil.schedules import Schedule
 from ildistil.targets import StoredTeacher, estimate, precompute
 from ildistil.targets.layout import Dtype
-from ildistil.targets.store import DESCRIPTION
 
 __all__ = ["finetuner", "main", "make_distiller"]
 
@@ -82,6 +81,11 @@ def make_distiller(
     """
     tokenizer = tokenizer or teacher.tokenizer
     if targets is None:
+        if targets_dtype is not None:
+            raise ValueError(
+                f"targets_dtype is {targets_dtype}, and there are no targets. Name their folder (--model.targets "
+                "FOLDER), or leave targets_dtype out."
+            )
         loaded = teacher.load()
         return Distiller(student.make(loaded, teacher), loaded, tokenizer=tokenizer, **options)
     stored, model = _stored_teacher(teacher, targets, targets_dtype, with_weights=student.copies_weights)
@@ -97,10 +101,9 @@ def _stored_teacher(
     stored yet; else when a row turns out to be missing.
     """
     digest = source.digest()
-    if not (Path(folder).expanduser() / DESCRIPTION).is_file():
-        model = source.load()
-        return StoredTeacher(folder, model, dtype=dtype, source=digest), model
-    stored = StoredTeacher(folder, source.load, dtype=dtype)
+    stored = StoredTeacher(folder, source.load, dtype=dtype, source=digest)
+    if isinstance(stored.live, PreTrainedModel):
+        return stored, stored.live
     known = digest is not None and digest == stored.facts.source
     skeleton = stored.skeleton() if known and not with_weights else None
     if skeleton is not None:
@@ -328,7 +331,8 @@ class _PrecomputeCLI(_DistillCLI):
         except KeyboardInterrupt:
             print(f"Interrupted: {len(stored.store):,} rows are stored. The same command goes on from there.")
             raise SystemExit(130) from None
-        print(f"{len(stored.store):,} rows are stored: ildistil fit --model.targets {stored.store.folder}")
+        folder = stored.store.folder
+        print(f"{len(stored.store):,} rows are stored. Add --model.targets {folder} to your ildistil fit command.")
 
     def _training_batches(self) -> Any:
         """Prepare and check the data as a fit does, and give the loader of the training set."""

@@ -370,7 +370,7 @@ class Distillation(nn.Module):
         """
         parameters = [p for p in self.parameters() if p.requires_grad]
         checks: dict[str, TermCheck] = {}
-        self._reach = {}
+        reach: dict[str, set[int]] = {}
         used = {name: o for name, o in self.objectives.items() if o.weight != 0}
         for objective in used.values():
             objective.begin(self._step or 0)  # the step they are in: nothing is drawn or learned anew
@@ -379,9 +379,10 @@ class Distillation(nn.Module):
             for name, value in values.items():
                 gradients = _gradients(name, value, parameters)
                 checks[name] = TermCheck(value.item(), _norm(gradients))
-                self._reach[name] = {id(p) for p, g in zip(parameters, gradients, strict=True) if g is not None}
+                reach[name] = {id(p) for p, g in zip(parameters, gradients, strict=True) if g is not None}
                 _check_term(name, checks[name])
-        reached = set().union(*self._reach.values())
+        self._reach = reach  # only now: a run that failed leaves what was known
+        reached = set().union(*reach.values())
         return DryRun(checks, [p for p in parameters if id(p) not in reached])
 
     def synthetic_batch(self) -> dict[str, Any] | None:

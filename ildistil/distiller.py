@@ -27,6 +27,7 @@ from ildistil.objectives.base import Objective, ObjectiveError
 from ildistil.plan import describe
 from ildistil.schedules import Schedule
 from ildistil.stages import Stage, Timeline
+from ildistil.targets.errors import TargetsError
 from ildistil.targets.teacher import StoredTeacher
 
 __all__ = ["Distiller"]
@@ -157,11 +158,9 @@ class Distiller(L.LightningModule):
             self.distillation.compile()
 
     def _try_synthetic_batch(self) -> DryRun | None:
-        batch = self.distillation.synthetic_batch()
-        if batch is None:
-            return None
         try:
-            return self.distillation.dry_run(batch)
+            batch = self.distillation.synthetic_batch()  # runs a teacher of whose targets nothing is known yet
+            return None if batch is None else self.distillation.dry_run(batch)
         except (ObjectiveError, CaptureError):
             raise
         except Exception as error:
@@ -181,12 +180,24 @@ class Distiller(L.LightningModule):
         self.distillation.train()
         self._window, self._unchecked = None, []  # a run that failed may have left one half filled
         self._watch_last_stage()
+        if isinstance(self.teacher, StoredTeacher):
+            self.teacher.begin()
         batch = self._first_batch()
         with self.trainer.precision_plugin.train_step_context():
-            found = self._structural if batch is None else self.distillation.dry_run(batch)
+            found = self._structural if batch is None else self._try_first_batch(batch)
         if found is not None and self._structural is not None:
             found = DryRun(found.terms, self._structural.unreached)
         rank_zero_info(describe(self.distillation, found, self.stages))
+
+    def _try_first_batch(self, batch: Any) -> DryRun | None:
+        try:
+            return self.distillation.dry_run(batch)
+        except TargetsError:
+            if isinstance(self.teacher, StoredTeacher) and not self.teacher.grows:
+                # They are the data set's first rows, not the loader's: a sampler may leave them out. If the loader's
+                # own rows are missing too, the first step says so.
+                return self._structural
+            raise
 
     def _first_batch(self) -> Any | None:
         loader: Any = self.trainer.train_dataloader

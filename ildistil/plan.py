@@ -29,7 +29,9 @@ def describe(distillation: Distillation, dry_run: DryRun | None = None, stages: 
         rows = [(str(i), str(s.epochs), " ".join(s.objectives)) for i, s in enumerate(stages, start=1)]
         parts.append(_indent(table(("stage", "epochs", "terms"), rows), 2))
     parts.append("  captured")
-    parts += [f"    {role}: {_taps(taps)}{_end(taps)}" for role, taps in distillation.captured.items()]
+    for role, taps in distillation.captured.items():
+        runs = role == "student" or not isinstance(distillation.teacher, StoredTeacher)
+        parts.append(f"    {role}: {_taps(taps)}{_end(taps) if runs else ''}")
     parts += [f"  note: {note}" for note in _notes(distillation, dry_run)]
     return "\n".join(parts)
 

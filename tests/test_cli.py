@@ -221,7 +221,7 @@ def test_stored_targets(
     assert "attention[2].q: 4 x 8 for each token" in said
     assert not Path("targets").exists()
     cli.main(["precompute", "--config=run.yaml", "--data.limit_train=8", "--model.targets_dtype=float32", *steps])
-    assert "7 rows are stored: ildistil fit --model.targets targets" in capsys.readouterr().out
+    assert "7 rows are stored. Add --model.targets targets to your ildistil fit command." in capsys.readouterr().out
 
     cli.main(["fit", "--config=run.yaml", "--data.limit_train=8", *steps])
     with monkeypatch.context() as context:
@@ -236,6 +236,15 @@ def test_stored_targets(
     cli.main(["precompute", "--config=run.yaml", *steps])  # the run has made them all
     assert "12 different ones, of which 12 are stored" in capsys.readouterr().out
 
+    error = fails(
+        capsys,
+        "fit",
+        "--config=run.yaml",
+        "--model.targets=targets",
+        "--model.teacher.config={hidden_act: relu}",
+        *steps,
+    )
+    assert "the same weights and another config: hidden_act is 'relu' and was 'gelu'" in error
     tiny.save_teacher(Path("teacher"), layers=4, initializer_range=0.2)
     error = fails(capsys, "fit", "--config=run.yaml", "--model.targets=targets", *steps)
     assert "The targets are of another teacher: its weights (BertForSequenceClassification, from ./teacher)" in error
@@ -254,6 +263,9 @@ def test_stored_targets(
         capsys, "fit", "--config=run.yaml", "--model.targets=targets", "--objectives.hidden=HiddenMSE"
     )
     assert "--model.targets FOLDER" in fails(capsys, "precompute", "--config=run.yaml", "--model.targets=null")
+    assert "there are no targets. Name their folder" in fails(
+        capsys, "fit", "--config=run.yaml", "--model.targets_dtype=float32"
+    )
 
 
 def losses(metrics: str) -> list[float]:

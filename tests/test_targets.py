@@ -1,8 +1,10 @@
 """Stored targets: the same training as with the teacher, and never targets of something else."""
 
 import copy
+import dataclasses
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,16 +14,23 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 from transformers import (
     BartConfig,
     BartModel,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
+    ConvBertConfig,
+    ConvBertForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    FNetConfig,
+    FNetForSequenceClassification,
     Gemma2Config,
     Gemma2ForCausalLM,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
@@ -31,8 +40,11 @@ import tiny
 from ildistil import Distillation, Distiller, Stage, mappings, objectives
 from ildistil.capture import Tap
 from ildistil.objectives import Objective
+from ildistil.plan import describe
 from ildistil.targets import StoredTeacher, TargetsError, estimate, precompute
 from ildistil.targets.capture import StoredCapture
+from ildistil.targets.rows import Rows
+from ildistil.targets.store import Store
 from table import CASES
 from test_distiller import loader, trainer
 
@@ -68,6 +80,25 @@ def assert_same(left: Any, right: Any, tolerance: float) -> None:
         assert mine.keys() == theirs.keys()
         for name in mine:
             torch.testing.assert_close(mine[name], theirs[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def values(teacher: StoredTeacher, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is stored of a batch."""
+    header = teacher.store.header
+    assert header is not None
+    keys = Rows.of(batch, teacher.facts.read).keys
+    return teacher.store.read(teacher.store.find(keys), header.layout.columns)
+
+
+def masked_language_model(seed: int, **config: Any) -> PreTrainedModel:
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
+    torch.manual_seed(seed)
+    return BertForMaskedLM(BertConfig(**small, vocab_size=tiny.VOCABULARY, initializer_range=0.3, **config))
+
+
+def masked_text(seed: int = 0) -> dict[str, Tensor]:
+    batch = {k: v for k, v in tiny.batch(seed=seed).items() if k in ("input_ids", "attention_mask")}
+    return batch | {"labels": torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)}
 
 
 def selected() -> list[Objective]:
@@ -129,10 +160,61 @@ def test_order_and_padding_do_not_matter(tmp_path: Path) -> None:
         step(selected(), teacher, wide)
 
 
+def test_left_padding_of_rotated_positions_is_refused(tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = ModernBertConfig(**small, vocab_size=tiny.VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                              cls_token_id=1, sep_token_id=2)  # fmt: skip
+    teacher = ModernBertForSequenceClassification(config)  # its head reads the first position
+    right, left = (
+        {k: tiny.batch(**{side: 2})[k] for k in ("input_ids", "attention_mask")} for side in ("right", "left")
+    )
+    for term in (objectives.LogitsKL(), objectives.HiddenMSE()):
+        empty = StoredTeacher(tmp_path / term.name, teacher)
+        precompute(empty, [term], teacher, [right])
+        with pytest.raises(TargetsError, match="padded on the left"):
+            precompute(empty, [term], teacher, [left])
+
+
+def test_teachers_that_read_their_padding_are_refused(tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = ConvBertConfig(
+        **small, vocab_size=tiny.VOCABULARY, embedding_size=16, conv_kernel_size=3, initializer_range=0.3
+    )
+    convolving = ConvBertForSequenceClassification(config)
+    mixing = FNetForSequenceClassification(FNetConfig(**small, vocab_size=tiny.VOCABULARY))
+    ids = {k: tiny.batch()[k] for k in ("input_ids", "attention_mask")}
+    for number, teacher in enumerate((convolving, mixing)):
+        folder = tmp_path / str(number)
+        with pytest.raises(TargetsError, match=r"makes of a row depends on its padding: hidden\[1\]"):
+            precompute(StoredTeacher(folder, teacher), [objectives.HiddenMSE()], teacher, [ids])
+        with pytest.raises(TargetsError, match="depends on its padding"):  # along the way, without a trial
+            Distillation(copy.deepcopy(teacher), StoredTeacher(folder, teacher), [objectives.HiddenMSE()])(ids)
+        assert not list(tmp_path.glob(f"{number}/*"))
+        bare = {"input_ids": ids["input_ids"].clamp(min=3)}
+        precompute(StoredTeacher(folder, teacher), [objectives.HiddenMSE()], teacher, [bare])
+
+
+def test_a_teacher_whose_positions_are_all_taken_is_tried_too(tmp_path: Path) -> None:
+    teacher = tiny.bert(4, seed=2, max_position_embeddings=7)
+    batch = tiny.batch((7, 4, 1))
+    precompute(StoredTeacher(tmp_path, teacher.bfloat16()), selected(), models()[0], [batch])
+
+
 def test_rows_without_tokens_need_no_targets(tmp_path: Path) -> None:
     teacher, batch = stored(tmp_path, selected(), dtype="float32"), tiny.batch(LENGTHS)
     batch["attention_mask"][1], batch["input_ids"][1] = 0, 49
     assert_same(step(selected(), teacher, batch), step(selected(), models()[1], batch), 1e-6)
+
+
+def test_rows_of_the_same_bytes_and_another_shape_are_others() -> None:
+    pixels = torch.arange(2 * 3 * 4 * 6.0).view(2, 3, 4, 6)
+    wide, high = ({"pixel_values": p} for p in (pixels, pixels.view(2, 3, 6, 4)))
+    assert not set(Rows.of(wide, ()).keys) & set(Rows.of(high, ()).keys)
+    tokens = {"inputs_embeds": torch.ones(1, 4, 6), "attention_mask": torch.tensor([[1, 1, 0, 0]])}
+    fewer = {"inputs_embeds": torch.ones(1, 3, 4), "attention_mask": torch.ones(1, 3)}  # both have twelve real numbers
+    assert Rows.of(tokens, ()).keys != Rows.of(fewer, ()).keys
 
 
 def test_what_is_not_stored_is_an_error(tmp_path: Path) -> None:
@@ -175,6 +257,61 @@ def test_targets_of_something_else_are_refused(tmp_path: Path) -> None:
         Distillation(reordered, StoredTeacher(tmp_path))
 
 
+def test_a_folder_that_another_run_began_meanwhile_is_looked_at(tmp_path: Path) -> None:
+    terms, batch = [objectives.HiddenMSE()], tiny.batch(LENGTHS)
+    student, teacher = models()
+    other, narrow, same = (StoredTeacher(tmp_path, m, dtype=d) for m, d in
+                           ((tiny.bert(4, seed=5), None), (teacher, "bfloat16"), (teacher, None)))  # fmt: skip
+    precompute(StoredTeacher(tmp_path, teacher), terms, student, [batch])
+    for _ in range(2):  # what was refused once isn't taken the second time
+        with pytest.raises(TargetsError, match="targets are of another teacher"):
+            other.refresh()
+        with pytest.raises(TargetsError, match="are in float16, not in bfloat16"):
+            narrow.flush()
+    header = same.store.header
+    same.refresh()
+    assert (header, len(same.store)) == (None, 4)
+    made = same.store.header
+    assert made is not None
+    engine = Distillation(student, StoredTeacher(tmp_path / "other", teacher), [objectives.AttentionKL()])
+    engine.attach()
+    precompute(StoredTeacher(tmp_path / "other", teacher), terms, student, [batch])
+    engine.teacher.refresh()
+    with pytest.raises(TargetsError, match=r"have no attention\[2\]\.k, .* which the objectives want"):
+        engine(batch)
+    late = Store(tmp_path / "late")
+    Store(tmp_path / "late").create(made)
+    for _ in range(2):
+        with pytest.raises(TargetsError, match="has just begun to write other targets"):
+            late.create(dataclasses.replace(made, tokenizer="another"))
+
+
+def test_shards_of_another_folder_are_refused(tmp_path: Path) -> None:
+    terms, (student, teacher) = [objectives.HiddenMSE()], models()
+    stored(tmp_path / "a", terms)
+    for name, model, dtype, error in (
+        ("b", tiny.bert(4, seed=5), "float16", r"written for another targets\.json"),
+        ("c", teacher, "bfloat16", r"it is in torch\.float16, the description says bfloat16"),
+    ):
+        precompute(StoredTeacher(tmp_path / name, model, dtype=dtype), terms, student, batches(1))
+        (shard,) = (tmp_path / "a").glob("shard-*")
+        shutil.copy(shard, tmp_path / name)
+        with pytest.raises(TargetsError, match=error):
+            StoredTeacher(tmp_path / name)
+
+
+def test_the_same_weights_with_another_config_are_refused(tmp_path: Path) -> None:
+    stored(tmp_path, [objectives.HiddenMSE()])
+    twin = tiny.bert(4, seed=2, hidden_dropout_prob=0.5, classifier_dropout=0.1, id2label={0: "a", 1: "b", 2: "c"})
+    StoredTeacher(tmp_path, twin)
+    twin.config.hidden_act, twin.config.layer_norm_eps = "relu", 1e-3
+    for make in (lambda: StoredTeacher(tmp_path, twin), lambda: StoredTeacher(tmp_path, lambda: twin).load()):
+        with pytest.raises(
+            TargetsError, match="config: hidden_act is 'relu' and was 'gelu', layer_norm_eps is 0.001 and"
+        ):
+            make()
+
+
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     stored(tmp_path, selected())
     (shard,) = tmp_path.glob("shard-*")
@@ -202,6 +339,15 @@ def test_numbers_too_large_for_half_precision(tmp_path: Path) -> None:
     with pytest.raises(TargetsError, match="logits of the teacher is as large as 1e.05, and float16 ends at 65504"):
         precompute(StoredTeacher(tmp_path, teacher), [objectives.LogitsMSE()], student, [tiny.batch()])
     precompute(StoredTeacher(tmp_path, teacher, dtype="bfloat16"), [objectives.LogitsMSE()], student, [tiny.batch()])
+    teacher.classifier.bias.data[1] = 3.4e38
+    with pytest.raises(TargetsError, match=r"as large as 3.4e.38, and bfloat16 ends at 3.3895e.38. Store float32"):
+        precompute(
+            StoredTeacher(tmp_path / "b", teacher, dtype="bfloat16"), [objectives.LogitsMSE()], student, batches()
+        )
+    double = teacher.double()
+    double.classifier.bias.data[1] = 1e39
+    with pytest.raises(TargetsError, match=r"and float32 ends at 3.4028e.38. Run the teacher in each step"):
+        precompute(StoredTeacher(tmp_path / "c", double, dtype="float32"), [objectives.LogitsMSE()], student, batches())
 
 
 def batches(count: int = 6) -> list[dict[str, Tensor]]:
@@ -226,8 +372,10 @@ def test_an_interrupted_precompute_goes_on(tmp_path: Path) -> None:
     student, teacher = models()
     terms, seen = [objectives.HiddenMSE()], []
     with pytest.raises(KeyboardInterrupt):
-        precompute(StoredTeacher(tmp_path, Interrupted(teacher, 4)), terms, student, batches())
-    assert len(StoredTeacher(tmp_path).store) == 6  # three batches: one run was for the estimate
+        precompute(StoredTeacher(tmp_path, Interrupted(teacher, 6)), terms, student, batches())
+    assert (
+        len(StoredTeacher(tmp_path).store) == 6
+    )  # three batches: one run was for the estimate, two to see that padding isn't read
     found = precompute(StoredTeacher(tmp_path, teacher), terms, student, batches(), report=seen.append)
     assert (found.rows, found.missing_rows) == (12, 6)
     assert "rows    12 different ones, of which 6 are stored" in seen[0]
@@ -251,7 +399,8 @@ def test_the_estimate_is_what_gets_written(tmp_path: Path, monkeypatch: pytest.M
     per_token, per_row = 2 * (32 + 2 * 32), 2 * 3 + 24  # keys, two hidden states; logits, a key and a place
     assert needed.bytes == 40 * 8 * per_token + 80 * per_row
     precompute(empty, terms, student, data)
-    assert empty.store.size == pytest.approx(needed.bytes, rel=0.02)
+    written = sum(shard.stat().st_size for shard in tmp_path.glob("shard-*"))
+    assert written == pytest.approx(needed.bytes, rel=0.02)
     assert f"needed  {needed.bytes / 1e6:.2f} MB, of which 0.00 MB" in str(estimate(empty, terms, student, data))
     full = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
@@ -261,6 +410,13 @@ def test_the_estimate_is_what_gets_written(tmp_path: Path, monkeypatch: pytest.M
     Distillation(student, along, terms)(data[0])
     with pytest.raises(TargetsError, match=r"The disk of .* is full: 0 MB are free"):
         along.flush()
+
+
+def test_the_estimate_of_batches_of_other_widths_without_a_mask(tmp_path: Path) -> None:
+    student, teacher = models()
+    data = [{"input_ids": torch.randint(3, 50, (2, width))} for width in (3, 12, 30)]
+    assert precompute(StoredTeacher(tmp_path, teacher), [objectives.HiddenMSE()], student, data).tokens == 2 * 45
+    assert estimate(StoredTeacher(tmp_path), [objectives.HiddenMSE()], student, data).tokens == 2 * 45
 
 
 def test_small_shards_and_many_rows(tmp_path: Path) -> None:
@@ -362,6 +518,10 @@ def test_models_whose_attention_cannot_be_stored(tmp_path: Path) -> None:
         StoredTeacher(tmp_path / "b", bart)
 
 
+def rows_of(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [{k: v[i] for k, v in batch.items()} for i in range(len(batch["labels"]))]
+
+
 class Watch(L.Callback):
     """Notes how often a model ran, and the losses."""
 
@@ -391,7 +551,9 @@ def test_targets_made_along_the_way(tmp_path: Path, caplog: pytest.LogCaptureFix
     watch = Watch(teacher)
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         module = fit(StoredTeacher(tmp_path, teacher, dtype="float32"), watch, data, max_epochs=3)
-    assert watch.runs == 1 + 1 + 4  # the two dry runs, and one epoch of four batches
+    assert (
+        watch.runs == 1 + 2 + 1 + 4
+    )  # a dry run, does it read padding, the other dry run, and one epoch of four batches
     assert watch.losses == pytest.approx(live.losses, rel=1e-5)
     assert f"stored: 0 rows in {tmp_path}, others are made along the way" in caplog.text
     assert len(module.teacher.store) == 16
@@ -412,10 +574,26 @@ def test_precision_of_the_run_does_not_change_the_targets(precision: str, tmp_pa
     assert next(teacher.parameters()).dtype == torch.float32
 
 
+def test_a_language_models_logits_are_not_made_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    """Its run stops before the output layer, which is asked later."""
+    data = [masked_text(seed) for seed in (0, 1)]
+    teacher, student = (masked_language_model(seed) for seed in (1, 2))
+    precompute(StoredTeacher(tmp_path / "before", teacher, dtype="float32"), [objectives.LogitsKL()], student, data)
+    along = StoredTeacher(tmp_path / "along", teacher, dtype="float32")
+    engine = Distillation(student, along, [objectives.LogitsKL()])
+    for batch in data:
+        with torch.autocast("cpu", torch.bfloat16):
+            engine(batch)
+    along.flush()
+    for batch in data:
+        before, after = (values(StoredTeacher(tmp_path / name), batch)["logits"] for name in ("before", "along"))
+        torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
+
+
 def test_a_run_that_breaks_off_leaves_what_it_made(tmp_path: Path) -> None:
     teacher = models()[1]
     with pytest.raises(MemoryError):
-        fit(StoredTeacher(tmp_path, Interrupted(teacher, 4, MemoryError)), Watch(teacher), loader(rows=16))
+        fit(StoredTeacher(tmp_path, Interrupted(teacher, 6, MemoryError)), Watch(teacher), loader(rows=16))
     assert len(StoredTeacher(tmp_path).store) == 8
 
 
@@ -429,6 +607,70 @@ def test_rows_that_are_new_in_each_epoch_are_warned_of(tmp_path: Path) -> None:
 
     with pytest.warns(UserWarning, match="4 rows of this epoch were not stored, though it wasn't the first"):
         fit(StoredTeacher(tmp_path, models()[1]), Watch(nn.Identity()), DataLoader(New(), 2))
+
+
+def test_a_few_rows_that_an_epoch_left_out_are_not_warned_of(tmp_path: Path) -> None:
+    one = tiny.batch((5,) * 10)
+    data = DataLoader(rows_of(one), 4, shuffle=True, drop_last=True)
+    teacher = StoredTeacher(tmp_path, models()[1])
+    fit(teacher, Watch(nn.Identity()), data)  # warnings are errors
+    assert len(teacher.store) > 8, "the second epoch has made rows"
+    first = fit(StoredTeacher(tmp_path / "two", models()[1]), Watch(nn.Identity()), loader(rows=4), max_epochs=1)
+    fit(first.teacher, Watch(nn.Identity()), DataLoader(rows_of(tiny.batch((5,) * 4, seed=9)), 2), max_epochs=1)
+
+
+def test_what_a_sampler_leaves_out_need_not_be_stored(tmp_path: Path) -> None:
+    rows = rows_of(tiny.batch((5,) * 10))
+    data = DataLoader(rows, 2, sampler=SubsetRandomSampler([8, 9, 7, 6]))
+    teacher = stored(tmp_path, selected(), data)
+    watch = Watch(nn.Identity())
+    fit(teacher, watch, data, max_epochs=1)
+    assert len(watch.losses) == 2
+    with pytest.raises(TargetsError, match="aren't among the 4"):
+        fit(teacher, Watch(nn.Identity()), DataLoader(rows, 2), max_epochs=1)
+
+
+class Fussy(BertForSequenceClassification):
+    """Refuses the synthetic batch, which has no position_ids."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, position_ids: Any = None) -> Any:
+        if position_ids is None:
+            raise IndexError("no position_ids")
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+
+
+def test_a_teacher_that_refuses_the_synthetic_batch(tmp_path: Path) -> None:
+    teacher = models()[1]
+    teacher.__class__ = Fussy
+    torch.manual_seed(4)
+    module = Distiller(models()[0], StoredTeacher(tmp_path, teacher))
+    trainer(objectives.HiddenMSE(), max_epochs=1).fit(module, loader(rows=4))
+    assert len(StoredTeacher(tmp_path).store) == 4
+
+
+def test_inputs_that_the_trainer_rounds_are_told_of(tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
+    teacher = ViTForImageClassification(ViTConfig(**small, image_size=8, patch_size=4))
+    batch = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    precompute(StoredTeacher(tmp_path, teacher), [objectives.LogitsKL()], teacher, [batch])
+    engine = Distillation(copy.deepcopy(teacher).bfloat16(), StoredTeacher(tmp_path), [objectives.LogitsKL()])
+    with pytest.raises(TargetsError, match=r"pixel_values is in torch\.bfloat16 here: precision='bf16-true'"):
+        engine({"pixel_values": batch["pixel_values"].bfloat16()})
+
+
+def test_the_plan_says_no_more_of_a_stored_teacher_than_is_so(tmp_path: Path) -> None:
+    told = describe(Distillation(models()[0], stored(tmp_path, terms := [objectives.AttentionKL()]), terms))
+    assert "teacher: attention 2 4\n" in told + "\n"
+    assert "student: attention 1 2; it runs no further than layer 2" in told
+
+
+def test_drafts_that_a_killed_run_left_are_deleted(tmp_path: Path) -> None:
+    old, young = tmp_path / ".shard-old.safetensors", tmp_path / ".shard-young.safetensors"
+    for draft in (old, young):
+        draft.touch()
+    os.utime(old, (0, 0))
+    stored(tmp_path, selected())
+    assert (old.exists(), young.exists()) == (False, True)
 
 
 def test_targets_are_read_before_a_batch_moves_and_only_what_a_stage_wants(

@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ildistil.capture import Activations, Attention, Capture, Layers, Tap
 from ildistil.capture.inputs import TARGETS, token_mask
 from ildistil.capture.taps import Role
 from ildistil.targets.errors import TargetsError
-from ildistil.targets.layout import Column, Header, Layout, record_part, recorded, torch_dtype
-from ildistil.targets.rows import Rows, Targets
+from ildistil.targets.layout import Column, Dtype, Header, Layout, record_part, recorded, torch_dtype
+from ildistil.targets.rows import Rows, Targets, with_and_without_padding
+from ildistil.targets.store import missing
 from ildistil.targets.teacher import StoredTeacher
 
 __all__ = ["StoredCapture"]
@@ -72,16 +73,17 @@ class StoredCapture:
         store = self.model.store
         if store.header is None:
             return None
+        self._check()  # another process may have begun the folder, for other objectives
         rows = self._rows(batch, store.header.layout)
-        found = store.find(rows.keys)
-        missing = [i for i in found.missing() if rows.lengths is None or rows.lengths[i] > 0]
-        if missing:
+        places = store.find(rows.keys)
+        lacking = [i for i in missing(places) if rows.lengths is None or rows.lengths[i] > 0]
+        if lacking:
             if self.model.grows:
                 return None
-            raise self._not_stored(rows, missing)
-        lengths = torch.tensor(store.lengths(found))
+            raise self._not_stored(rows, lacking)
+        lengths = torch.tensor(store.lengths(places))
         mask = rows.mask if rows.mask is not None else _all_real(lengths)
-        values = store.read(found, self._columns(wanted))
+        values = store.read(places, self._columns(wanted))
         return Targets(values, _positions(mask), (mask.shape[0], mask.shape[1]))
 
     def made_up(self, batch: Mapping[str, Any]) -> Targets:
@@ -101,13 +103,11 @@ class StoredCapture:
 
     def _rows(self, batch: Mapping[str, Any], layout: Layout | None) -> Rows:
         rows = Rows.of(batch, self.model.facts.read)
-        # A head that reads one position, and rotated queries and keys, know how much padding stands before a row.
-        absolute = self.sizes.positions is not None
+        # A head that reads one position knows how much padding stands before a row, and so does every token that
+        # isn't told its place.
         columns = [] if layout is None else layout.columns
-        placed = "position_ids" in rows.inputs
-        turned = any(c.part in ("q", "k") for c in columns)
         by_row = any(not c.per_token for c in columns)
-        rows.check_padding(offset_matters=(absolute and (by_row or not placed)) or (turned and not placed))
+        rows.check_padding(offset_matters=by_row or "position_ids" not in rows.inputs)
         if any(c.per_token for c in columns if c.name == "logits"):
             rows.check_labels(batch.get("labels"))
         if layout is not None and rows.names != layout.inputs:
@@ -117,14 +117,14 @@ class StoredCapture:
             )
         return rows
 
-    def _not_stored(self, rows: Rows, missing: list[int]) -> TargetsError:
-        which = "" if rows.numbers is None else f" (the first has the row_id {int(rows.numbers[missing[0]])})"
+    def _not_stored(self, rows: Rows, lacking: list[int]) -> TargetsError:
+        which = "" if rows.numbers is None else f" (the first has the row_id {int(rows.numbers[lacking[0]])})"
         store = self.model.store
         return TargetsError(
-            f"{len(missing)} of the {len(rows)} rows of a batch{which} aren't among the {len(store):,} in "
+            f"{len(lacking)} of the {len(rows)} rows of a batch{which} aren't among the {len(store):,} in "
             f"{store.folder}. They were added or changed since, or are cut or tokenised otherwise: run 'ildistil "
             "precompute' with this configuration, which adds them. Batches that are other ones in each epoch (tokens "
-            "masked at random, augmentation) can't be stored: leave model.targets out."
+            f"masked at random, augmentation) can't be stored: leave model.targets out.{_rounded(rows)}"
         )
 
     # Making
@@ -138,19 +138,46 @@ class StoredCapture:
     def survey(self, batch: Mapping[str, Any]) -> list[tuple[bytes, int, bool]]:
         """Tell the key of each row with a token, its number of tokens, and whether it isn't stored."""
         rows, store = self._rows(batch, self._layout), self.model.store
-        found = store.find(rows.keys)
-        missing = set(found.missing())
-        if rows.lengths is None:  # all rows have the same number, as those of a first batch
-            lengths = [self._trial_length or store.lengths(store.first())[0]] * len(rows)
-        else:
+        places = store.find(rows.keys)
+        lacking = set(missing(places))
+        width = rows.token_width()
+        if rows.lengths is not None:
             lengths = rows.lengths.tolist()
-        return [(key, n, i in missing) for i, (key, n) in enumerate(zip(rows.keys, lengths, strict=True)) if n]
+        elif width is not None:
+            lengths = [width] * len(rows)
+        else:  # all rows have the same number, as those of a first batch: images of one size
+            lengths = [self._trial_length or store.lengths(store.first())[0]] * len(rows)
+        return [(key, n, i in lacking) for i, (key, n) in enumerate(zip(rows.keys, lengths, strict=True)) if n]
 
     def _trial(self, batch: Mapping[str, Any]) -> Targets:
         """Run the teacher on a batch without storing anything."""
-        _, self._trial_layout, targets = self._run(batch, verify=True)
-        self._trial_length = max(targets.lengths())
+        _, layout, targets = self._run(batch, verify=True)
+        self._check_padding_is_unread(batch, layout)
+        self._trial_layout, self._trial_length = layout, max(targets.lengths())
         return targets
+
+    def _check_padding_is_unread(self, batch: Mapping[str, Any], layout: Layout) -> None:
+        """Compare two runs on the same tokens, one of them with two columns of padding more.
+
+        Raises:
+            TargetsError: they give different values.
+        """
+        pair = with_and_without_padding(batch, (self.model.facts.config or {}).get("pad_token_id") or 0)
+        if pair is None:
+            return
+        (_, _, more), (_, _, less) = (self._run(each, verify=False) for each in pair)
+        tolerance = _tolerance(self.model.load(), self.model.dtype)
+        real = torch.tensor(less.lengths()) > 0
+        for column in layout.columns:
+            values = [of.values[column.name].flatten(1).cpu().double() for of in (more, less)]
+            wide, narrow = values if column.per_token else [v[real] for v in values]
+            size = narrow.norm(dim=1)
+            if bool(((wide - narrow).norm(dim=1) > tolerance * (size + size.mean())).any()):
+                raise TargetsError(
+                    f"What this teacher makes of a row depends on its padding: {column.name} of the same tokens "
+                    "changes when padding is added, as in models that mix neighbouring tokens without a mask. Run the "
+                    "teacher in each step, or give it rows of one length, without padding and attention_mask."
+                )
 
     def fill(self, batch: Mapping[str, Any]) -> int:
         """Store the rows of a batch that aren't stored, and tell how many they were."""
@@ -164,6 +191,8 @@ class StoredCapture:
         store = self.model.store
         rows, layout, targets = self._run(batch, verify)
         if store.header is None:
+            if self._trial_layout is None:
+                self._check_padding_is_unread(batch, layout)
             store.create(Header(self.model.dtype, self.model.facts, layout, self.model.tokenizer))
         lengths = targets.lengths()
         self.model.made += store.add(rows.keys, lengths, {name: value.cpu() for name, value in targets.values.items()})
@@ -175,10 +204,18 @@ class StoredCapture:
         rows = self._rows(batch, None if header is None else header.layout)
         device = next(v.device for v in batch.values() if isinstance(v, Tensor))
         live = self._running(device)
-        # In full precision whatever a step runs in, so that they are what 'precompute' would have stored.
+        # In full precision whatever a step runs in, so that they are what 'precompute' would have stored. A language
+        # model's logits are made only when they are asked for, so everything below belongs to the run.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             seen = live(batch, verify=verify)
-        layout = Layout.of(self._stored_parts(), seen, rows.names)
+            layout = Layout.of(self._stored_parts(), seen, rows.names)
+            self._check_layout(batch, header, layout)
+            positions, size = _positions(seen.mask), (seen.mask.shape[0], seen.mask.shape[1])
+            values = {c.name: self._packed(c, seen, positions) for c in layout.columns}
+        return rows, layout, Targets(values, positions, size)
+
+    def _check_layout(self, batch: Mapping[str, Any], header: Header | None, layout: Layout) -> None:
+        """Refuse a batch of which the teacher gives something else than what is stored."""
         if header is None:
             self._rows(batch, layout)  # now it is known what the padding may not change
         elif header.layout != layout:
@@ -188,9 +225,6 @@ class StoredCapture:
                 f"In this batch {', '.join(names)} of the teacher have other shapes or constants than the targets in "
                 f"{self.model.store.folder}. What isn't alike in all batches can't be stored."
             )
-        positions, size = _positions(seen.mask), (seen.mask.shape[0], seen.mask.shape[1])
-        values = {c.name: self._packed(c, seen, positions) for c in layout.columns}
-        return rows, layout, Targets(values, positions, size)
 
     def _running(self, device: torch.device) -> Capture:
         """Give the capture of the teacher itself, loaded if need be."""
@@ -213,7 +247,7 @@ class StoredCapture:
         """Take a column out of what was recorded, in the stored precision.
 
         Raises:
-            TargetsError: a number is too large for float16, or there are other tokens than the mask says.
+            TargetsError: a number is too large for that, or there are other tokens than the mask says.
         """
         if column.tap.name == "attention":
             assert column.tap.layer is not None
@@ -228,10 +262,14 @@ class StoredCapture:
                 )
             value = value.flatten(0, 1)[positions]
         stored = value.to(torch_dtype(self.model.dtype))
-        if self.model.dtype == "float16" and bool((stored.isinf() & ~value.isinf()).any()):
+        if bool((stored.isinf() & ~value.isinf()).any()):
+            wider = {"float16": "bfloat16", "bfloat16": "float32"}.get(self.model.dtype)
+            remedy = "Run the teacher in each step."
+            if wider is not None:
+                remedy = f"Store {wider} (--model.targets_dtype {wider}, dtype='{wider}'), in another folder."
             raise TargetsError(
-                f"{column.name} of the teacher is as large as {value.abs().amax():.3g}, and float16 ends at 65504. "
-                "Store bfloat16 or float32 (--model.targets_dtype bfloat16, dtype='bfloat16'), in another folder."
+                f"{column.name} of the teacher is as large as {value[~value.isinf()].abs().amax():.3g}, and "
+                f"{self.model.dtype} ends at {torch.finfo(stored.dtype).max:.5g}. {remedy}"
             )
         return stored
 
@@ -299,6 +337,26 @@ class StoredCapture:
             query_mask=mask,
             no_scores=scores.no_scores,
         )
+
+
+def _rounded(rows: Rows) -> str:
+    """Say where inputs may be others because the Trainer rounded them."""
+    half = {k: v.dtype for k, v in rows.inputs.items() if v.dtype in (torch.float16, torch.bfloat16)}
+    if not half:
+        return ""
+    name, dtype = next(iter(half.items()))
+    return (
+        f" {name} is in {dtype} here: precision='bf16-true' or '16-true' rounds inputs before they are looked up; use "
+        "'bf16-mixed' or '16-mixed', which leaves them as they are, if they were stored otherwise."
+    )
+
+
+def _tolerance(teacher: nn.Module, stored: Dtype) -> float:
+    """How far apart two runs may be that differ in rounding only, relative to the values."""
+    live = [torch.finfo(p.dtype).eps for p in teacher.parameters() if p.is_floating_point()]
+    if torch.get_float32_matmul_precision() != "highest":
+        live.append(torch.finfo(torch.float16).eps)  # TF32 rounds as finely
+    return max(1e-4, 16 * max(live, default=0.0)) + 2 * torch.finfo(torch_dtype(stored)).eps
 
 
 def _positions(mask: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
@@ -200,7 +201,7 @@ class TeacherFacts:
             TargetsError: it is an encoder-decoder.
         """
         model = unwrapped(teacher)
-        sizes, config = Sizes.of(model), getattr(model, "config", None)
+        sizes = Sizes.of(model)
         check_storable(Tap("hidden", 1, stack) for stack in sizes.stacks)
         return cls(
             sizes,
@@ -208,7 +209,7 @@ class TeacherFacts:
             weights_digest(model),
             source,
             getattr(model, "name_or_path", None) or None,
-            json.loads(config.to_json_string()) if isinstance(config, transformers.PreTrainedConfig) else None,
+            _config_of(model),
             tuple(sorted(input_names(model))),
         )
 
@@ -216,14 +217,68 @@ class TeacherFacts:
         """Refuse a model that isn't this teacher.
 
         Raises:
-            TargetsError: it has other weights.
+            TargetsError: it has other weights, or a config that makes something else of them.
         """
-        if weights_digest(unwrapped(teacher)) != self.weights:
+        model = unwrapped(teacher)
+        self.compare(type(model).__name__, weights_digest(model), _config_of(model))
+
+    def compare(self, name: str, weights: str, config: Mapping[str, Any] | None) -> None:
+        """Refuse what is known of another teacher.
+
+        Args:
+            name: its class.
+            weights: the hash of its weights.
+            config: its config, if it has one.
+
+        Raises:
+            TargetsError: the weights are others, or the config makes something else of them.
+        """
+        if weights != self.weights:
             raise TargetsError(
                 f"The targets are of another teacher: its weights ({self.sizes.name}, from {self.name_or_path or '?'}) "
-                f"aren't those of this {type(unwrapped(teacher)).__name__}. Give the teacher they were made with, in "
-                "its precision, or another folder."
+                f"aren't those of this {name}. Give the teacher they were made with, in its precision, or another "
+                "folder."
             )
+        if told := _differing(self.config or {}, config or {}):
+            raise TargetsError(
+                f"The targets are of a teacher with the same weights and another config: {', '.join(told)}. Give the "
+                "teacher they were made with, or another folder."
+            )
+
+
+def _config_of(model: nn.Module) -> dict[str, Any] | None:
+    config = getattr(model, "config", None)
+    if not isinstance(config, transformers.PreTrainedConfig):
+        return None
+    said: dict[str, Any] = json.loads(config.to_json_string())
+    return said
+
+
+# What differs between two copies of a teacher that answer alike: noise of training, names, and how it computes. Not all
+# that ends on "_prob": norm_topk_prob is part of an answer.
+_NO_ANSWER = re.compile(
+    r"\w*dropout\w*|\w*pdrop|\w*layerdrop|drop_path_rate|initializer_range|_?name_or_path|architectures|"
+    r"transformers_version|(torch_)?dtype|use_cache|problem_type|init_layers|id2label|label2id|_?attn_implementation\w*|"
+    r"output_attentions|output_hidden_states|return_dict|gradient_checkpointing"
+)
+
+
+def _differing(stored: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Say what may change a teacher's answer in its config. What only one of them has, came with another version.
+
+    >>> _differing({"rope": {"theta": 1e4}, "hidden_dropout_prob": 0.1}, {"rope": {"theta": 1e6}, "bias": True})
+    ['rope.theta is 1000000.0 and was 10000.0']
+    """
+    told: list[str] = []
+    for key in sorted(stored.keys() & given.keys()):
+        was, now = stored[key], given[key]
+        if _NO_ANSWER.fullmatch(key) or was == now:
+            continue
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            told += _differing(was, now, f"{prefix}{key}.")
+        else:
+            told.append(f"{prefix}{key} is {now!r} and was {was!r}")
+    return told
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -265,6 +320,12 @@ class Header:
         """Write it down."""
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         return json.dumps({"format": FORMAT, "versions": versions, **dataclasses.asdict(self)}, indent=1)
+
+    @property
+    def digest(self) -> str:
+        """What a shard names its description by; versions of libraries don't count."""
+        said = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()
 
     @classmethod
     def from_json(cls, text: str) -> Self:

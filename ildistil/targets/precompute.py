@@ -155,6 +155,7 @@ def precompute(
     if iter(batches) is batches:
         raise TargetsError("The batches are gone through twice. Give a list or a DataLoader, not an iterator.")
     with _capturing(stored, objectives, student) as capture:
+        stored.store.tidy()
         needed = _estimate(capture, batches, device)
         report(str(needed))
         needed.check_space()

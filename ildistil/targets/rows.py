@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ildistil.capture.inputs import OURS, token_mask
+from ildistil.capture.inputs import OURS, TARGETS, token_mask
 from ildistil.targets.errors import TargetsError
 
-__all__ = ["Rows", "Targets"]
+__all__ = ["Rows", "Targets", "with_and_without_padding"]
 
 KEY_BYTES = 16
 # What says where the tokens are or how the model answers, not what it reads.
@@ -71,25 +71,31 @@ class Rows:
         """The number of real tokens of each row, ``None`` where the batch doesn't say."""
         return None if self.mask is None else self.mask.sum(1)
 
+    def token_width(self) -> int | None:
+        """Give the number of token ids of a row, ``None`` where the first input is none."""
+        first = next(iter(self.inputs.values()))
+        return None if first.ndim != 2 or first.is_floating_point() else first.shape[1]
+
     @cached_property
     def keys(self) -> list[bytes]:
-        """What names each row: a hash of the names and the bytes of its inputs, those of its real tokens only."""
+        """What names each row: a hash of the names, shapes and bytes of its inputs, of its real tokens only."""
         columns = [self._bytes(name, value) for name, value in self.inputs.items()]
         return [
             hashlib.blake2b(b"".join(parts), digest_size=KEY_BYTES).digest() for parts in zip(*columns, strict=True)
         ]
 
     def _bytes(self, name: str, value: Tensor) -> list[bytes]:
-        """The bytes of an input, row by row; integers of any width count as equal."""
+        """The shape and the bytes of an input, row by row; integers of any width count as equal."""
         if not value.is_floating_point():
             value = value.long()
         array = value.contiguous().view(torch.uint8).numpy().reshape(len(value), -1)
         if self.mask is None or value.ndim < 2 or value.shape[1] != self.mask.shape[1]:
-            rows = [row.tobytes() for row in array]
+            rows = [(tuple(value.shape[1:]), row.tobytes()) for row in array]
         else:
             tokens = array.reshape(*value.shape[:2], -1)
-            rows = [row[mask].tobytes() for row, mask in zip(tokens, self.mask.numpy(), strict=True)]
-        return [f"{name} {value.dtype} {len(row)}:".encode() + row for row in rows]
+            real = zip(tokens, self.mask.numpy(), strict=True)
+            rows = [((int(mask.sum()), *value.shape[2:]), row[mask].tobytes()) for row, mask in real]
+        return [f"{name} {value.dtype} {shape}:".encode() + row for shape, row in rows]
 
     def check_labels(self, labels: Any) -> None:
         """Refuse labels of padding: nothing is stored of it, so there is nothing to learn from.
@@ -126,6 +132,38 @@ class Rows:
                 "so stored values would be those of other positions. Pad on the right (tokenizer.padding_side = "
                 "'right'), or run the teacher in each step."
             )
+
+
+def with_and_without_padding(batch: Mapping[str, Any], padding: int) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Give a batch with its last two columns made padding, and without them.
+
+    Tokens are taken away rather than padding added, since a model may know no more positions.
+
+    Args:
+        batch: the batch.
+        padding: the id of a padding token.
+
+    Returns:
+        The two batches; ``None`` where it has no mask, no token ids, or no columns to spare.
+    """
+    mask = token_mask(batch)
+    if mask is None or mask.shape[1] < 4:
+        return None
+    tokens = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.shape[:2] == mask.shape and k not in OURS}
+    ids = {k for k, v in tokens.items() if v.ndim == 2 and not v.is_floating_point() and k not in _NOT_CONTENT}
+    if not ids:
+        return None
+    more, less = dict(batch), dict(batch)
+    for given in (more, less):
+        given.pop("labels", None)
+        given.pop(TARGETS, None)
+    for name, value in tokens.items():
+        if name == "labels":
+            continue
+        less[name], more[name] = value[:, :-2], value.clone()
+        fill = padding if name == "input_ids" else int(name == "src_key_padding_mask")
+        more[name][:, -2:] = fill
+    return more, less
 
 
 class Targets:

@@ -1,7 +1,9 @@
 """The folder: a description and shards, written once and never changed, so that several processes can share it."""
 
+import contextlib
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -16,15 +18,19 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ildistil.targets.errors import TargetsError
-from ildistil.targets.layout import Column, Header, torch_dtype
+from ildistil.targets.layout import Column, Dtype, Header, TeacherFacts, torch_dtype
 from ildistil.targets.rows import KEY_BYTES
 
-__all__ = ["DESCRIPTION", "SHARD_BYTES", "Found", "Store"]
+__all__ = ["DESCRIPTION", "SHARD_BYTES", "Places", "Store", "missing"]
 
 # What a run that is killed loses at most, and what waits in memory.
 SHARD_BYTES = 128 * 2**20
 DESCRIPTION = "targets.json"
 _KEYS, _STARTS = "row.keys", "row.starts"
+Places = NDArray[np.int64]  # the shard of each row and its number there; -1 where it isn't stored
+_DAY = 24 * 60 * 60  # seconds
+_ELSEWHERE = "Name another folder."
+_OF = "targets"  # in a shard's metadata: the digest of its description
 
 
 class Shard:
@@ -34,17 +40,22 @@ class Shard:
         self.path = path
 
     @cached_property
+    def _opened(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+                return tensors, file.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise self.damaged(str(error)) from error
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the file; what isn't looked at isn't read.
 
         Raises:
             TargetsError: the file is damaged.
         """
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-        except (OSError, SafetensorError) as error:
-            raise self.damaged(str(error)) from error
+        return self._opened[0]
 
     @cached_property
     def starts(self) -> list[int]:
@@ -70,6 +81,11 @@ class Shard:
         expected = {c.name: (tokens if c.per_token else rows, c.width) for c in header.layout.columns}
         if shapes != {_KEYS: (rows, KEY_BYTES), _STARTS: (rows + 1,), **expected}:
             raise self.damaged(f"it holds {shapes}, the description says {expected}")
+        dtypes = {self.tensors[name].dtype for name in expected} - {torch_dtype(header.dtype)}
+        if dtypes:
+            raise self.damaged(f"it is in {', '.join(map(str, dtypes))}, the description says {header.dtype}")
+        if self._opened[1].get(_OF) != header.digest:
+            raise self.damaged(f"it was written for another {DESCRIPTION} than the one beside it")
 
     def damaged(self, why: str) -> TargetsError:
         """Make the error for a file that can't be used."""
@@ -79,16 +95,14 @@ class Shard:
         )
 
 
-class Found:
-    """Where the rows of a batch are in the store."""
+def missing(places: Places) -> list[int]:
+    """Give the numbers of the rows that aren't there.
 
-    def __init__(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
-        self.shards, self.rows = shards, rows
-
-    def missing(self) -> list[int]:
-        """Give the numbers of the rows that aren't there."""
-        numbers: list[int] = np.flatnonzero(self.shards < 0).tolist()
-        return numbers
+    >>> missing(np.array([[0, 3], [-1, -1]]))
+    [1]
+    """
+    numbers: list[int] = np.flatnonzero(places[:, 0] < 0).tolist()
+    return numbers
 
 
 class Store:
@@ -97,17 +111,20 @@ class Store:
     Args:
         folder: the folder; it needs not exist.
         shard_bytes: rows are written when they are as many bytes.
+        expected: the teacher and the precision that the description must name, where one turns up later.
 
     A shard gets its name when it is complete, so that whoever is interrupted leaves whole shards only. Processes that
     write at the same time write shards of their own; :meth:`refresh` finds those of the others.
     """
 
-    def __init__(self, folder: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
-        self.folder, self.shard_bytes = Path(folder).expanduser(), shard_bytes
-        self.header = self._read_header()
+    def __init__(
+        self, folder: str | Path, shard_bytes: int = SHARD_BYTES, expected: tuple[TeacherFacts, Dtype] | None = None
+    ) -> None:
+        self.folder, self.shard_bytes, self.expected = Path(folder).expanduser(), shard_bytes, expected
+        self.header: Header | None = None
         self._shards: list[Shard] = []
         self._keys: NDArray[Any] = np.empty(0, f"S{KEY_BYTES}")
-        self._places: NDArray[np.int64] = np.empty((0, 2), np.int64)  # shard and row in it, in the order of the keys
+        self._places: Places = np.empty((0, 2), np.int64)  # shard and row in it, in the order of the keys
         self._open: list[tuple[bytes, Mapping[str, Tensor]]] = []  # rows that aren't written yet
         self._open_keys: set[bytes] = set()
         self._open_bytes = 0
@@ -115,19 +132,29 @@ class Store:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let copies open the files themselves: copying or pickling what is mapped would read all of it."""
-        return Store, (self.folder, self.shard_bytes)
+        return Store, (self.folder, self.shard_bytes, self.expected)
 
     def __len__(self) -> int:
         return len(self._keys)
 
-    @property
-    def size(self) -> int:
-        """Bytes of all shards."""
-        return sum(shard.path.stat().st_size for shard in self._shards)
-
     # Reading
 
     def _read_header(self) -> Header | None:
+        """Read the description, if there is one.
+
+        Raises:
+            TargetsError: it is damaged, or of something else than is expected here.
+        """
+        found = self._parsed_header()
+        if found is None or self.expected is None:
+            return found
+        teacher, dtype = self.expected
+        found.teacher.compare(teacher.sizes.name, teacher.weights, teacher.config)
+        if found.dtype != dtype:
+            raise TargetsError(f"The targets in {self.folder} are in {found.dtype}, not in {dtype}. {_ELSEWHERE}")
+        return found
+
+    def _parsed_header(self) -> Header | None:
         path = self.folder / DESCRIPTION
         if not path.is_file():
             return None
@@ -159,31 +186,30 @@ class Store:
         self._keys, order = np.unique(np.concatenate([self._keys, *(s.keys for s in new)]), return_index=True)
         self._places = np.concatenate([self._places, *places])[order]
 
-    def find(self, keys: Sequence[bytes]) -> Found:
+    def find(self, keys: Sequence[bytes]) -> Places:
         """Look rows up."""
         wanted = np.array(keys, self._keys.dtype)
         if not len(self._keys):
-            return Found(np.full(len(wanted), -1), np.full(len(wanted), -1))
+            return np.full((len(wanted), 2), -1)
         at = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
-        places = np.where((self._keys[at] == wanted)[:, None], self._places[at], -1)
-        return Found(places[:, 0], places[:, 1])
+        return np.where((self._keys[at] == wanted)[:, None], self._places[at], -1)
 
-    def first(self) -> Found:
+    def first(self) -> Places:
         """Give the first row."""
-        return Found(self._places[:1, 0], self._places[:1, 1])
+        return self._places[:1]
 
-    def lengths(self, found: Found) -> list[int]:
+    def lengths(self, places: Places) -> list[int]:
         """Give the number of tokens of each row; 0 for one that isn't there."""
-        starts = ((self._shards[s].starts, r) if s >= 0 else ([0, 0], 0) for s, r in self._pairs(found))
+        starts = ((self._shards[s].starts, r) if s >= 0 else ([0, 0], 0) for s, r in places.tolist())
         return [of[row + 1] - of[row] for of, row in starts]
 
-    def read(self, found: Found, columns: Sequence[Column]) -> dict[str, Tensor]:
+    def read(self, places: Places, columns: Sequence[Column]) -> dict[str, Tensor]:
         """Read columns: the tokens of all rows one after the other, or a value for each row.
 
         A row that isn't there has no tokens, and the value 0.
         """
         assert self.header is not None
-        there = [(self._shards[shard], row) for shard, row in self._pairs(found) if shard >= 0]
+        there = [(self._shards[shard], row) for shard, row in places.tolist() if shard >= 0]
         spans = {
             True: [(shard, shard.starts[row], shard.starts[row + 1]) for shard, row in there],
             False: [(shard, row, row + 1) for shard, row in there],
@@ -193,15 +219,12 @@ class Store:
             name = column.name
             parts = [shard.tensors[name][begin:end] for shard, begin, end in spans[column.per_token]]
             joined = _joined(parts) if parts else torch.zeros(0, column.width, dtype=dtype)
-            if not column.per_token and len(there) < len(found.rows):
-                whole = torch.zeros(len(found.rows), column.width, dtype=dtype)
-                whole[torch.from_numpy(found.shards >= 0)] = joined
+            if not column.per_token and len(there) < len(places):
+                whole = torch.zeros(len(places), column.width, dtype=dtype)
+                whole[torch.from_numpy(places[:, 0] >= 0)] = joined
                 joined = whole
             values[name] = joined.view(len(joined), *column.shape)
         return values
-
-    def _pairs(self, found: Found) -> list[tuple[int, int]]:
-        return list(zip(found.shards.tolist(), found.rows.tolist(), strict=True))
 
     # Writing
 
@@ -222,11 +245,10 @@ class Store:
             draft.rename(self.folder / DESCRIPTION)
         finally:
             draft.unlink(missing_ok=True)
-        self.header = self._read_header()
-        if self.header != header:
-            raise TargetsError(
-                f"Another run has just begun to write other targets into {self.folder}. Name another folder."
-            )
+        found = self._read_header()
+        if found != header:
+            raise TargetsError(f"Another run has just begun to write other targets into {self.folder}. {_ELSEWHERE}")
+        self.header = found
 
     def add(self, keys: Sequence[bytes], lengths: Sequence[int], values: Mapping[str, Tensor]) -> int:
         """Add those rows with a token that aren't there, and write a shard when there are enough of them.
@@ -241,10 +263,9 @@ class Store:
             How many rows were added.
         """
         assert self.header is not None
-        missing = self.find(keys).missing()
         ends = np.cumsum([0, *lengths]).tolist()
         added = 0
-        for i in missing:
+        for i in missing(self.find(keys)):
             if keys[i] in self._open_keys or not lengths[i]:
                 continue
             row = {
@@ -265,6 +286,7 @@ class Store:
     def flush(self) -> None:
         """Write the rows that wait, and find them and those of other processes."""
         if self._open:
+            assert self.header is not None
             keys, rows = zip(*self._open, strict=True)
             tensors = {name: _joined([row[name] for row in rows]) for name in rows[0]}
             tensors[_STARTS] = torch.cat([torch.zeros(1, dtype=torch.long), tensors[_STARTS].cumsum(0)])
@@ -273,12 +295,21 @@ class Store:
             name = f"shard-{uuid.uuid4().hex[:12]}.safetensors"
             draft = self.folder / f".{name}"
             try:
-                draft.write_bytes(save(tensors))  # save_file would hide it from all other users
+                draft.write_bytes(
+                    save(tensors, {_OF: self.header.digest})
+                )  # save_file would hide it from all other users
                 draft.rename(self.folder / name)
             finally:
                 draft.unlink(missing_ok=True)
             self._open, self._open_keys, self._open_bytes = [], set(), 0
         self.refresh()
+
+    def tidy(self) -> None:
+        """Delete drafts of shards that a killed run left a day ago or before; a younger one may be in the making."""
+        for draft in self.folder.glob(".shard-*"):
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                if time.time() - draft.stat().st_mtime > _DAY:
+                    draft.unlink()
 
     def _check_space(self) -> None:
         """Refuse to fill the disk to its last byte, which harms everyone on it.

@@ -77,7 +77,8 @@ class StoredTeacher(nn.Module):
             self.facts = header.teacher
             if self.live is not None:
                 self.facts.check(self.live)
-        self.made = self._made_before = self._epochs = 0  # rows, in how many epochs
+        self.store.expected = (self.facts, self.dtype)
+        self.made = self._made_before = self._new_before = 0  # rows: all, until this epoch, in the epoch before
         self.requires_grad_(False).eval()
 
     @property
@@ -119,7 +120,7 @@ class StoredTeacher(nn.Module):
                     "StoredTeacher(folder, teacher=model)."
                 )
             rank_zero_info(f"Rows are missing in {self.store.folder}: the teacher is loaded to make their targets.")
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 model = self._loader()
             self.facts.check(model)
             self.live = model.requires_grad_(False).eval()
@@ -170,16 +171,21 @@ class StoredTeacher(nn.Module):
         """Write the rows that wait in memory."""
         self.store.flush()
 
+    def begin(self) -> None:
+        """Note that a training starts."""
+        self._made_before, self._new_before = self.made, 0
+
     def end_epoch(self) -> None:
-        """Write the rows that wait, and warn if there are new ones in every epoch."""
+        """Write the rows that wait, and warn if an epoch makes most of the rows anew that the one before made."""
         self.flush()
-        if self._epochs and self.made > self._made_before:
+        new = self.made - self._made_before
+        # A few new rows are those that a sampler or drop_last left out before.
+        if 0 < self._new_before < 2 * new:
             rank_zero_warn(
-                f"{self.made - self._made_before:,} rows of this epoch were not stored, though it wasn't the first. "
-                "Rows that are other ones in each epoch (tokens masked at random, augmentation) fill the disk for "
-                "nothing: leave model.targets out."
+                f"{new:,} rows of this epoch were not stored, though it wasn't the first. Rows that are other ones in "
+                "each epoch (tokens masked at random, augmentation) fill the disk for nothing: leave model.targets out."
             )
-        self._epochs, self._made_before = self._epochs + 1, self.made
+        self._made_before, self._new_before = self.made, new
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Have the teacher follow to a device, in its own precision: the targets are those of its weights."""
