@@ -39,7 +39,7 @@ def step(kind: str, both: bool, whole: bool, batch: dict[str, torch.Tensor]) -> 
         for model in (engine.student, trained):
             model.get_output_embeddings = lambda: None
         engine.attach()
-    engine({name: value[:1, :8].contiguous() for name, value in batch.items()})  # the first step looks how it may go
+    engine({name: value[:2] for name, value in batch.items()})  # the first step looks how it may go
 
     def run() -> None:
         engine(batch).total.backward()
