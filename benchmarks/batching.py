@@ -8,19 +8,14 @@ its tokenizer. ``--batch`` counts rows, ``--tokens`` the tokens of a budget; row
 """
 
 import argparse
-import time
 
 import torch
 import torch.nn.functional as F
-from measure import finish, options
-from torch import Tensor
+from measure import Batch, finish, options, sliced, training
 
 from ildistil import Distillation, init_student, objectives
 from ildistil.data import Glue
 from ildistil.models import load
-
-SLICES = 16
-Batch = dict[str, Tensor]
 
 
 def fixed(batch: Batch, length: int) -> Batch:
@@ -51,28 +46,10 @@ def measure(arguments: argparse.Namespace) -> list[list[object]]:
     torch.manual_seed(0)
     teacher = load(arguments.teacher, new_head=True).to(arguments.device)
     student = init_student(teacher, layers=list(range(2, teacher.config.num_hidden_layers + 1, 2)))
-    engine = Distillation(student, teacher, [objectives.LogitsKL(), objectives.TaskLoss()]).train()
-    optimizer = torch.optim.AdamW(engine.parameters(), lr=1e-5, fused=True)
-
-    def train(batches: list[Batch]) -> float:
-        start = time.perf_counter()
-        for batch in batches:
-            moved = {name: x.to(arguments.device, non_blocking=True) for name, x in batch.items()}
-            engine(moved).total.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        if arguments.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
+    engine = Distillation(student, teacher, [objectives.LogitsKL(), objectives.TaskLoss()])
+    train = training(engine, arguments.device)
     kinds = epochs(arguments)
-    for batches in kinds.values():
-        train(batches[:2])
-    seconds = dict.fromkeys(kinds, 0.0)
-    for part in range(SLICES):
-        # Alternate who goes first: what warms the caches must not favour one side.
-        for name, batches in list(kinds.items())[:: 1 if part % 2 else -1]:
-            seconds[name] += train(batches[part::SLICES])
+    seconds = sliced({name: (train, batches) for name, batches in kinds.items()})
     slowest = next(iter(seconds.values()))
     return [[name, *_sizes(kinds[name]), s, slowest / s] for name, s in seconds.items()]
 

@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from ildistil import init_student
+from ildistil import Distillation, init_student
 from ildistil.plan import table
 
-__all__ = ["finish", "inputs", "interleaved", "models", "options", "peak_memory"]
+__all__ = ["Batch", "finish", "inputs", "interleaved", "models", "options", "peak_memory", "sliced", "training"]
 
 SHAPE = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536, "num_hidden_layers": 6}
+Batch = dict[str, torch.Tensor]
+SLICES = 16
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -63,6 +65,36 @@ def interleaved(steps: Mapping[str, Callable[[], object]], repeats: int) -> dict
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def training(engine: Distillation, device: str = "cpu") -> Callable[[list[Batch]], float]:
+    """Make what trains an engine on some batches, and gives the seconds it took."""
+    engine.train()
+    optimizer = torch.optim.AdamW(engine.parameters(), lr=1e-5, fused=True)
+
+    def train(batches: list[Batch]) -> float:
+        start = time.perf_counter()
+        for batch in batches:
+            engine({name: x.to(device, non_blocking=True) for name, x in batch.items()}).total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return train
+
+
+def sliced(epochs: Mapping[str, tuple[Callable[[list[Batch]], float], list[Batch]]]) -> dict[str, float]:
+    """Train whole epochs in slices that take turns, after two batches of each to warm up, and give their seconds."""
+    for train, batches in epochs.values():
+        train(batches[:2])
+    seconds = dict.fromkeys(epochs, 0.0)
+    for part in range(SLICES):
+        # Alternate who goes first: what warms the caches must not favour one side.
+        for name, (train, batches) in list(epochs.items())[:: 1 if part % 2 else -1]:
+            seconds[name] += train(batches[part::SLICES])
+    return seconds
 
 
 def peak_memory(step: Callable[[], object]) -> int:

@@ -11,37 +11,17 @@ its tokenizer.
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
 
-import torch
-from measure import finish, options
+from measure import finish, options, sliced, training
 
 from ildistil import Distillation, init_student, objectives
 from ildistil.data import Glue
 from ildistil.models import load
 from ildistil.targets import StoredTeacher, estimate, precompute
 
-SLICES = 16
-Batch = dict[str, torch.Tensor]
-
 
 def terms() -> list[objectives.Objective]:
     return [objectives.LogitsKL(), objectives.AttentionKL()]
-
-
-def training(engine: Distillation) -> Callable[[list[Batch]], float]:
-    engine.train()
-    optimizer = torch.optim.AdamW(engine.parameters(), lr=1e-5, fused=True)
-
-    def train(batches: list[Batch]) -> float:
-        start = time.perf_counter()
-        for batch in batches:
-            engine(batch).total.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return time.perf_counter() - start
-
-    return train
 
 
 def measure(arguments: argparse.Namespace, folder: str) -> tuple[list[list[object]], dict[str, object]]:
@@ -65,13 +45,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> tuple[list[list[objec
         "stored targets": training(Distillation(students[1], StoredTeacher(folder), terms())),
         "teacher runs": training(Distillation(students[2], teacher, terms())),
     }
-    for train in epochs.values():
-        train(batches[:2])
-    seconds = dict.fromkeys(epochs, 0.0)
-    for part in range(SLICES):
-        # Alternate who goes first: what warms the caches must not favour one side.
-        for name, train in list(epochs.items())[:: 1 if part % 2 else -1]:
-            seconds[name] += train(batches[part::SLICES])
+    seconds = sliced({name: (train, batches) for name, train in epochs.items()})
     rows: list[list[object]] = [[name, s, s / seconds["fine-tuning"]] for name, s in seconds.items()]
     return rows, {"rows_of_data": need.rows, "bytes": need.bytes, "seconds_to_precompute": making}
 

@@ -213,7 +213,12 @@ class Capture:
             if tap.layer is None and not (labelled and self._agrees.get(tap.name)):
                 return False
         # An exception would break the graph of a model that somebody else compiled, and leave shards gathered.
-        return bool(wanted) and not (_is_compiled(self.model) or _is_sharded(self.model))
+        return bool(wanted) and not (_is_compiled(self.model) or self._sharded)
+
+    @cached_property
+    def _sharded(self) -> bool:
+        # Looked at once, in the first run that may stop: models are sharded before they train.
+        return _is_sharded(self.model)
 
     def _token_logits(self, states: Tensor | None, batch: Mapping[str, Any]) -> TokenLogits | None:
         if states is None or self._output_layer is None:
