@@ -8,7 +8,8 @@ process, medians. Beside ours:
 - ``from scores``: eager attention that keeps the scores of all layers of both models, as research code does;
 - ``TextBrewer``: its GeneralDistiller with three attention matches, where it is installed (``pip install textbrewer``).
 
-``python benchmarks/attention.py``, or one shape: ``python benchmarks/attention.py --batch 8 --tokens 512``
+``python benchmarks/attention.py``, or one shape: ``python benchmarks/attention.py --batch 8 --tokens 512``. Ours alone,
+more often: ``--others no --repeats 25``
 """
 
 import logging
@@ -131,10 +132,11 @@ def measure(batch: int, tokens: int, chosen: SimpleNamespace) -> list[list[objec
         "+ AttentionMSE": ours(seen, objectives.AttentionMSE()),
         "+ RelationKL": ours(seen, objectives.RelationKL()),
         "+ HiddenMSE": ours(seen, objectives.HiddenMSE()),
-        "+ AttentionKL, as usual": usual(seen),
-        "+ AttentionKL, from scores": from_scores(seen),
-        "+ attention, TextBrewer": textbrewer(seen),
     }
+    if chosen.others == "yes":
+        steps["+ AttentionKL, as usual"] = usual(seen)
+        steps["+ AttentionKL, from scores"] = from_scores(seen)
+        steps["+ attention, TextBrewer"] = textbrewer(seen)
     if chosen.compile == "yes":
         steps["LogitsKL alone, compiled"] = ours(seen, compiled=True)
         steps["+ AttentionKL, compiled"] = ours(seen, objectives.AttentionKL(), compiled=True)
@@ -144,7 +146,7 @@ def measure(batch: int, tokens: int, chosen: SimpleNamespace) -> list[list[objec
 
 
 if __name__ == "__main__":
-    chosen = options(__doc__, batch=0, tokens=512, repeats=7, compile="no").parse_args()
+    chosen = options(__doc__, batch=0, tokens=512, repeats=7, others="yes", compile="no").parse_args()
     shapes = [(chosen.batch, chosen.tokens)] if chosen.batch else SHAPES
     rows = [row for shape in shapes for row in measure(*shape, chosen)]
     header = ["batch", "objectives", "ms", "of LogitsKL alone", "of + AttentionKL"]

@@ -20,8 +20,9 @@ __all__ = ["divergences", "squared_errors"]
 # Elements of one block of scores: on a CPU a few blocks fit into the caches, a GPU wants larger pieces of work.
 _BLOCK = 2**20
 _LARGE_BLOCK = 2**24
-# Greatest scores up to this size need not be taken off before scores are subtracted: a float32 holds the difference.
-_SMALL = 16
+# Greatest scores of a row that differ by up to this much between the models need not be taken off before scores are
+# subtracted: a float32 holds the difference.
+_NEAR = 16
 # Rows of a block where each query sees only part of the keys: those that none of the rows sees are left out.
 _NARROW = 128
 
@@ -45,18 +46,20 @@ def _divergence(s: Tensor, t: Tensor, p: Tensor, blocked: Tensor | None) -> tupl
         for scores in (s, t):
             # Not -inf: a row without any key would give NaN.
             scores.masked_fill_(blocked, torch.finfo(s.dtype).min / 4)
-    top_s, top_t = s.amax(-1, keepdim=True), t.amax(-1, keepdim=True)
-    if s.device.type != "cpu" or bool(torch.max(top_s.abs().max(), top_t.abs().max()) > _SMALL):
-        s, t = s.sub_(top_s), t.sub_(top_t)
-        top_s, top_t = torch.zeros_like(top_s), torch.zeros_like(top_t)
     # sum p_T (t - s) - lse_T + lse_S, where lse is the greatest score less the logarithm of its probability.
+    top_s, top_t = s.amax(-1), t.amax(-1)
     rows = top_s - top_t
+    if s.device.type != "cpu" or bool(rows.abs().max() > _NEAR):
+        s.sub_(top_s[..., None])
+        t.sub_(top_t[..., None])
+        rows.zero_()
     p_t = torch.softmax(t, -1, out=p)
-    rows += p_t.amax(-1, keepdim=True).log()
-    value = torch.dot(p_t.view(-1), t.sub_(s).view(-1))
+    rows += p_t.amax(-1).log()
+    # Row by row, not in one product over all: what is common to a row's scores must cancel before rows are added up.
+    rows += t.sub_(s).mul_(p_t).sum(-1)
     p_s = torch.softmax(s, -1, out=t)
-    rows -= p_s.amax(-1, keepdim=True).log()
-    return value + rows.sum(), p_s.sub_(p_t)
+    rows -= p_s.amax(-1).log()
+    return rows.sum(), p_s.sub_(p_t)
 
 
 def _squared_error(s: Tensor, t: Tensor, _: Tensor, blocked: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -132,14 +135,17 @@ class _Gradients(NamedTuple):
 
     def cut(self, block: "_Block", groups: int) -> "_Gradients":
         """Give what belongs to one block."""
-        places = block.of_query, block.of_key(groups), block.of_scores
-        return _Gradients(*(None if x is None else _cut(x, place) for x, place in zip(self, places, strict=True)))
+        return _Gradients(
+            None if self.query is None else self.query[block.of_query],
+            None if self.key is None else self.key[block.of_key(groups)],
+            None if self.bias is None else block.of_bias(self.bias),
+        )
 
 
 class _Block(NamedTuple):
-    """Scores that are made at once."""
+    """Scores of one example that are made at once."""
 
-    example: slice
+    example: int
     heads: slice
     rows: slice
     columns: slice
@@ -150,25 +156,21 @@ class _Block(NamedTuple):
         return heads, rows, columns
 
     @property
-    def of_query(self) -> tuple[slice, ...]:
+    def of_query(self) -> tuple[int, slice, slice]:
         return self.example, self.heads, self.rows
 
-    @property
-    def of_scores(self) -> tuple[slice, ...]:
-        return self.example, self.heads, self.rows, self.columns
-
-    def of_key(self, groups: int) -> tuple[slice, ...]:
+    def of_key(self, groups: int) -> tuple[int, slice, slice]:
         return self.example, slice(self.heads.start // groups, self.heads.stop // groups), self.columns
 
+    def of_bias(self, bias: Tensor) -> Tensor:
+        """Cut it out; a dimension of 1 is shared."""
+        place = slice(self.example, self.example + 1), self.heads, self.rows, self.columns
+        return bias[tuple(slice(0, 1) if size == 1 else part for part, size in zip(place, bias.shape, strict=True))][0]
 
-def _cut(x: Tensor, place: tuple[slice, ...]) -> Tensor:
-    """Cut a place of one example out; a dimension of 1 is shared, as a bias' may be."""
-    return x[tuple(slice(0, 1) if size == 1 else part for part, size in zip(place, x.shape, strict=False))][0]
-
-
-def _parts(x: Scores, block: _Block) -> tuple[Tensor, Tensor, Tensor | None]:
-    bias = None if x.bias is None else _cut(x.bias, block.of_scores)
-    return _cut(x.query, block.of_query), _cut(x.key, block.of_key(x.groups)), bias
+    def of_scores(self, x: Scores) -> Scores:
+        """Give what the scores of the block are made of, in three dimensions."""
+        bias = None if x.bias is None else self.of_bias(x.bias)
+        return x._replace(query=x.query[self.of_query], key=x.key[self.of_key(x.groups)], bias=bias)
 
 
 def _walk(
@@ -191,12 +193,14 @@ def _walk(
             if buffers is None or buffers.shape[1] < size:
                 buffers = student.query.new_empty(3, size)
             s, t, p = (x[:size].view(block.shape) for x in buffers)
-            slope = _scores(student, block, s)
-            _scores(teacher, block, t)
+            parts = block.of_scores(student)
+            slope = _write_scores(parts, s)
+            _write_scores(block.of_scores(teacher), t)
             value, d = compare(s, t, p, blocked)
             sums[b] += value
             if grads is not None:
-                _accumulate(grads, student, block, d if weights is None else d.mul_(weights[b]), slope)
+                d = d if weights is None else d.mul_(weights[b])
+                _accumulate(grads.cut(block, student.groups), parts, d, slope)
     return sums
 
 
@@ -216,11 +220,14 @@ def _blocks(
             continue
         blocked = _blocked(b, r, c, masks, query.device)
         wide = max(1, size // (high * (c.stop - c.start) * together)) * together
-        for h in _pieces(slice(0, heads), wide):
-            yield _Block(slice(b, b + 1), h, r, c), blocked
+        for h in _pieces(slice(0, heads), wide, together):
+            yield _Block(b, h, r, c), blocked
 
 
-def _pieces(whole: slice, length: int) -> Iterator[slice]:
+def _pieces(whole: slice, length: int, unit: int = 1) -> Iterator[slice]:
+    """Cut into pieces of up to this length, as equal as multiples of a unit can be: a short one leaves cores idle."""
+    units = (whole.stop - whole.start) // unit
+    length = math.ceil(units / math.ceil(units * unit / length)) * unit
     for start in range(whole.start, whole.stop, length):
         yield slice(start, min(start + length, whole.stop))
 
@@ -245,18 +252,18 @@ def _blocked(b: int, rows: slice, columns: slice, masks: Masks, device: torch.de
     return None if counted is None else ~counted
 
 
-def _scores(parts: Scores, block: _Block, out: Tensor) -> Tensor | None:
+def _write_scores(parts: Scores, out: Tensor) -> Tensor | None:
     """Write the scores of a block; gives the slope of the softcap."""
-    query, key, bias = _parts(parts, block)
+    key = parts.key
     product = out.view(len(key), -1, key.shape[1])
-    torch.baddbmm(product, _by_key_head(query, key), key.mT, beta=0, alpha=parts.scale, out=product)
+    torch.baddbmm(product, _by_key_head(parts.query, key), key.mT, beta=0, alpha=parts.scale, out=product)
     slope = None
     if parts.softcap is not None:
         out.div_(parts.softcap).tanh_()
         slope = 1 - out.square()
         out.mul_(parts.softcap)
-    if bias is not None:
-        out.add_(bias)
+    if parts.bias is not None:
+        out.add_(parts.bias)
     return slope
 
 
@@ -265,20 +272,16 @@ def _by_key_head(x: Tensor, key: Tensor) -> Tensor:
     return x if len(x) == len(key) else x.reshape(len(key), -1, x.shape[-1])
 
 
-def _accumulate(grads: _Gradients, student: Scores, block: _Block, d: Tensor, slope: Tensor | None) -> None:
+def _accumulate(grads: _Gradients, parts: Scores, d: Tensor, slope: Tensor | None) -> None:
     """Add up the gradients of a block from that of its scores, which is overwritten."""
-    query, key, _ = _parts(student, block)
-    dq, dk, db = grads.cut(block, student.groups)
+    dq, dk, db = grads
     if db is not None:
         db += d.sum_to_size(db.shape)
     if slope is not None:
         d.mul_(slope)
-    d = _by_key_head(d, key)
-    if dq is not None and len(query) == len(key):
-        # Rows are whole: there is nothing to add to.
-        torch.baddbmm(dq, d, key, beta=0, alpha=student.scale, out=dq)
-    elif dq is not None:
-        dq.copy_((d @ key).view_as(dq)).mul_(student.scale)
+    d = _by_key_head(d, parts.key)
+    # Products into tensors of their own: into a gradient whose heads lie apart they'd go head by head, twice as slowly.
+    if dq is not None:  # a block has all keys of its rows: there is nothing to add to
+        torch.mul(torch.bmm(d, parts.key).view_as(dq), parts.scale, out=dq)
     if dk is not None:
-        # Not baddbmm_: into a gradient whose heads lie apart it goes head by head, twice as slowly.
-        dk.add_(torch.bmm(d.mT, _by_key_head(query, key)), alpha=student.scale)
+        dk.add_(torch.bmm(d.mT, _by_key_head(parts.query, parts.key)), alpha=parts.scale)
