@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "schedules": set(),
     "stages": set(),
     "balance": {"ranks"},
-    "capture": set(),
+    "capture": {"functional"},
     "metrics": set(),
     "data": {"metrics"},
     "mappings": {"capture"},

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ildistil.capture.taps import CaptureError
+from ildistil.functional.scores import Masks, Scores, allowed_map, real_tokens, score_map, zeroed
 
 __all__ = ["PREFIX", "Attention", "Notebook", "divert", "give_back", "goes_through_interface", "note_into", "notebook"]
 
@@ -48,8 +48,13 @@ class Attention:
         """Number of query heads."""
         return self.query.shape[1]
 
-    def require_scores(self) -> None:
-        """Check that the scores are known.
+    @property
+    def masks(self) -> Masks:
+        """Which scores count."""
+        return Masks(self.query_mask, self.key_mask, self.causal, self.window)
+
+    def score_parts(self) -> Scores:
+        """Give what the scores are made of.
 
         Raises:
             CaptureError: the model makes its scores otherwise.
@@ -59,6 +64,7 @@ class Attention:
                 f"The scores of this attention aren't known: {self.no_scores}. Use RelationKL, which compares queries, "
                 "keys and values, or a hidden-state objective."
             )
+        return Scores(self.query, self.key, self.scale, self.bias, self.softcap)
 
     def per_head(self, part: str) -> Tensor:
         """Give the vectors of every head, ``(batch, heads, tokens, size)``, with zeros for padding.
@@ -66,10 +72,7 @@ class Attention:
         Args:
             part: ``"q"``, ``"k"`` or ``"v"``; keys and values that heads share (grouped-query attention) are repeated.
         """
-        vectors = self.unmasked(part)
-        mask = self.query_mask if part == "q" else self.key_mask
-        # Padding may hold anything, NaN included, and 0 times NaN is NaN.
-        return vectors if mask is None else torch.where(mask[:, None, :, None], vectors, 0)
+        return zeroed(self.unmasked(part), self.query_mask if part == "q" else self.key_mask)
 
     def unmasked(self, part: str) -> Tensor:
         """Give the vectors of every head as they are, padding included; see :meth:`per_head`."""
@@ -85,37 +88,19 @@ class Attention:
         Raises:
             CaptureError: the model makes its scores otherwise.
         """
-        self.require_scores()
-        with torch.autocast(self.query.device.type, enabled=False):
-            query, key = (self.per_head(part) for part in ("q", "k"))
-            query, key = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (query, key))
-            scores = (query * self.scale) @ key.transpose(-1, -2)
-            if self.softcap is not None:
-                scores = self.softcap * torch.tanh(scores / self.softcap)
-            return scores if self.bias is None else scores + self.bias
+        return score_map(self.score_parts(), self.masks)
 
     def allowed(self) -> Tensor:
-        """Tell which keys a query may attend to: boolean, ``(batch or 1, 1, queries, keys)``."""
-        queries, keys, device = self.query.shape[2], self.key.shape[2], self.query.device
-        distance = torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)
-        allowed = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
-        if self.causal:
-            allowed = allowed & (distance >= 0)
-        if self.window is not None:
-            allowed = allowed & (distance.abs() < self.window)
-        return allowed if self.key_mask is None else allowed & self.key_mask[:, None, None, :]
+        """Tell which keys a query may attend to: boolean, ``(batch, 1, queries, keys)``."""
+        return allowed_map(self.query, self.key, self.masks)
 
     def real_queries(self) -> Tensor:
         """Tell which queries are real tokens: boolean, ``(batch, queries)``."""
-        if self.query_mask is not None:
-            return self.query_mask
-        return torch.ones(self.query.shape[0], self.query.shape[2], dtype=torch.bool, device=self.query.device)
+        return real_tokens(self.query_mask, self.query)
 
     def real_keys(self) -> Tensor:
         """Tell which keys are real tokens: boolean, ``(batch, keys)``."""
-        if self.key_mask is not None:
-            return self.key_mask
-        return torch.ones(self.key.shape[0], self.key.shape[2], dtype=torch.bool, device=self.key.device)
+        return real_tokens(self.key_mask, self.key)
 
 
 class Notebook(Protocol):

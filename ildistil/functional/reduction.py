@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["example_mean", "full_precision", "kl", "masked_mean", "unit", "within"]
+__all__ = ["example_mean", "full_precision", "kl", "masked_mean", "unit", "widened", "within"]
 
 
 @contextmanager
@@ -19,7 +19,12 @@ def full_precision(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """
     device = tensors[0].device.type
     with torch.autocast(device, enabled=False):
-        yield tuple(t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors)
+        yield tuple(map(widened, tensors))
+
+
+def widened(x: Tensor) -> Tensor:
+    """Widen half precision to float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

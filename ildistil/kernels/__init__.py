@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ildistil import functional
+from ildistil.functional.reduction import widened
+from ildistil.functional.scores import Masks, Scores, allowed_map, real_tokens, score_map
 from ildistil.kernels import blockwise, gram
 from ildistil.kernels.choice import Form, KernelError, chosen, short, triton_suits, use
-from ildistil.kernels.scores import Masks, Scores, allowed_map, pairs, real_queries, score_map, widened
+from ildistil.kernels.spans import pairs
 
 __all__ = ["Form", "KernelError", "Masks", "Scores", "attention_kl", "attention_mse", "use"]
 
@@ -43,7 +45,7 @@ def attention_kl(student: Scores, teacher: Scores, masks: Masks = Masks()) -> Te
     >>> attention_kl(Scores(q, k), Scores(q, torch.tensor([[[[0.0], [-1e9]]]])))
     tensor([0.6931])
     """
-    real = real_queries(student, masks)
+    real = real_tokens(masks.query_mask, student.query)
     form = chosen(student, has_triton_kernel=triton_suits(student, teacher))
     if form == "plain":
         return functional.attention_kl(*_maps(student, teacher, masks), real)
@@ -88,8 +90,8 @@ def attention_mse(student: Scores, teacher: Scores, masks: Masks = Masks()) -> T
 
 
 def _plain_mse(student: Scores, teacher: Scores, masks: Masks) -> Tensor:
-    return functional.attention_mse(*_maps(student, teacher, masks), real_queries(student, masks))
+    return functional.attention_mse(*_maps(student, teacher, masks), real_tokens(masks.query_mask, student.query))
 
 
 def _maps(student: Scores, teacher: Scores, masks: Masks) -> tuple[Tensor, Tensor, Tensor]:
-    return score_map(student, masks), score_map(teacher.detach(), masks), allowed_map(student, masks)
+    return score_map(student, masks), score_map(teacher.detach(), masks), allowed_map(student.query, student.key, masks)

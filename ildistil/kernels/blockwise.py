@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ildistil.kernels.scores import Masks, Scores, seen, spans, zeroed
+from ildistil.functional.scores import Masks, Scores, seen, zeroed
+from ildistil.kernels.spans import spans
 
 __all__ = ["divergences", "squared_errors"]
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ildistil.kernels.scores import Scores
+from ildistil.functional.scores import Scores
 
 __all__ = ["Form", "KernelError", "chosen", "short", "triton_suits", "use"]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ildistil import functional, kernels, ranks
 from ildistil.capture import Activations, Attention, Sizes
+from ildistil.functional.scores import Masks, allowed_map
 from ildistil.mappings import LayerMapping
 from ildistil.objectives.base import LayerObjective, ObjectiveError, Stack, Weight, same_tokens
 from ildistil.objectives.projection import ProjectionOption
@@ -53,24 +54,15 @@ class _AttentionObjective(LayerObjective):
         """Compare two layers: a scalar."""
 
 
-def _parts(attention: Attention) -> kernels.Scores:
-    """Give what the scores are made of."""
-    attention.require_scores()
-    return kernels.Scores(attention.query, attention.key, attention.scale, attention.bias, attention.softcap)
-
-
-def _masks(student: Attention, teacher: Attention) -> kernels.Masks:
+def _masks(student: Attention, teacher: Attention) -> Masks:
     """Tell what both may attend to."""
-    causal = student.causal or teacher.causal
     windows = [a.window for a in (student, teacher) if a.window is not None]
-    return kernels.Masks(student.query_mask, student.key_mask, causal, min(windows, default=None))
+    return student.masks._replace(causal=student.causal or teacher.causal, window=min(windows, default=None))
 
 
 def _maps(student: Attention, teacher: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Give the scores of both, what both may attend to, and which queries are real."""
-    allowed = student.allowed()
-    if (student.causal, student.window) != (teacher.causal, teacher.window):
-        allowed = allowed & teacher.allowed()
+    allowed = allowed_map(student.query, student.key, _masks(student, teacher))
     return student.scores(), teacher.scores(), allowed, student.real_queries()
 
 
@@ -94,7 +86,7 @@ class AttentionMSE(_AttentionObjective):
 
     def compare(self, student: Attention, teacher: Attention) -> Tensor:
         """Give the mean over examples of the squared error."""
-        values = kernels.attention_mse(_parts(student), _parts(teacher), _masks(student, teacher))
+        values = kernels.attention_mse(student.score_parts(), teacher.score_parts(), _masks(student, teacher))
         return functional.example_mean(values, student.real_queries().sum(1))
 
 
@@ -144,7 +136,7 @@ class AttentionKL(_MergingObjective):
     def compare(self, student: Attention, teacher: Attention) -> Tensor:
         """Give the mean over examples of the divergence."""
         if student.heads == teacher.heads:
-            values = kernels.attention_kl(_parts(student), _parts(teacher), _masks(student, teacher))
+            values = kernels.attention_kl(student.score_parts(), teacher.score_parts(), _masks(student, teacher))
         else:
             values = functional.attention_kl(*_maps(student, teacher))
         return functional.example_mean(values, student.real_queries().sum(1))

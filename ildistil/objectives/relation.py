@@ -91,7 +91,7 @@ class RelationKL(LayerObjective):
             rows, columns = (student.query_mask if part == "q" else student.key_mask for part in relation[::2])
             masks = kernels.Masks(rows, columns)
         else:
-            masks = kernels.Masks(student.query_mask, student.key_mask, student.causal, student.window)
+            masks = student.masks
         values = kernels.attention_kl(own, theirs, masks)
         return values.mean() if masks.query_mask is None else functional.example_mean(values, masks.query_mask.sum(1))
 

@@ -3,10 +3,11 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Masks", "Scores", "allowed_map", "pairs", "real_queries", "score_map", "seen", "spans", "zeroed"]
+from ildistil.functional.reduction import widened
+
+__all__ = ["Masks", "Scores", "allowed_map", "real_tokens", "score_map", "seen", "zeroed"]
 
 
 class Scores(NamedTuple):
@@ -68,11 +69,6 @@ class Masks(NamedTuple):
     window: int | None = None
 
 
-def widened(x: Tensor) -> Tensor:
-    """Widen half precision to float32."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def zeroed(vectors: Tensor, mask: Tensor | None) -> Tensor:
     """Put zeros for padding, which may hold anything: 0 times NaN is NaN."""
     return vectors if mask is None else torch.where(mask[:, None, :, None], vectors, 0)
@@ -104,43 +100,18 @@ def seen(masks: Masks, rows: slice, columns: slice, device: torch.device) -> Ten
     return near & (distance >= 0) if masks.causal else near
 
 
-def spans(mask: Tensor | None, vectors: Tensor) -> tuple[list[slice], Tensor | None]:
-    """Give the span of every example's real tokens, and the mask if any is left to do within the spans."""
-    tokens = vectors.shape[2]
-    if mask is None or mask.device.type != "cpu":  # on a GPU the host would have to wait for the answer
-        return [slice(0, tokens)] * len(vectors), mask
-    counts = mask.sum(1).tolist()
-    first, after = mask.int().argmax(1).tolist(), (tokens - mask.flip(1).int().argmax(1)).tolist()
-    spans = [slice(i, j if count else i) for i, j, count in zip(first, after, counts, strict=True)]
-    whole = all(span.stop - span.start == count for span, count in zip(spans, counts, strict=True))
-    return spans, None if whole else mask
-
-
-def allowed_map(parts: Scores, masks: Masks) -> Tensor:
+def allowed_map(query: Tensor, key: Tensor, masks: Masks) -> Tensor:
     """Tell which keys a query may attend to: boolean, ``(batch, 1, queries, keys)``."""
-    batch, (queries, keys) = len(parts.query), (parts.query.shape[2], parts.key.shape[2])
-    allowed = seen(masks, slice(0, queries), slice(0, keys), parts.query.device)
+    queries, keys = query.shape[2], key.shape[2]
+    allowed = seen(masks, slice(0, queries), slice(0, keys), query.device)
     if allowed is None:
-        allowed = torch.ones(queries, keys, dtype=torch.bool, device=parts.query.device)
-    allowed = allowed.expand(batch, 1, queries, keys)
+        allowed = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+    allowed = allowed.expand(len(query), 1, queries, keys)
     return allowed if masks.key_mask is None else allowed & masks.key_mask[:, None, None, :]
 
 
-def real_queries(parts: Scores, masks: Masks) -> Tensor:
-    """Tell which queries are real tokens: boolean, ``(batch, queries)``."""
-    if masks.query_mask is not None:
-        return masks.query_mask
-    return torch.ones(len(parts.query), parts.query.shape[2], dtype=torch.bool, device=parts.query.device)
-
-
-def pairs(parts: Scores, masks: Masks) -> Tensor:
-    """Count the pairs of a real query and a real key that it may attend to: ``(batch,)``."""
-    real, device = real_queries(parts, masks), parts.query.device
-    queries, keys = parts.query.shape[2], parts.key.shape[2]
-    key_mask = torch.ones(1, keys, dtype=torch.bool, device=device) if masks.key_mask is None else masks.key_mask
-    before = F.pad(key_mask.cumsum(1), (1, 0))  # how many real keys stand before each position
-    position = torch.arange(queries, device=device)
-    reach = keys + queries if masks.window is None else masks.window
-    start = (position - reach + 1).clamp(0, keys)
-    stop = (position + (1 if masks.causal else reach)).clamp(0, keys)
-    return ((before[:, stop] - before[:, start]) * real).sum(1)
+def real_tokens(mask: Tensor | None, vectors: Tensor) -> Tensor:
+    """Tell which tokens of the vectors are real, given the mask if there is any: boolean, ``(batch, tokens)``."""
+    if mask is not None:
+        return mask
+    return torch.ones(len(vectors), vectors.shape[2], dtype=torch.bool, device=vectors.device)
