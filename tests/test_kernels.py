@@ -145,14 +145,19 @@ def test_a_fixed_bias_gets_no_gradient() -> None:
     torch.testing.assert_close(wanted, torch.autograd.grad(plain.sum(), student.query))
 
 
-@pytest.mark.parametrize("key_heads", [(2, 2), (1, 4), (4, 2), (2, 1)])
+@pytest.mark.parametrize("block", [2, 8 * 81, 2**19])
+@pytest.mark.parametrize("key_heads", [(6, 6), (1, 12), (12, 4), (6, 3)])
 @pytest.mark.parametrize("sizes", [(4, 4), (4, 6)])
 @pytest.mark.parametrize(("causal", "window"), [(False, None), (True, 4)])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_heads_may_share_keys(
-    loss: str, causal: bool, window: int | None, sizes: tuple[int, int], key_heads: tuple[int, int]
-) -> None:
-    check(loss, *sides(sizes=sizes, key_heads=key_heads), Masks(mask("left", 9), mask("left", 9), causal, window))
+    loss: str, causal: bool, window: int | None, sizes: tuple[int, int], key_heads: tuple[int, int], block: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Heads that share a key are never cut apart, whatever fits into a block: 8 of 12 heads at groups of 4, say."""
+    monkeypatch.setattr(blockwise, "_BLOCK", block)
+    real = mask("left", 9)
+    check(loss, *sides(heads=12, sizes=sizes, key_heads=key_heads), Masks(real, real, causal, window))
 
 
 @pytest.mark.parametrize("kind", PADDING)
@@ -235,6 +240,21 @@ def test_large_scores_stay_exact(scale: float, bias: float | None) -> None:
     with kernels.use("plain"):
         wanted = kernels.attention_kl(converted(student, torch.float64), converted(teacher, torch.float64))
     torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0, -15.0])
+def test_what_is_common_to_a_row_cancels(shift: float) -> None:
+    """A divergence of 1e-3 of rows whose scores the teacher has shifted: not a sum of shifts less another."""
+    student, other = sides(queries=300, keys=300, sizes=(4, 4), dtype=torch.float32, scales=(0.6, 0.6))
+    near = Scores(
+        student.query.detach() + 0.02 * other.query, student.key.detach() + 0.02 * other.key, 0.6,
+        torch.full((1, 1, 1, 1), shift),
+    )  # fmt: skip
+    found = kernels.attention_kl(student, near)
+    with kernels.use("plain"):
+        wanted = kernels.attention_kl(converted(student, torch.float64), converted(near, torch.float64))
+    assert (wanted < 5e-3).all()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("distance", [1.0, 1e-2, 1e-4])

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "monitor": set(),
     "objectives": {"functional", "kernels", "capture", "mappings", "ranks", "schedules"},
     "distillation": {"balance", "capture", "objectives", "ranks", "schedules", "synthetic", "targets"},
-    "targets": {"capture", "data", "objectives"},
+    "targets": {"capture", "data", "functional", "objectives"},
     "presets": {"objectives", "stages"},
     "plan": {"capture", "distillation", "schedules", "stages", "targets"},
     "distiller": {

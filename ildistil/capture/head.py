@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ildistil.functional.reduction import widened
+
 __all__ = ["TokenLogits", "agrees", "is_token_labels", "output_layer"]
 
 
@@ -53,8 +55,7 @@ class TokenLogits:
     def loss(self) -> Tensor:
         """Give the mean cross-entropy of the labels."""
         states, labels = self.labelled()
-        logits = self.made(states)
-        return F.cross_entropy(logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, labels)
+        return F.cross_entropy(widened(self.made(states)), labels)
 
 
 def is_token_labels(labels: Any) -> TypeGuard[Tensor]:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from ildistil.capture.attention import Attention
 from ildistil.capture.taps import CaptureError, Tap
 
-__all__ = ["Enough", "Key", "Masks", "Recorder"]
+__all__ = ["Enough", "Key", "PaddingMasks", "Recorder"]
 
 Key = tuple[str | None, int]  # a stack and a layer of it
-Masks = dict[str | None, tuple[Tensor | None, Tensor | None]]  # of queries and of keys, by stack
+PaddingMasks = dict[str | None, tuple[Tensor | None, Tensor | None]]  # of queries and of keys, by stack
 # What transformers hands to attention functions beside the tensors that doesn't change the scores.
 _HARMLESS = {
     "dropout", "is_causal", "sliding_window", "softcap", "position_bias", "position_ids", "use_cache", "cache",
@@ -36,7 +36,7 @@ class Recorder:
         self.layer = 0
         self.calls = 0
         self.layers_run: dict[str | None, int] = {}
-        self.masks: Masks = {}
+        self.masks: PaddingMasks = {}
         self.hidden: dict[Key, Tensor] = {}
         self.attention: dict[Key, Attention] = {}
         self.modules: dict[str, Any] = {}
@@ -51,7 +51,7 @@ class Recorder:
         self.wanted_names = {tap.name for tap in wanted}
         self.wants_head = bool({"logits", "loss"} & self.wanted_names)
 
-    def start(self, wanted: frozenset[Tap], masks: Masks, verify: bool, stops: bool) -> None:
+    def start(self, wanted: frozenset[Tap], masks: PaddingMasks, verify: bool, stops: bool) -> None:
         """Begin a run.
 
         Args:

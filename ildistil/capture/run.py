@@ -15,7 +15,7 @@ from ildistil.capture import families
 from ildistil.capture.attention import Attention, divert, give_back, goes_through_interface, note_into
 from ildistil.capture.head import TokenLogits, agrees, is_token_labels, output_layer
 from ildistil.capture.inputs import decoder_mask, full_mask, model_inputs, token_mask, without_labels
-from ildistil.capture.recorder import Enough, Key, Masks, Recorder
+from ildistil.capture.recorder import Enough, Key, PaddingMasks, Recorder
 from ildistil.capture.taps import CaptureError, Role, Sizes, Tap, check_stack, find_stacks, unwrapped
 
 __all__ = ["Activations", "Capture", "Layers"]
@@ -320,7 +320,7 @@ class Capture:
                     "gradients. Enable it with gradient_checkpointing_enable(), whose default is not reentrant."
                 )
 
-    def _masks(self, batch: Mapping[str, Any]) -> Masks:
+    def _masks(self, batch: Mapping[str, Any]) -> PaddingMasks:
         """Give the real queries and the real keys of every stack."""
         tokens = token_mask(batch)
         if not self.sizes.stacks:
@@ -380,7 +380,7 @@ class Capture:
     def _activations(
         self,
         batch: Mapping[str, Any],
-        masks: Masks,
+        masks: PaddingMasks,
         hidden: Mapping[Key, Tensor],
         attention: Mapping[Key, Attention],
         modules: dict[str, Any],

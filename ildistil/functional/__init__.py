@@ -1,4 +1,4 @@
-"""Pure losses: tensors in, one value per example out, masks as arguments.
+"""Pure losses: tensors in, one value per example out, masks as arguments; in ``scores``, what attention scores are.
 
 Conventions, everywhere the same:
 

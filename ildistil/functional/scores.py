@@ -78,7 +78,9 @@ def score_map(parts: Scores, masks: Masks) -> Tensor:
     """Give all scores, ``(batch, heads, queries, keys)``, at least in float32; padding gives some finite number."""
     query, key, scale, bias, softcap = parts.full_precision()
     with torch.autocast(query.device.type, enabled=False):
-        key = zeroed(key, masks.key_mask).repeat_interleave(parts.groups, dim=1)
+        key = zeroed(key, masks.key_mask)
+        if parts.groups > 1:
+            key = key.repeat_interleave(parts.groups, dim=1)
         scores = zeroed(query, masks.query_mask) * scale @ key.mT
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)

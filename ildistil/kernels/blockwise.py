@@ -21,9 +21,6 @@ __all__ = ["divergences", "squared_errors"]
 # Elements of one block of scores: on a CPU a few blocks fit into the caches, a GPU wants larger pieces of work.
 _BLOCK = 2**20
 _LARGE_BLOCK = 2**24
-# Greatest scores of a row that differ by up to this much between the models need not be taken off before scores are
-# subtracted: a float32 holds the difference.
-_NEAR = 16
 # Rows of a block where each query sees only part of the keys: those that none of the rows sees are left out.
 _NARROW = 128
 
@@ -47,15 +44,12 @@ def _divergence(s: Tensor, t: Tensor, p: Tensor, blocked: Tensor | None) -> tupl
         for scores in (s, t):
             # Not -inf: a row without any key would give NaN.
             scores.masked_fill_(blocked, torch.finfo(s.dtype).min / 4)
-    # sum p_T (t - s) - lse_T + lse_S, where lse is the greatest score less the logarithm of its probability.
-    top_s, top_t = s.amax(-1), t.amax(-1)
-    rows = top_s - top_t
-    if s.device.type != "cpu" or bool(rows.abs().max() > _NEAR):
-        s.sub_(top_s[..., None])
-        t.sub_(top_t[..., None])
-        rows.zero_()
+    # Large scores would be rounded when they are subtracted from each other: their differences to the greatest aren't.
+    for scores in (s, t):
+        scores.sub_(scores.amax(-1, keepdim=True))
+    # sum p_T (t - s) - lse_T + lse_S, where the probability of the greatest score, 0, is exp(-lse).
     p_t = torch.softmax(t, -1, out=p)
-    rows += p_t.amax(-1).log()
+    rows = p_t.amax(-1).log()
     # Row by row, not in one product over all: what is common to a row's scores must cancel before rows are added up.
     rows += t.sub_(s).mul_(p_t).sum(-1)
     p_s = torch.softmax(s, -1, out=t)
@@ -220,7 +214,7 @@ def _blocks(
         if c.stop <= c.start:
             continue
         blocked = _blocked(b, r, c, masks, query.device)
-        wide = max(1, size // (high * (c.stop - c.start) * together)) * together
+        wide = max(1, size // ((r.stop - r.start) * (c.stop - c.start) * together)) * together
         for h in _pieces(slice(0, heads), wide, together):
             yield _Block(b, h, r, c), blocked
 

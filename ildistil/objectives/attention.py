@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ildistil import functional, kernels, ranks
 from ildistil.capture import Activations, Attention, Sizes
-from ildistil.functional.scores import Masks, allowed_map
+from ildistil.functional.scores import allowed_map
 from ildistil.mappings import LayerMapping
 from ildistil.objectives.base import LayerObjective, ObjectiveError, Stack, Weight, same_tokens
 from ildistil.objectives.projection import ProjectionOption
@@ -54,7 +54,7 @@ class _AttentionObjective(LayerObjective):
         """Compare two layers: a scalar."""
 
 
-def _masks(student: Attention, teacher: Attention) -> Masks:
+def _masks(student: Attention, teacher: Attention) -> kernels.Masks:
     """Tell what both may attend to."""
     windows = [a.window for a in (student, teacher) if a.window is not None]
     return student.masks._replace(causal=student.causal or teacher.causal, window=min(windows, default=None))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ildistil.capture.inputs import OURS, TARGETS, token_mask
+from ildistil.functional.reduction import widened
 from ildistil.targets.errors import TargetsError
 
 __all__ = ["Rows", "Targets", "with_and_without_padding"]
@@ -199,8 +200,3 @@ class Targets:
     def per_row(self, name: str) -> Tensor:
         """Give the values of a column that has one for each row."""
         return widened(self.values[name])
-
-
-def widened(values: Tensor) -> Tensor:
-    """Give half precision as float32, in which a live teacher would answer."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
