@@ -202,11 +202,11 @@ class Distillation(nn.Module):
         self._student_capture = Capture(self.student, wanted, "student")
         if self.teacher is not None:
             sizes = Sizes.of(self.teacher)
-            wanted = {tap for o in used if o.needs_teacher for tap in o.teacher_may_want(sizes)}
-            if wanted and isinstance(self.teacher, StoredTeacher):
-                self._teacher_capture = StoredCapture(self.teacher, wanted_targets(used, sizes))
+            targets = wanted_targets(used, sizes)
+            if targets and isinstance(self.teacher, StoredTeacher):
+                self._teacher_capture = StoredCapture(self.teacher, targets)
             else:
-                self._teacher_capture = Capture(self.teacher, wanted, "teacher") if wanted else None
+                self._teacher_capture = Capture(self.teacher, targets, "teacher") if targets else None
         self._compile_captures()
         self._verified = set()
 

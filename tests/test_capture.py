@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
-from ildistil import Distillation, objectives
+from ildistil import Distillation, mappings, objectives
 from ildistil.capture import Attention, Capture, CaptureError, Sizes, Tap, find_layers
 from ildistil.objectives import ObjectiveError
 
@@ -321,6 +321,28 @@ def test_only_wanted_layers_are_kept() -> None:
     assert seen.modules["bert.pooler"].shape == (3, 32)
     with pytest.raises(CaptureError, match=r"hidden\[1\] was not captured; captured: \[2\]"):
         seen.hidden[1]
+
+
+def test_only_parts_that_are_read_are_kept() -> None:
+    model = tiny.bert(4).eval()
+    whole = Capture(model, {Tap("attention", 3)})(tiny.batch()).attention[3]
+    seen = Capture(model, {Tap("attention", 3): "qk", Tap("attention", 4): "v"}, "teacher")(tiny.batch())
+    assert torch.equal(seen.attention[3].scores(), whole.scores())
+    for unread in (seen.attention[3].value, seen.attention[4].query, seen.attention[4].key):
+        assert unread.shape == whole.query.shape
+        assert unread.isnan().all()
+        assert unread.untyped_storage().nbytes() == unread.element_size()
+
+
+def test_a_teacher_keeps_what_the_objectives_read() -> None:
+    """One objective's parts don't shadow another's."""
+    student, teacher = tiny.bert(2), tiny.bert(4)
+    terms = [
+        objectives.AttentionKL(mapping=mappings.Last()),
+        objectives.ValueRelationKL(),
+        objectives.AttentionOutputMSE(),
+    ]
+    assert all(check.value > 0 for check in Distillation(student, teacher, terms).dry_run(tiny.batch()).terms.values())
 
 
 def test_a_run_records_only_what_it_is_asked_for() -> None:

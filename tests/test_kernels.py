@@ -242,6 +242,16 @@ def test_large_scores_stay_exact(scale: float, bias: float | None) -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=1e-6)
 
 
+def test_blocks_of_a_validation_serve_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers validate in inference mode, whose tensors can't be written to outside it; later blocks are larger."""
+    monkeypatch.setattr(blockwise, "_buffers", blockwise._Buffers())
+    short, long = sides(queries=5, keys=5), sides()
+    with torch.inference_mode(), kernels.use("blockwise"):
+        kernels.attention_kl(*short)
+    for student, teacher in (short, long, short):
+        check("kl", student, teacher, Masks())
+
+
 @pytest.mark.parametrize("shift", [0.0, 3.0, -12.0])
 def test_what_is_common_to_a_row_cancels(shift: float) -> None:
     """A divergence of 2e-3 where the teacher's scores are shifted: it must not be a sum of shifts less another."""

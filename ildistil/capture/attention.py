@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -15,7 +16,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ildistil.capture.taps import CaptureError
 from ildistil.functional.scores import Masks, Scores, allowed_map, real_tokens, score_map, zeroed
 
-__all__ = ["PREFIX", "Attention", "Notebook", "divert", "give_back", "goes_through_interface", "note_into", "notebook"]
+__all__ = [
+    "PREFIX",
+    "Attention",
+    "Notebook",
+    "divert",
+    "give_back",
+    "goes_through_interface",
+    "note_into",
+    "notebook",
+    "unread",
+]
 
 PREFIX = "ildistil_"
 
@@ -101,6 +112,11 @@ class Attention:
     def real_keys(self) -> Tensor:
         """Tell which keys are real tokens: boolean, ``(batch, keys)``."""
         return real_tokens(self.key_mask, self.key)
+
+
+def unread(vectors: Tensor) -> Tensor:
+    """Give what stands for vectors that nobody reads: not a number, so that who does has no finite loss."""
+    return vectors.new_full((), torch.nan).expand(vectors.shape)
 
 
 class Notebook(Protocol):

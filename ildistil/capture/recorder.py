@@ -1,12 +1,12 @@
 """The records of one model's runs."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from ildistil.capture.attention import Attention
+from ildistil.capture.attention import Attention, unread
 from ildistil.capture.taps import CaptureError, Tap
 
 __all__ = ["Enough", "Key", "PaddingMasks", "Recorder"]
@@ -28,8 +28,9 @@ class Enough(BaseException):
 class Recorder:
     """The records of one model's runs. Plain tuples, ints, dicts and a flag, which torch.compile can trace through."""
 
-    def __init__(self, wanted: Iterable[Tap]) -> None:
+    def __init__(self, wanted: Mapping[Tap, str]) -> None:
         self.want(wanted)
+        self.read = {(tap.stack, tap.layer): parts for tap, parts in wanted.items() if tap.name == "attention"}
         self.paths: set[str] = set()
         self.active = self.verify = self.stops = False
         self.stack: str | None = None
@@ -155,10 +156,12 @@ class Recorder:
             )
         causal = kwargs.get("is_causal")
         query_mask, key_mask = self.masks[stack]
+        vectors = {"q": query, "k": key, "v": value}
+        kept = {part: x if part in self.read[place] else unread(x) for part, x in vectors.items()}
         self.attention[place] = Attention(
-            query=query,
-            key=key,
-            value=value,
+            query=kept["q"],
+            key=kept["k"],
+            value=kept["v"],
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
             causal=bool(getattr(module, "is_causal", False) if causal is None else causal),
             window=kwargs.get("sliding_window"),

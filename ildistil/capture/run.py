@@ -116,7 +116,8 @@ class Capture:
     Args:
         model: any module; for the ``attention`` tap a transformers model that uses ``AttentionInterface``, or one of
             the families that are read otherwise (MPNet, DeBERTa).
-        wanted: the taps to record.
+        wanted: the taps to record; with the parts that are read of each attention, any of queries, keys and values
+            (``"qkv"``), where the others need not be kept.
         role: ``"student"`` or ``"teacher"``, for messages, and because a teacher gets no labels.
 
     Raises:
@@ -131,11 +132,11 @@ class Capture:
     the output or a module is wanted, where the model was compiled by somebody else (see :meth:`compile`) or is sharded.
     """
 
-    def __init__(self, model: nn.Module, wanted: Iterable[Tap], role: Role = "student") -> None:
+    def __init__(self, model: nn.Module, wanted: Iterable[Tap] | Mapping[Tap, str], role: Role = "student") -> None:
         self.model, self.role = model, role
         self.sizes = Sizes.of(model)
         self.wanted = frozenset(wanted)
-        self._recorder = Recorder(self.wanted)
+        self._recorder = Recorder(wanted if isinstance(wanted, Mapping) else dict.fromkeys(self.wanted, "qkv"))
         self._layers: dict[str | None, list[nn.Module]] = {}
         self._handles: list[Any] = []
         self._previous_attention: str | None = None

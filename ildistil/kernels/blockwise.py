@@ -7,6 +7,7 @@ once more.
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,6 +28,27 @@ _NARROW = 128
 # Scores of student and teacher, a third buffer, what is masked out -> the sum, and its gradient with respect to the
 # student's scores. Overwrites the three.
 _Compare = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+class _Buffers(threading.local):
+    """Where a CPU makes blocks of scores, always in the same place: the first touch of fresh memory takes long."""
+
+    def __init__(self) -> None:
+        self._kept: dict[torch.dtype, Tensor] = {}
+
+    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Give three blocks of this shape, ``(3, *shape)``, with anything in them."""
+        size = 3 * math.prod(shape)
+        if like.device.type != "cpu":
+            return like.new_empty(3, *shape)
+        kept = self._kept.get(like.dtype)
+        if kept is None or len(kept) < size:
+            with torch.inference_mode(False):  # its tensors couldn't be written to in a training step
+                kept = self._kept[like.dtype] = torch.empty(size, dtype=like.dtype)
+        return kept[:size].view(3, *shape)
+
+
+_buffers = _Buffers()
 
 
 def divergences(student: Scores, teacher: Scores, masks: Masks) -> Tensor:
@@ -181,13 +203,9 @@ def _walk(
     )
     sums = student.query.new_zeros(len(student.query))
     together = math.lcm(student.groups, teacher.groups)
-    buffers = None
     for b in range(len(sums)):
         for block, blocked in _blocks(b, rows[b], columns[b], masks, student.query, together):
-            size = math.prod(block.shape)
-            if buffers is None or buffers.shape[1] < size:
-                buffers = student.query.new_empty(3, size)
-            s, t, p = (x[:size].view(block.shape) for x in buffers)
+            s, t, p = _buffers.take(block.shape, student.query)
             parts = block.of_scores(student)
             slope = _write_scores(parts, s)
             _write_scores(block.of_scores(teacher), t)

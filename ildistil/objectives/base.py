@@ -48,7 +48,7 @@ class Objective(Callback, ABC):
             batches of all processes (see :mod:`ildistil.ranks`) and can't be accumulated over several batches.
         counts_tokens: whether :meth:`count` gave target tokens, not examples.
         attention_parts: what is read of the teacher's attention, any of queries, keys and values (``"qkv"``); no more
-            has to be stored where its targets are (:mod:`ildistil.targets`).
+            is kept, or stored where its targets are (:mod:`ildistil.targets`).
     """
 
     taps: ClassVar[tuple[str, ...]] = ()
