@@ -301,21 +301,23 @@ class Distillation(nn.Module):
         if self._student_capture is None or not active.keys() <= self._hooked:
             self.attach()  # for the first time, after detach(), or because somebody raised a weight from 0
         assert self._student_capture is not None
-        teacher = _NOTHING
-        needing = [o for o in active.values() if o.needs_teacher]
+        teacher, targets = _NOTHING, dict[str, set[Tap]]()
+        needing = {name: o for name, o in active.items() if o.needs_teacher}
         if self._teacher_capture is not None and needing:
             if self._teacher_capture.model.training:
                 self._teacher_capture.model.eval()  # somebody switched it since; it must never drop out
-            sizes = self._teacher_capture.sizes
+            targets = {name: o.teacher_wants(self._teacher_capture.sizes) for name, o in needing.items()}
             with torch.no_grad(), _own_precision(self._teacher_capture.model):
-                teacher = self._captured(
-                    self._teacher_capture, [o.teacher_wants(sizes) for o in needing], batch, verify
-                )
+                teacher = self._captured(self._teacher_capture, targets.values(), batch, verify)
         sizes = self._student_capture.sizes
         wants = [o.student_wants(sizes) for o in active.values()]
         student = self._captured(self._student_capture, wants, batch, verify)
         values, counts = {}, {}
+        readers = {tap: name for name, wanted in targets.items() for tap in wanted}  # the last one of each
         for name, objective in active.items():
+            for tap in targets.get(name, ()):
+                if readers[tap] == name and tap.layer is not None:
+                    teacher.layers(tap).last_reader(tap.layer)
             values[name] = objective.loss(student, teacher, batch)
             if values[name].ndim:
                 raise ObjectiveError(f"The loss of {name} must be a scalar, got the shape {tuple(values[name].shape)}.")

@@ -1,5 +1,5 @@
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
 from ildistil import Distillation, mappings, objectives
-from ildistil.capture import Attention, Capture, CaptureError, Sizes, Tap, find_layers
+from ildistil.capture import Activations, Attention, Capture, CaptureError, Sizes, Tap, find_layers
 from ildistil.objectives import ObjectiveError
 
 ALL = {Tap("hidden", i) for i in range(5)} | {Tap("attention", i) for i in range(1, 5)} | {Tap("logits")}
@@ -343,6 +343,35 @@ def test_a_teacher_keeps_what_the_objectives_read() -> None:
         objectives.AttentionOutputMSE(),
     ]
     assert all(check.value > 0 for check in Distillation(student, teacher, terms).dry_run(tiny.batch()).terms.values())
+
+
+class Watch(objectives.Objective):
+    """Notes which of the teacher's attention is still there."""
+
+    taps = ("logits",)
+    left: list[int]
+
+    def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> torch.Tensor:
+        self.left = list(teacher.attention)
+        return student.logits.square().mean()
+
+
+def test_layers_of_the_teacher_go_with_their_last_reader() -> None:
+    between, after = Watch(name="between"), Watch(name="after")
+    terms = [objectives.AttentionKL(), between, objectives.AttentionMSE(), after]
+    both = Distillation(tiny.bert(2), tiny.bert(4), terms)(tiny.batch()).values
+    assert (between.left, after.left) == ([2, 4], [])
+    for name, objective in (("attention_kl", objectives.AttentionKL()), ("attention_mse", objectives.AttentionMSE())):
+        alone = Distillation(tiny.bert(2), tiny.bert(4), [objective])(tiny.batch()).values
+        torch.testing.assert_close(both[name], alone[name])
+
+
+def test_layers_of_several_pairs_stay_until_the_last() -> None:
+    many = mappings.Explicit([[1, 4], [2, 3], [2, 4]])
+    engine = Distillation(
+        tiny.bert(2), tiny.bert(4), [objectives.AttentionKL(mapping=many), objectives.HiddenMSE(mapping=many)]
+    )
+    assert engine(tiny.batch()).total.isfinite()
 
 
 def test_a_run_records_only_what_it_is_asked_for() -> None:

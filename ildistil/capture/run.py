@@ -33,6 +33,16 @@ class Layers(Mapping[int, T]):
 
     def __init__(self, records: dict[int, T], depth: int, what: str) -> None:
         self._records, self._depth, self._what = records, depth, what
+        self._spare: set[int] = set()
+
+    def last_reader(self, layer: int) -> None:
+        """Note that whoever reads this layer from now on is the last to do so, and may release it."""
+        self._spare.add(layer)
+
+    def release(self, layer: int) -> None:
+        """Let go of a record whose reader is done with it, if it was the last: its memory serves what comes next."""
+        if layer in self._spare:
+            self._records.pop(layer, None)
 
     def __getitem__(self, layer: int) -> T:
         number = layer + self._depth + 1 if layer < 0 else layer
@@ -78,6 +88,11 @@ class Activations:
     def loss(self) -> Tensor:
         """The model's own supervised loss."""
         return _from_output(self.output, "loss") if self.token_logits is None else self.token_logits.loss()
+
+    def layers(self, tap: Tap) -> "Layers[Tensor] | Layers[Attention]":
+        """Give the layers that a tap belongs to."""
+        stack = self.stack(tap.stack)
+        return stack.hidden if tap.name == "hidden" else stack.attention
 
     def stack(self, name: str | None) -> "Activations":
         """Give what one stack of layers gave, with the same output and modules.

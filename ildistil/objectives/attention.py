@@ -28,6 +28,7 @@ class _AttentionObjective(LayerObjective):
 
     taps = ("attention",)
     attention_parts = "qk"
+    one_pair_at_a_time = True
     heads: Heads = "equal"
 
     def build(self, student: Sizes, teacher: Sizes) -> None:

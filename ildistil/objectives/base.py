@@ -169,9 +169,12 @@ class LayerObjective(Objective):
 
     Attributes:
         default_mapping: the mapping where none is given.
+        one_pair_at_a_time: whether :meth:`pair_loss` reads no other layer of the teacher than the pair's. Each is then
+            let go of after its last pair.
     """
 
     default_mapping: ClassVar[LayerMapping] = Uniform()
+    one_pair_at_a_time: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -225,7 +228,11 @@ class LayerObjective(Objective):
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the mean over the pairs."""
         student, teacher = student.stack(self.stack), teacher.stack(self.stack)
-        losses = [self.pair_loss(pair, student, teacher) for pair in self.pairs]
+        losses = []
+        for i, pair in enumerate(self.pairs):
+            losses.append(self.pair_loss(pair, student, teacher))
+            if self.one_pair_at_a_time and pair[1] not in {layer for _, layer in self.pairs[i + 1 :]}:
+                teacher.layers(Tap(self.taps[0], pair[1])).release(pair[1])
         return sum(losses[1:], start=losses[0]) / len(losses)
 
     def count(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:

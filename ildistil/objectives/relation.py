@@ -41,6 +41,7 @@ class RelationKL(LayerObjective):
 
     taps = ("attention",)
     default_mapping = Last()
+    one_pair_at_a_time = True
 
     def __init__(
         self,

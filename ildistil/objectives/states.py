@@ -22,6 +22,7 @@ class StateObjective(LayerObjective):
         parts: what is compared of a layer: the term is the mean over them.
     """
 
+    one_pair_at_a_time = True
     parts: tuple[str, ...] = ("hidden",)
 
     def __init__(
