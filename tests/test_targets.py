@@ -698,3 +698,10 @@ def test_accumulated_batches_and_validation_without_targets(tmp_path: Path) -> N
     fit(models()[1], live, data, accumulate_grad_batches=2)
     fit(teacher, read, data, accumulate_grad_batches=2)
     assert read.losses == pytest.approx(live.losses, rel=1e-5)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text("a")
+    with pytest.raises(TargetsError, match=r"holds no targets but other files, such as train.tsv. Name a folder"):
+        StoredTeacher(tmp_path, tiny.bert(4))
+    assert [x.name for x in tmp_path.iterdir()] == ["train.tsv"]

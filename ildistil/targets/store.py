@@ -166,11 +166,23 @@ class Store:
                 "run 'ildistil precompute' again."
             ) from error
 
+    def _refuse_other_files(self) -> None:
+        """Refuse to begin in a folder that somebody uses for something else."""
+        ours = (DESCRIPTION, "shard-*.safetensors")
+        others = sorted(x.name for x in self.folder.glob("[!.]*") if not any(x.match(name) for name in ours))
+        if others:
+            raise TargetsError(
+                f"{self.folder} holds no targets but other files, such as {others[0]}. Name a folder that is empty or "
+                "doesn't exist yet."
+            )
+
     def refresh(self) -> None:
         """Find the shards that were written since, also by other processes."""
         self.header = self.header or self._read_header()
         known = {shard.path for shard in self._shards}
         new = [Shard(path) for path in sorted(self.folder.glob("shard-*.safetensors")) if path not in known]
+        if self.header is None:
+            self._refuse_other_files()
         if not new:
             return
         if self.header is None:
