@@ -14,7 +14,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from ildistil import Distillation, init_student
-from ildistil.plan import table
+from ildistil.tables import table
 
 __all__ = ["Batch", "finish", "inputs", "interleaved", "models", "options", "peak_memory", "sliced", "training"]
 

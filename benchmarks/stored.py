@@ -16,8 +16,8 @@ from measure import finish, options, sliced, training
 
 from ildistil import Distillation, init_student, objectives
 from ildistil.data import Glue
-from ildistil.models import load
-from ildistil.targets import StoredTeacher, estimate, precompute
+from ildistil.students.sources import load
+from ildistil.teachers import StoredTeacher, estimate, precompute
 
 
 def terms() -> list[objectives.Objective]:

@@ -10,7 +10,7 @@ from python_api import QUIET, make_loader, make_teacher
 from torch import Tensor, nn
 
 from ildistil import Distiller, init_student, objectives
-from ildistil.capture import Activations, Sizes
+from ildistil.capture import Activations, ModelInfo
 from ildistil.functional import masked_mean
 from ildistil.mappings import LayerMapping
 from ildistil.objectives import Objective
@@ -32,7 +32,7 @@ class HiddenCosine(Objective):
 
     taps = ("hidden[-1]",)
 
-    def build(self, student: Sizes, teacher: Sizes) -> None:
+    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Make the projection."""
         self.projections["last"] = nn.Linear(student.width, teacher.width)
 

@@ -1,11 +1,10 @@
 """Intermediate-layer distillation of Transformers for PyTorch Lightning."""
 
 from ildistil import functional, mappings, objectives, presets, schedules
-from ildistil.balance import Balance
-from ildistil.distillation import Distillation
-from ildistil.distiller import Distiller
-from ildistil.initialize import init_student
+from ildistil.engine import Balance, Distillation
 from ildistil.stages import Stage
+from ildistil.students import init_student
+from ildistil.training import Distiller
 
 __version__ = "0.1.0"
 __all__ = [

@@ -26,17 +26,17 @@ from transformers import PreTrainedModel
 import ildistil
 import ildistil.data  # so that a YAML file can name Glue and TextData
 from ildistil import presets
-from ildistil.capture import CaptureError
-from ildistil.distiller import Distiller
-from ildistil.export import export
+from ildistil.errors import CaptureError, ConfigError
 from ildistil.mappings import LayerMapping
-from ildistil.models import ModelSource, StudentOptions, load
-from ildistil.monitor import Throughput
 from ildistil.objectives import Objective, TaskLoss
-from ildistil.plan import table
 from ildistil.schedules import Schedule
-from ildistil.targets import StoredTeacher, estimate, precompute
-from ildistil.targets.layout import Dtype
+from ildistil.students.sources import ModelSource, StudentOptions, load
+from ildistil.tables import table
+from ildistil.teachers import StoredTeacher, estimate, precompute
+from ildistil.teachers.layout import Dtype
+from ildistil.training.distiller import Distiller
+from ildistil.training.export import export
+from ildistil.training.monitor import Throughput
 
 __all__ = ["finetuner", "main", "make_distiller"]
 
@@ -82,7 +82,7 @@ def make_distiller(
     tokenizer = tokenizer or teacher.tokenizer
     if targets is None:
         if targets_dtype is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"targets_dtype is {targets_dtype}, and there are no targets. Name their folder (--model.targets "
                 "FOLDER), or leave targets_dtype out."
             )
@@ -319,7 +319,7 @@ class _PrecomputeCLI(_DistillCLI):
         """Say what is needed, and store what is missing."""
         stored = self.model.teacher
         if not isinstance(stored, StoredTeacher):
-            raise ValueError("Name the folder of the targets: --model.targets FOLDER.")
+            raise ConfigError("Name the folder of the targets: --model.targets FOLDER.")
         batches = self._training_batches()
         device = self.trainer.strategy.root_device
         work = (stored, self.objectives(), self.model.student, batches)
@@ -462,7 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             commands = [*_TRAINING, "precompute", "finetune", "export", "presets", "quickstart"]
             close = difflib.get_close_matches(command, commands, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else f" Commands: {', '.join(commands)}."
-            raise ValueError(f"There is no command {command!r}.{hint}")
+            raise ConfigError(f"There is no command {command!r}.{hint}")
     except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError, MisconfigurationException) as error:
         ours = not isinstance(error, RuntimeError) or isinstance(error, CaptureError | MisconfigurationException)
         if os.environ.get("ILDISTIL_TRACEBACK") or not (ours or "Early stopping conditioned" in str(error)):
@@ -474,7 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _function(command: str) -> Callable[..., object]:
     if command == "export":
         return export
-    from ildistil.quickstart import quickstart  # it needs none of its parts loaded for other commands
+    from ildistil.commands.quickstart import quickstart  # it needs none of its parts loaded for other commands
 
     return quickstart
 

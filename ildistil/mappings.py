@@ -10,9 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
-from ildistil.capture import Sizes
+from ildistil.errors import ConfigError
 
 __all__ = [
     "All", "Explicit", "First", "FromInit", "Last", "LayerMapping", "Random", "Skip", "Uniform", "UniformConsecutive",
@@ -20,6 +20,18 @@ __all__ = [
 ]  # fmt: skip
 
 Pairs = list[tuple[int, int]]
+
+
+class Depth(Protocol):
+    """What a mapping asks of a model: its number of layers, and the teacher layers that it was initialised from."""
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+
+    @property
+    def init_layers(self) -> tuple[int, ...] | None:
+        """Teacher layers that a student was initialised from; ``None`` if it doesn't say."""
 
 
 class LayerMapping(ABC):
@@ -35,30 +47,30 @@ class LayerMapping(ABC):
     def __call__(self, student: int, teacher: int) -> Pairs:
         """Give the pairs for a student of depth ``student`` and a teacher of depth ``teacher``."""
 
-    def pairs(self, student: Sizes, teacher: Sizes, lowest: int = 1) -> Pairs:
+    def pairs(self, student: Depth, teacher: Depth, lowest: int = 1) -> Pairs:
         """Give the checked pairs for two models, negative numbers resolved.
 
         Args:
-            student: sizes of the student.
-            teacher: sizes of the teacher.
+            student: info of the student.
+            teacher: info of the teacher.
             lowest: the first valid layer number: 0 where the embedding output counts, else 1.
 
         Raises:
-            ValueError: a layer is out of range, a pair occurs twice, or there is no pair at all.
+            ConfigError: a layer is out of range, a pair occurs twice, or there is no pair at all.
         """
         pairs = [
             (_resolve(s, student.depth, "student", lowest, self), _resolve(t, teacher.depth, "teacher", lowest, self))
             for s, t in self.raw_pairs(student, teacher)
         ]
         if not pairs:
-            raise ValueError(
+            raise ConfigError(
                 f"{self} gives no pair of layers for {student.depth} student and {teacher.depth} teacher layers."
             )
         if len(set(pairs)) < len(pairs):
-            raise ValueError(f"{self} gives a pair of layers more than once: {pairs}. Name each pair once.")
+            raise ConfigError(f"{self} gives a pair of layers more than once: {pairs}. Name each pair once.")
         return pairs
 
-    def raw_pairs(self, student: Sizes, teacher: Sizes) -> Pairs:
+    def raw_pairs(self, student: Depth, teacher: Depth) -> Pairs:
         """Give the unchecked pairs; override where depths alone don't decide."""
         return self(student.depth, teacher.depth)
 
@@ -68,7 +80,7 @@ def _resolve(layer: int, depth: int, role: str, lowest: int, mapping: LayerMappi
     if lowest <= resolved <= depth:
         return resolved
     zero = " (0 is the embedding output, which only hidden states have)" if resolved == 0 and lowest == 1 else ""
-    raise ValueError(
+    raise ConfigError(
         f"{mapping}: {role} layer {layer} is out of range{zero}; the {role} has layers {lowest}..{depth}, "
         f"or -1..{-depth} counted from the end."
     )
@@ -132,7 +144,7 @@ class First(LayerMapping):
 
 def _check_count(count: int, name: str) -> None:
     if count < 1:
-        raise ValueError(f"{name}: count must be at least 1, got {count}.")
+        raise ConfigError(f"{name}: count must be at least 1, got {count}.")
 
 
 @dataclass(frozen=True)
@@ -153,7 +165,7 @@ class Skip(LayerMapping):
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 1:
-            raise ValueError(f"Skip: every must be at least 1, got {self.every}.")
+            raise ConfigError(f"Skip: every must be at least 1, got {self.every}.")
 
     def __call__(self, student: int, teacher: int) -> Pairs:
         """Give one pair for each student layer but the last."""
@@ -224,7 +236,7 @@ class Explicit(LayerMapping):
         bad = [pair for pair in self.layers if len(pair) != 2]
         if bad or not self.layers:
             got = f"{bad[0]}" if bad else "none"
-            raise ValueError(
+            raise ConfigError(
                 f"Explicit: expected pairs [student layer, teacher layer] such as [[1, 4], [2, 8]], got {got}."
             )
 
@@ -245,10 +257,10 @@ class FromInit(LayerMapping):
         """Depths alone don't tell: see :meth:`raw_pairs`."""
         raise TypeError("FromInit needs the student's own record of its initialisation; call pairs(student, teacher).")
 
-    def raw_pairs(self, student: Sizes, teacher: Sizes) -> Pairs:
+    def raw_pairs(self, student: Depth, teacher: Depth) -> Pairs:
         """Read the layers that the student was initialised from."""
         if student.init_layers is None:
-            raise ValueError(
+            raise ConfigError(
                 "FromInit: this student does not say which teacher layers it was initialised from. Make it with "
                 "init_student(teacher, layers=[...]), or name the pairs with Explicit."
             )
@@ -279,6 +291,6 @@ class Random(LayerMapping):
     def __call__(self, student: int, teacher: int) -> Pairs:
         """Give one pair for each student layer."""
         if student > teacher:
-            raise ValueError(f"Random: the student has {student} layers, the teacher only {teacher} to draw from.")
+            raise ConfigError(f"Random: the student has {student} layers, the teacher only {teacher} to draw from.")
         drawn = random.Random(f"{self.seed} {self.step}").sample(range(1, teacher + 1), student)
         return list(enumerate(sorted(drawn), start=1))

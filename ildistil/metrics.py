@@ -12,6 +12,8 @@ from torchmetrics.classification import (
 )
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 
+from ildistil.errors import ConfigError
+
 #: The names a metric can have; accuracy, f1 and matthews are for classes, pearson and spearman for regression.
 METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
 
@@ -24,7 +26,7 @@ def metric_collection(names: tuple[str, ...], num_labels: int) -> MetricCollecti
         num_labels: Number of classes. With two, f1 is of class 1; with more, it is the plain mean over the classes.
 
     Raises:
-        ValueError: A name is unknown.
+        ConfigError: A name is unknown.
 
     >>> import torch
     >>> metrics = metric_collection(("accuracy", "f1"), num_labels=2)
@@ -47,7 +49,7 @@ def _metric(name: str, num_labels: int) -> Metric:
             return PearsonCorrCoef()
         case "spearman":
             return _spearman()
-    raise ValueError(f"Unknown metric {name!r}. Known: {', '.join(METRICS)}.")
+    raise ConfigError(f"Unknown metric {name!r}. Known: {', '.join(METRICS)}.")
 
 
 def _spearman() -> SpearmanCorrCoef:

@@ -7,6 +7,8 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from ildistil.errors import ConfigError
+
 __all__ = ["Cosine", "Linear", "Schedule", "Window"]
 
 
@@ -114,9 +116,9 @@ def _span(begin: float, until: float) -> str:
 
 def _check_weights(schedule: Schedule, *weights: float) -> None:
     if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
-        raise ValueError(f"{schedule}: weights must be finite, not negative, and not all 0.")
+        raise ConfigError(f"{schedule}: weights must be finite, not negative, and not all 0.")
 
 
 def _check_span(schedule: Schedule, begin: float, until: float) -> None:
     if not 0 <= begin < until <= 1:
-        raise ValueError(f"{schedule}: begin and until are shares of the training, 0 <= begin < until <= 1.")
+        raise ConfigError(f"{schedule}: begin and until are shares of the training, 0 <= begin < until <= 1.")

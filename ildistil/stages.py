@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ildistil.errors import ConfigError
+
 __all__ = ["Place", "Stage", "Timeline"]
 
 
@@ -23,12 +25,12 @@ class Stage:
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or not self.objectives or isinstance(self.objectives, str):
-            raise ValueError(
+            raise ConfigError(
                 "A stage has at least one epoch and a list of names of objectives, such as "
                 f"Stage(['attention_kl'], epochs=3); got {self.objectives!r} and {self.epochs}."
             )
         if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"A stage's learning_rate must be > 0, got {self.learning_rate}.")
+            raise ConfigError(f"A stage's learning_rate must be > 0, got {self.learning_rate}.")
 
 
 class Place(NamedTuple):
@@ -102,12 +104,12 @@ def check(stages: Sequence[Stage], objectives: Mapping[str, object]) -> None:
     """Compare the names in the stages with the objectives there are.
 
     Raises:
-        ValueError: a name is unknown, or an objective is in no stage.
+        ConfigError: a name is unknown, or an objective is in no stage.
     """
     named = {name for stage in stages for name in stage.objectives}
     if unknown := sorted(named - objectives.keys()):
-        raise ValueError(
+        raise ConfigError(
             f"A stage names {unknown[0]!r}, and there is no such objective. There are: {', '.join(sorted(objectives))}."
         )
     if idle := sorted(objectives.keys() - named):
-        raise ValueError(f"The objective {idle[0]!r} takes part in no stage. Name it in one, or leave it out.")
+        raise ConfigError(f"The objective {idle[0]!r} takes part in no stage. Name it in one, or leave it out.")

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 import tiny
 from ildistil import Distiller, Stage, init_student, objectives
 from ildistil.schedules import Linear
-from ildistil.targets import StoredTeacher
+from ildistil.teachers import StoredTeacher
 from test_distiller import loader, trainer
 
 

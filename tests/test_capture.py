@@ -11,8 +11,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
 from ildistil import Distillation, mappings, objectives
-from ildistil.capture import Activations, Attention, Capture, CaptureError, Sizes, Tap, find_layers
-from ildistil.objectives import ObjectiveError
+from ildistil.capture import Activations, Attention, Capture, ModelInfo, Tap, find_layers
+from ildistil.errors import CaptureError, ObjectiveError
 
 ALL = {Tap("hidden", i) for i in range(5)} | {Tap("attention", i) for i in range(1, 5)} | {Tap("logits")}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 50}
@@ -232,7 +232,7 @@ def test_padding_changes_nothing_in_any_stack(family: str, stack: str) -> None:
 
 
 def test_stacks_have_sizes_of_their_own() -> None:
-    sizes = Sizes.of(ENCODER_DECODERS["BART"]())
+    sizes = ModelInfo.of(ENCODER_DECODERS["BART"]())
     assert {name: (s.depth, s.width, s.heads) for name, s in sizes.stacks.items()} == {
         "encoder": (4, 32, 4), "decoder": (3, 32, 2), "cross": (3, 32, 2),
     }  # fmt: skip
@@ -240,7 +240,7 @@ def test_stacks_have_sizes_of_their_own() -> None:
     assert hash(sizes)
     with pytest.raises(CaptureError, match="several stacks of layers.*name one: stack='encoder' or"):
         sizes.stack(None)
-    single = Sizes.of(tiny.bert(2))
+    single = ModelInfo.of(tiny.bert(2))
     assert single.stack(None) is single
     with pytest.raises(CaptureError, match="has a single stack of layers, and none named 'encoder'. Leave stack out"):
         single.stack("encoder")
@@ -281,11 +281,11 @@ def test_a_layer_that_does_not_run_is_found_in_each_stack(family: str) -> None:
 def test_a_causal_model_predicts_the_next_token() -> None:
     gpt2 = tf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50)
     llama = tf.LlamaConfig(**SMALL, **SPECIAL)
-    assert Sizes.of(tf.GPT2LMHeadModel(gpt2)).next_token
-    assert Sizes.of(tf.LlamaForCausalLM(llama)).next_token
-    assert not Sizes.of(tf.BertForMaskedLM(tiny.bert(1).config)).next_token
-    assert not Sizes.of(tf.GPT2ForSequenceClassification(gpt2)).next_token
-    assert not Sizes.of(ENCODER_DECODERS["T5"]()).next_token
+    assert ModelInfo.of(tf.GPT2LMHeadModel(gpt2)).next_token
+    assert ModelInfo.of(tf.LlamaForCausalLM(llama)).next_token
+    assert not ModelInfo.of(tf.BertForMaskedLM(tiny.bert(1).config)).next_token
+    assert not ModelInfo.of(tf.GPT2ForSequenceClassification(gpt2)).next_token
+    assert not ModelInfo.of(ENCODER_DECODERS["T5"]()).next_token
 
 
 def test_images_have_no_padding() -> None:

@@ -225,7 +225,7 @@ def test_stored_targets(
 
     cli.main(["fit", "--config=run.yaml", "--data.limit_train=8", *steps])
     with monkeypatch.context() as context:
-        context.setattr("ildistil.models.load", lambda *_, **__: pytest.fail("the teacher is loaded"))
+        context.setattr("ildistil.students.sources.load", lambda *_, **__: pytest.fail("the teacher is loaded"))
         cli.main(["fit", "--config=run.yaml", "--data.limit_train=8", "--model.targets=targets", *steps])
     live, stored = (losses(f"runs/fit/version_{number}/metrics.csv") for number in (0, 1))
     assert stored == pytest.approx(live, rel=1e-4)

@@ -15,9 +15,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 import tiny
 from ildistil import Distillation, Distiller, Stage, init_student, mappings, objectives
 from ildistil.capture import Activations
-from ildistil.export import load_student
-from ildistil.objectives import Objective, ObjectiveError
-from ildistil.targets import StoredTeacher
+from ildistil.errors import ObjectiveError
+from ildistil.objectives import Objective
+from ildistil.teachers import StoredTeacher
+from ildistil.training.export import load_student
 
 
 def loader(rows: int = 16, batch_size: int = 4, labels: int = 3, shuffle: bool = False) -> DataLoader[Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from ildistil import kernels
+from ildistil.errors import KernelError
 from ildistil.kernels import Masks, Scores, blockwise, choice
 
 
@@ -337,11 +338,11 @@ def test_short_texts_are_compared_by_whole_maps_as_exactly(distance: float) -> N
 
 def test_forms_that_cannot_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = sides(dtype=torch.float32)
-    with pytest.raises(kernels.KernelError, match=r"kernels.use: got 'fast'; choose one of 'auto', 'triton'"):
+    with pytest.raises(KernelError, match=r"kernels.use: got 'fast'; choose one of 'auto', 'triton'"):
         kernels.use("fast")  # type: ignore[arg-type]
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     reason = "Triton kernels run on CUDA, the tensors are on cpu" if find_spec("triton") else "Triton isn't installed"
-    with kernels.use("triton"), pytest.raises(kernels.KernelError, match=reason):
+    with kernels.use("triton"), pytest.raises(KernelError, match=reason):
         kernels.attention_kl(student, teacher)
 
 
@@ -351,7 +352,7 @@ def test_the_environment_names_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ILDISTIL_KERNELS", "plain")
     assert choice.chosen(student) == "plain"
     monkeypatch.setenv("ILDISTIL_KERNELS", "fast")
-    with pytest.raises(kernels.KernelError, match="ILDISTIL_KERNELS: got 'fast'"):
+    with pytest.raises(KernelError, match="ILDISTIL_KERNELS: got 'fast'"):
         choice.chosen(student)
 
 

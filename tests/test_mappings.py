@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ildistil.capture import Sizes
+from ildistil.capture import ModelInfo
 from ildistil.mappings import (
     All,
     Explicit,
@@ -17,8 +17,8 @@ from ildistil.mappings import (
 )
 
 
-def sizes(depth: int, init_layers: tuple[int, ...] | None = None) -> Sizes:
-    return Sizes("model", depth, init_layers=init_layers)
+def sizes(depth: int, init_layers: tuple[int, ...] | None = None) -> ModelInfo:
+    return ModelInfo("model", depth, init_layers=init_layers)
 
 
 @pytest.mark.parametrize(

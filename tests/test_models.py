@@ -20,10 +20,10 @@ import transformers as tf
 from torch import Tensor, nn
 
 from ildistil import Distillation, objectives
-from ildistil.capture import CaptureError
 from ildistil.capture.taps import STACKS
-from ildistil.objectives import Objective, ObjectiveError
-from ildistil.synthetic import synthetic_batch
+from ildistil.engine.synthetic import synthetic_batch
+from ildistil.errors import CaptureError, ObjectiveError
+from ildistil.objectives import Objective
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 START, END = "<!-- made by tests/test_models.py -->", "<!-- end of what is made -->"

@@ -3,7 +3,7 @@ import torch
 
 import tiny
 from ildistil import Distiller, init_student, objectives
-from ildistil.monitor import Throughput, peak_memory
+from ildistil.training.monitor import Throughput, peak_memory
 from test_distiller import loader, trainer
 
 

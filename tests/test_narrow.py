@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import tiny
 from ildistil import Distillation, init_student, objectives
-from ildistil.narrow import principal_basis
+from ildistil.students.narrow import principal_basis
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 50, "num_hidden_layers": 3}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ildistil import quickstart as q
+from ildistil.commands import quickstart as q
 
 
 def holdings(example: q.Example) -> dict[str, list[str]]:

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import tiny
 from ildistil import Distillation, Distiller, cli, init_student, mappings, objectives
-from ildistil.capture import Capture, CaptureError, Tap
-from ildistil.objectives import Objective, ObjectiveError
-from ildistil.synthetic import synthetic_batch
+from ildistil.capture import Capture, Tap
+from ildistil.engine.synthetic import synthetic_batch
+from ildistil.errors import CaptureError, ObjectiveError
+from ildistil.objectives import Objective
 from test_distiller import loader, pair, trainer
 
 # Streams and samplers

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 import tiny
 from ildistil import Distillation, Distiller, mappings, objectives
-from ildistil.capture import Capture, CaptureError, Tap
+from ildistil.capture import Capture, Tap
+from ildistil.errors import CaptureError, ObjectiveError
 from ildistil.kernels import chunked
 from ildistil.objectives import Objective
 from ildistil.stages import Stage
@@ -252,7 +253,7 @@ def test_vocabularies_of_other_sizes_are_refused() -> None:
     student, teacher = language_models("BERT")
     teacher.cls.predictions.decoder = nn.Linear(32, 51).double()
     teacher.config.vocab_size = student.config.vocab_size
-    with pytest.raises(objectives.ObjectiveError, match="student gives .*50.*, the teacher .*51"):
+    with pytest.raises(ObjectiveError, match="student gives .*50.*, the teacher .*51"):
         Distillation(student, teacher, [objectives.LogitsKL()])(text_with_targets("BERT"))
 
 

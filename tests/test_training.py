@@ -13,7 +13,8 @@ from torch import Tensor
 import tiny
 from ildistil import Balance, Distillation, Distiller, Stage, mappings, objectives
 from ildistil.capture import Capture
-from ildistil.objectives import Objective, ObjectiveError
+from ildistil.errors import ObjectiveError
+from ildistil.objectives import Objective
 from ildistil.schedules import Cosine, Linear, Schedule, Window
 from test_distiller import loader, pair, trainer
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tiny
 from ildistil import Distillation, Distiller, cli, init_student, mappings, objectives
-from ildistil.capture import Activations, Sizes
+from ildistil.capture import Activations, ModelInfo
 from ildistil.functional import masked_mean
 from ildistil.mappings import LayerMapping
 from ildistil.objectives import Objective
@@ -96,7 +96,7 @@ class HiddenCosine(Objective):
 
     taps = ("hidden",)
 
-    def build(self, student: Sizes, teacher: Sizes) -> None:
+    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         assert student.width is not None
         assert teacher.width is not None
         self.projections["last"] = nn.Linear(student.width, teacher.width)

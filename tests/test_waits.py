@@ -2,23 +2,31 @@
 
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import ildistil
 import tiny
 from ildistil import Distillation, Distiller, kernels, objectives
-from ildistil.monitor import Throughput
+from ildistil.training.monitor import Throughput
 from table import CASES
 from test_distiller import every_kind, loader, pair, trainer
 
 # Operations whose result, or its shape, the host has to know: on a GPU they wait for all that was asked of it before.
 WAITING = {"_local_scalar_dense", "_unique2", "bincount", "equal", "masked_select", "nonzero", "unique_dim"}
+OURS, MODELS = Path(ildistil.__file__).parent, Path(transformers.__file__).parent
 # The bank of CLSContrast keeps rows by their ids.
 LOOKING = ["CLSContrast"]
+
+
+def is_model(frame: traceback.FrameSummary) -> bool:
+    return MODELS in Path(frame.filename).parents
 
 
 class Waits(TorchDispatchMode):
@@ -32,10 +40,8 @@ class Waits(TorchDispatchMode):
         name = func.overloadpacket.__name__
         by_mask = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
         if name in WAITING or by_mask:
-            frames = [
-                f for f in traceback.extract_stack() if "ildistil/" in f.filename or "transformers/" in f.filename
-            ]
-            if frames and "transformers/" not in frames[-1].filename:
+            frames = [f for f in traceback.extract_stack() if OURS in Path(f.filename).parents or is_model(f)]
+            if frames and not is_model(frames[-1]):
                 self.found.append(f"{name} in {frames[-1].filename}, line {frames[-1].lineno}")
         return func(*args, **(kwargs or {}))
 

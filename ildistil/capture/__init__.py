@@ -16,20 +16,19 @@ any final norm of the model), ``attention[i]`` belongs to layer ``i``. An encode
 """
 
 from ildistil.capture.attention import Attention
-from ildistil.capture.head import TokenLogits
+from ildistil.capture.head import LazyLogits
 from ildistil.capture.inputs import model_inputs, separate_configs
 from ildistil.capture.run import Activations, Capture, Layers
-from ildistil.capture.taps import CaptureError, Sizes, Tap, find_layers, find_stacks, unwrapped
+from ildistil.capture.taps import ModelInfo, Tap, find_layers, find_stacks, unwrapped
 
 __all__ = [
     "Activations",
     "Attention",
     "Capture",
-    "CaptureError",
     "Layers",
-    "Sizes",
+    "LazyLogits",
+    "ModelInfo",
     "Tap",
-    "TokenLogits",
     "find_layers",
     "find_stacks",
     "model_inputs",

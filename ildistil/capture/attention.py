@@ -13,8 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ildistil.capture.taps import CaptureError
-from ildistil.functional.scores import Masks, Scores, allowed_map, real_tokens, score_map, zeroed
+from ildistil.attention import Masks, Scores, allowed_map, real_tokens, score_map, zeroed
+from ildistil.errors import CaptureError
 
 __all__ = [
     "PREFIX",

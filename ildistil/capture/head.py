@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ildistil.functional.reduction import widened
 
-__all__ = ["TokenLogits", "agrees", "is_token_labels", "output_layer"]
+__all__ = ["LazyLogits", "agrees", "is_token_labels", "output_layer"]
 
 
 @dataclass(frozen=True)
-class TokenLogits:
+class LazyLogits:
     """What a language model's logits are made of.
 
     Attributes:
@@ -70,7 +70,7 @@ def output_layer(model: nn.Module) -> nn.Module | None:
     return layer if isinstance(layer, nn.Module) else None
 
 
-def agrees(found: TokenLogits, output: Any, before: Mapping[str, bool]) -> dict[str, bool]:
+def agrees(found: LazyLogits, output: Any, before: Mapping[str, bool]) -> dict[str, bool]:
     """Tell whether the output layer really comes last (no softcap, no scale after it), and cross-entropy is the loss.
 
     Args:

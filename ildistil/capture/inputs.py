@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ildistil.capture.taps import CaptureError, is_classifier
+from ildistil.capture.taps import is_classifier
+from ildistil.errors import CaptureError
 
 __all__ = [
     "OURS",

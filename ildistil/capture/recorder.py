@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ildistil.capture.attention import Attention, unread
-from ildistil.capture.taps import CaptureError, Tap
+from ildistil.capture.taps import Tap
+from ildistil.errors import CaptureError
 
-__all__ = ["Enough", "Key", "PaddingMasks", "Recorder"]
+__all__ = ["Key", "PaddingMasks", "Recorder", "StopForward"]
 
 Key = tuple[str | None, int]  # a stack and a layer of it
 PaddingMasks = dict[str | None, tuple[Tensor | None, Tensor | None]]  # of queries and of keys, by stack
@@ -21,7 +22,7 @@ _HARMLESS = {
 }  # fmt: skip
 
 
-class Enough(BaseException):
+class StopForward(BaseException):
     """Everything wanted is recorded, and the rest of the model need not run; no ``except Exception`` holds it up."""
 
 
@@ -59,7 +60,7 @@ class Recorder:
             wanted: what to record.
             masks: the real queries and keys of every stack.
             verify: keep the masks that the model passes.
-            stops: raise :class:`Enough` as soon as everything is recorded.
+            stops: raise :class:`StopForward` as soon as everything is recorded.
         """
         self.want(wanted)
         self.active, self.verify, self.stops, self.masks = True, verify, stops, masks
@@ -103,7 +104,7 @@ class Recorder:
         if not self.stops or (self.wants_head and self.head_states is None):
             return
         if len(self.hidden) == len(self.wanted_hidden) and len(self.attention) == len(self.wanted_attention):
-            raise Enough
+            raise StopForward
 
     def _after_layer(self, stack: str | None, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.active and (stack, self.layer) in self.wanted_hidden:

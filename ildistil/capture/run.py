@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from ildistil.capture import families
 from ildistil.capture.attention import Attention, divert, give_back, goes_through_interface, note_into
-from ildistil.capture.head import TokenLogits, agrees, is_token_labels, output_layer
+from ildistil.capture.head import LazyLogits, agrees, is_token_labels, output_layer
 from ildistil.capture.inputs import decoder_mask, full_mask, model_inputs, token_mask, without_labels
-from ildistil.capture.recorder import Enough, Key, PaddingMasks, Recorder
-from ildistil.capture.taps import CaptureError, Role, Sizes, Tap, check_stack, find_stacks, unwrapped
+from ildistil.capture.recorder import Key, PaddingMasks, Recorder, StopForward
+from ildistil.capture.taps import ModelInfo, Role, Tap, check_stack, find_stacks, unwrapped
+from ildistil.errors import CaptureError
 
 __all__ = ["Activations", "Capture", "Layers"]
 
@@ -68,7 +69,7 @@ class Activations:
     ``mask`` is boolean ``(batch, tokens)``, true where a token is real; ``modules`` holds outputs by module path. Of
     an encoder-decoder, hidden states and attention are in its ``stacks``, see :meth:`stack`, and ``mask`` is the
     decoder's, to which the logits belong. ``output`` is ``None`` where the run stopped when all that was wanted was
-    there; a language model's logits are then not made yet, see ``token_logits``.
+    there; a language model's logits are then not made yet, see ``lazy_logits``.
     """
 
     hidden: Layers[Tensor]
@@ -77,17 +78,17 @@ class Activations:
     output: Any
     modules: dict[str, Any] = field(default_factory=dict)
     stacks: Mapping[str, "Activations"] = field(default_factory=dict)
-    token_logits: TokenLogits | None = None
+    lazy_logits: LazyLogits | None = None
 
     @cached_property
     def logits(self) -> Tensor:
         """The model's logits."""
-        return _from_output(self.output, "logits") if self.token_logits is None else self.token_logits.all()
+        return _from_output(self.output, "logits") if self.lazy_logits is None else self.lazy_logits.all()
 
     @property
     def loss(self) -> Tensor:
         """The model's own supervised loss."""
-        return _from_output(self.output, "loss") if self.token_logits is None else self.token_logits.loss()
+        return _from_output(self.output, "loss") if self.lazy_logits is None else self.lazy_logits.loss()
 
     def layers(self, tap: Tap) -> "Layers[Tensor] | Layers[Attention]":
         """Give the layers that a tap belongs to."""
@@ -149,7 +150,7 @@ class Capture:
 
     def __init__(self, model: nn.Module, wanted: Iterable[Tap] | Mapping[Tap, str], role: Role = "student") -> None:
         self.model, self.role = model, role
-        self.sizes = Sizes.of(model)
+        self.sizes = ModelInfo.of(model)
         self.wanted = frozenset(wanted)
         self._recorder = Recorder(wanted if isinstance(wanted, Mapping) else dict.fromkeys(self.wanted, "qkv"))
         self._layers: dict[str | None, list[nn.Module]] = {}
@@ -193,17 +194,17 @@ class Capture:
         finally:
             recorder.stop()
         self._check_complete(wanted, hidden, attention, modules, stopped=output is None)
-        token_logits = self._token_logits(states, batch)
+        lazy_logits = self._lazy_logits(states, batch)
         if verify:
             for place, record in attention.items():
                 self._check_mask(place, record)
         # A first batch may have had no label: then a later one tells.
         unknown = {"logits", "loss"} & {tap.name for tap in wanted} - self._agrees.keys()
-        if token_logits is not None and output is not None and (verify or (unknown and not self.is_compiled)):
-            self._agrees = agrees(token_logits, output, self._agrees)
+        if lazy_logits is not None and output is not None and (verify or (unknown and not self.is_compiled)):
+            self._agrees = agrees(lazy_logits, output, self._agrees)
         if all(tap.layer is not None for tap in wanted):
             output = None  # the same whether the run stopped or not
-        made_later = token_logits if output is None else None
+        made_later = lazy_logits if output is None else None
         return self._activations(batch, masks, hidden, attention, modules, output, made_later)
 
     def compile(self, **options: Any) -> None:
@@ -219,7 +220,7 @@ class Capture:
     def _run_model(self, inputs: dict[str, Any]) -> Any:
         try:
             return self.model(**inputs)
-        except Enough:
+        except StopForward:
             return None
 
     def _may_stop(self, wanted: frozenset[Tap], batch: Mapping[str, Any]) -> bool:
@@ -236,13 +237,13 @@ class Capture:
         # Looked at once, in the first run that may stop: models are sharded before they train.
         return _is_sharded(self.model)
 
-    def _token_logits(self, states: Tensor | None, batch: Mapping[str, Any]) -> TokenLogits | None:
+    def _lazy_logits(self, states: Tensor | None, batch: Mapping[str, Any]) -> LazyLogits | None:
         if states is None or self._output_layer is None:
             return None
         labels, device = batch.get("labels"), states.device.type
         fitting = is_token_labels(labels) and labels.shape == states.shape[:-1]
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return TokenLogits(states, self._output_layer, labels if fitting else None, self.sizes.next_token, autocast)
+        return LazyLogits(states, self._output_layer, labels if fitting else None, self.sizes.next_token, autocast)
 
     def inputs(self, batch: Mapping[str, Any], wanted: frozenset[Tap] | None = None) -> dict[str, Any]:
         """Select what the model's ``forward`` knows; labels only where the model's own loss is wanted."""
@@ -401,7 +402,7 @@ class Capture:
         attention: Mapping[Key, Attention],
         modules: dict[str, Any],
         output: Any,
-        token_logits: TokenLogits | None,
+        lazy_logits: LazyLogits | None,
     ) -> Activations:
         stacks: dict[str | None, Activations] = {}
         for stack, (mask, _) in masks.items():
@@ -416,13 +417,13 @@ class Capture:
                 mask,
                 output,
                 modules,
-                token_logits=token_logits,
+                lazy_logits=lazy_logits,
             )
         if None in stacks:
             return stacks[None]
         named = {stack: seen for stack, seen in stacks.items() if stack is not None}
         none: tuple[Layers[Tensor], Layers[Attention]] = (Layers({}, 0, "hidden"), Layers({}, 0, "attention"))
-        return Activations(*none, named["decoder"].mask, output, modules, named, token_logits)
+        return Activations(*none, named["decoder"].mask, output, modules, named, lazy_logits)
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -7,15 +7,13 @@ from typing import Literal, NamedTuple
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["STACKS", "CaptureError", "Role", "Sizes", "Tap", "find_layers", "find_stacks", "unwrapped"]
+from ildistil.errors import CaptureError
+
+__all__ = ["STACKS", "ModelInfo", "Role", "Tap", "find_layers", "find_stacks", "unwrapped"]
 
 Role = Literal["student", "teacher"]
 # Of an encoder-decoder; "cross" is the decoder's attention to the encoder.
 STACKS = ("encoder", "decoder", "cross")
-
-
-class CaptureError(RuntimeError):
-    """A model did not give what was wanted of it."""
 
 
 class Tap(NamedTuple):
@@ -35,7 +33,7 @@ class Tap(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ModelInfo:
     """What objectives may know of a model before it runs. ``None``: the model's config doesn't say.
 
     ``positions`` is the longest input that learned position embeddings allow; ``init_layers`` are the teacher layers
@@ -53,12 +51,12 @@ class Sizes:
     problem_type: str | None = None
     positions: int | None = None
     init_layers: tuple[int, ...] | None = None
-    stacks: Mapping[str, "Sizes"] = field(default_factory=dict, hash=False)
+    stacks: Mapping[str, "ModelInfo"] = field(default_factory=dict, hash=False)
     next_token: bool = False
     attention_width: int | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Sizes":
+    def of(cls, model: nn.Module) -> "ModelInfo":
         """Read the sizes of a model from its config; of a plain module only the depth is known."""
         model = unwrapped(model)
         if isinstance(stated := getattr(model, "sizes", None), cls):
@@ -92,7 +90,7 @@ class Sizes:
         sizes = replace(sizes, attention_width=_attention_width(text, sizes))
         return replace(sizes, stacks=_stack_sizes(model, sizes))
 
-    def stack(self, name: str | None) -> "Sizes":
+    def stack(self, name: str | None) -> "ModelInfo":
         """Give the sizes of one stack of layers.
 
         Args:
@@ -117,9 +115,9 @@ def check_stack(model: str, stacks: Mapping[str, object], name: str | None) -> N
         )
 
 
-def _stack_sizes(model: nn.Module, whole: Sizes) -> dict[str, Sizes]:
+def _stack_sizes(model: nn.Module, whole: ModelInfo) -> dict[str, ModelInfo]:
     coders = _coders(model)
-    sizes: dict[str, Sizes] = {}
+    sizes: dict[str, ModelInfo] = {}
     for name, coder in coders.items():
         config = getattr(coder, "config", None)
         heads = getattr(config, f"{name}_attention_heads", None) or getattr(config, "num_attention_heads", whole.heads)
@@ -129,7 +127,7 @@ def _stack_sizes(model: nn.Module, whole: Sizes) -> dict[str, Sizes]:
     return sizes | {"cross": sizes["decoder"]} if sizes else {}
 
 
-def _attention_width(config: object, sizes: Sizes) -> int | None:
+def _attention_width(config: object, sizes: ModelInfo) -> int | None:
     head = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     return sizes.width if head is None or sizes.heads is None else head * sizes.heads
 

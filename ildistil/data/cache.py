@@ -10,6 +10,8 @@ from typing import Any
 
 import datasets
 
+from ildistil.errors import DataError, MissingFileError
+
 # Part of every key; to be raised when the same input would be stored in another way.
 CACHE_VERSION = 1
 
@@ -45,16 +47,16 @@ def load(entry: Path) -> datasets.Dataset:
     """Open an entry, mapped into memory rather than read.
 
     Raises:
-        FileNotFoundError: There is no such entry.
-        ValueError: The entry is damaged.
+        MissingFileError: There is no such entry.
+        DataError: The entry is damaged.
     """
     if not entry.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"No tokenised data in {entry}. Call prepare_data() before setup(); a Trainer does both."
         )
     try:
         return datasets.load_from_disk(entry)
     except Exception as error:  # pyarrow, json or datasets: whatever a damaged file makes them raise
-        raise ValueError(
+        raise DataError(
             f"The tokenised data in {entry} is damaged ({error}). Delete this folder and run again."
         ) from error

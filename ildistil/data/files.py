@@ -12,6 +12,8 @@ from typing import Any
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
+from ildistil.errors import DataError, MissingFileError
+
 #: Column name -> the values, one per row, in the file's order.
 Table = dict[str, list[Any]]
 
@@ -29,16 +31,16 @@ def read_table(path: Path) -> Table:
         path: The file, ending in ``.tsv``, ``.csv``, ``.json``, ``.jsonl`` or ``.parquet``.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The ending is unknown, the file is empty, or a row does not fit the header.
+        MissingFileError: There is no such file.
+        DataError: The ending is unknown, the file is empty, or a row does not fit the header.
     """
     check_file(path)
     try:
         table = READERS[path.suffix.lower()](path)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+        raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
     if not table or not next(iter(table.values())):
-        raise ValueError(f"{path} is empty: it holds no row of data. Give a file with a header and at least one row.")
+        raise DataError(f"{path} is empty: it holds no row of data. Give a file with a header and at least one row.")
     return table
 
 
@@ -46,28 +48,28 @@ def check_file(path: Path) -> None:
     """Refuse a file that does not exist or cannot be read.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: Its ending is unknown.
+        MissingFileError: There is no such file.
+        DataError: Its ending is unknown.
     """
     if path.suffix.lower() not in READERS:
-        raise ValueError(f"{path}: unknown file ending {path.suffix!r}. Use one of {', '.join(READERS)}.")
+        raise DataError(f"{path}: unknown file ending {path.suffix!r}. Use one of {', '.join(READERS)}.")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist. {files_near(path.parent)}")
+        raise MissingFileError(f"{path} does not exist. {files_near(path.parent)}")
 
 
 def find_table(folder: Path, stem: str) -> Path | None:
     """Return the one table ``<stem>.<ending>`` in a folder, or None.
 
     Raises:
-        ValueError: Several tables have this stem, or only a file with an unknown ending has it.
+        DataError: Several tables have this stem, or only a file with an unknown ending has it.
     """
     candidates = sorted(p for p in folder.glob(f"{stem}.*") if p.is_file())
     known = [p for p in candidates if p.suffix.lower() in READERS]
     if len(known) > 1:
         names = ", ".join(p.name for p in known)
-        raise ValueError(f"{folder} holds several files for {stem!r}: {names}. Keep one (or name it: train_file=...).")
+        raise DataError(f"{folder} holds several files for {stem!r}: {names}. Keep one (or name it: train_file=...).")
     if candidates and not known:
-        raise ValueError(f"{candidates[0]}: unknown file ending. Use one of {', '.join(READERS)}.")
+        raise DataError(f"{candidates[0]}: unknown file ending. Use one of {', '.join(READERS)}.")
     return known[0] if known else None
 
 
@@ -75,12 +77,12 @@ def table_column(table: Table, name: str, where: str) -> list[Any]:
     """Return a column.
 
     Raises:
-        ValueError: There is none of this name; the message lists those there are.
+        DataError: There is none of this name; the message lists those there are.
     """
     if name not in table:
         close = difflib.get_close_matches(name, table, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{where} has no column {name!r}.{hint} Its columns: {', '.join(map(repr, table))}.")
+        raise DataError(f"{where} has no column {name!r}.{hint} Its columns: {', '.join(map(repr, table))}.")
     return table[name]
 
 
@@ -110,7 +112,7 @@ def _csv(path: Path) -> Table:
     try:
         return _columns(path, list(csv.reader(io.StringIO(_text(path), newline=""), strict=True)))
     except csv.Error as error:
-        raise ValueError(
+        raise DataError(
             f"{path} is not well-formed CSV: {error}. Check the quotes, or use TSV or JSON lines."
         ) from error
 
@@ -120,11 +122,11 @@ def _columns(path: Path, rows: Iterable[list[str]]) -> Table:
     iterator: Iterator[list[str]] = iter(rows)
     header = next(iterator, [])
     if len(set(header)) < len(header):
-        raise ValueError(f"{path}: the header names a column twice: {header}. Give every column its own name.")
+        raise DataError(f"{path}: the header names a column twice: {header}. Give every column its own name.")
     table: Table = {name: [] for name in header}
     for number, row in enumerate(iterator):
         if len(row) != len(header):
-            raise ValueError(
+            raise DataError(
                 f"{path}: row {number} ({ROWS_FROM_ZERO}) has {len(row)} fields, the header has {len(header)} "
                 f"({', '.join(header)}). Its start: {str(row)[:80]}. Remove extra separators or add what is missing."
             )
@@ -140,7 +142,7 @@ def _json(path: Path) -> Table:
     try:
         return _records(path, json.loads(text))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+        raise DataError(f"{path} is not valid JSON: {error}.") from error
 
 
 def _json_lines(path: Path) -> Table:
@@ -151,7 +153,7 @@ def _json_lines(path: Path) -> Table:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number + 1}: not valid JSON: {error}. Write one object a line.") from error
+            raise DataError(f"{path}, line {number + 1}: not valid JSON: {error}. Write one object a line.") from error
     return _records(path, records)
 
 
@@ -159,7 +161,7 @@ def _records(path: Path, records: list[Any]) -> Table:
     """Turn objects into columns; a key that an object lacks becomes None and is reported where it is needed."""
     for number, record in enumerate(records):
         if not isinstance(record, dict):
-            raise ValueError(f"{path}: row {number} is {str(record)[:80]!r}, not an object with named columns.")
+            raise DataError(f"{path}: row {number} is {str(record)[:80]!r}, not an object with named columns.")
     names = dict.fromkeys(name for record in records for name in record)
     return {name: [record.get(name) for record in records] for name in names}
 
@@ -168,7 +170,7 @@ def _parquet(path: Path) -> Table:
     try:
         table: Table = pyarrow.parquet.read_table(path).to_pydict()
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file: {error}") from error
+        raise DataError(f"{path} is not a Parquet file: {error}") from error
     return table
 
 

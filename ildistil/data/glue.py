@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ildistil.data.files import Table, files_near, find_table
 from ildistil.data.module import FileSource, Source, TextDataModule
+from ildistil.errors import DataError, MissingFileError
 
 HUB_REPOSITORY = "nyu-mll/glue"
 
@@ -86,7 +87,7 @@ class Glue(TextDataModule):
         train_file: Another name for the train file, relative to the task's folder; needs ``path``.
 
     Raises:
-        ValueError: The task is unknown, a number is not positive, or
+        DataError: The task is unknown, a number is not positive, or
             ``tokens_per_batch`` is given together with ``batch_size`` or without ``group_by_length``.
 
     >>> Glue("MRPC").label_names, Glue("stsb").num_labels, Glue("mnli").validation_names
@@ -124,7 +125,7 @@ class Glue(TextDataModule):
         self.task_name = _task_name(task)
         self.task = TASKS[self.task_name]
         if train_file is not None and path is None:
-            raise ValueError(f"train_file={train_file!r} needs path=<its folder>; the hub has its own train set.")
+            raise DataError(f"train_file={train_file!r} needs path=<its folder>; the hub has its own train set.")
         self.path = path
         self.train_file = train_file
         self.regression = self.task.label_names is None
@@ -173,7 +174,7 @@ class Glue(TextDataModule):
         """Return the task's own folder: inside ``path`` if there is one of its name, else ``path`` itself."""
         path = Path(str(self.path)).expanduser()
         if not path.is_dir():
-            raise FileNotFoundError(f"path={self.path!r} is not a folder. {files_near(path)}")
+            raise MissingFileError(f"path={self.path!r} is not a folder. {files_near(path)}")
         inside = [p for p in sorted(path.iterdir()) if p.is_dir() and _plain(p.name) == self.task_name]
         return inside[0] if inside else path
 
@@ -182,7 +183,7 @@ class Glue(TextDataModule):
             try:
                 self._hub = datasets.load_dataset(HUB_REPOSITORY, self.task_name)
             except Exception as error:  # many libraries deep: connection, permission, cache and parsing errors
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f"GLUE's {self.task_name} could not be loaded from the hub ({HUB_REPOSITORY}): {error}\nCheck the "
                     "network connection, or use files that you have: Glue(..., path=<folder>)."
                 ) from error
@@ -198,4 +199,4 @@ def _task_name(task: str) -> str:
         return _plain(task)
     close = difflib.get_close_matches(_plain(task), TASKS, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"Unknown GLUE task {task!r}.{hint} Known: {', '.join(TASKS)}.")
+    raise DataError(f"Unknown GLUE task {task!r}.{hint} Known: {', '.join(TASKS)}.")

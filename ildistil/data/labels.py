@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ildistil.data.files import ROWS_FROM_ZERO
+from ildistil.errors import DataError
 
 #: How data sets mark a label that is kept secret (GLUE's test sets).
 HIDDEN = -1
@@ -19,7 +20,7 @@ def derive_label_names(values: Sequence[Any], where: str) -> list[str]:
         where: How messages name the column and the file.
 
     Raises:
-        ValueError: A label is missing, there is only one, or they look like numbers on a scale.
+        DataError: A label is missing, there is only one, or they look like numbers on a scale.
 
     >>> derive_label_names(["no", "yes", "no"], "label")
     ['no', 'yes']
@@ -28,14 +29,14 @@ def derive_label_names(values: Sequence[Any], where: str) -> list[str]:
     """
     for row, value in enumerate(values):
         if _missing(value) or value == "":
-            raise ValueError(f"{where}: row {row} ({ROWS_FROM_ZERO}) has no label. Fill it in or remove the row.")
+            raise DataError(f"{where}: row {row} ({ROWS_FROM_ZERO}) has no label. Fill it in or remove the row.")
     words = {_word(value) for value in values}
     if len(words) < 2:
-        raise ValueError(f"{where}: all rows have the label {next(iter(words))!r}. Two different labels are needed.")
+        raise DataError(f"{where}: all rows have the label {next(iter(words))!r}. Two different labels are needed.")
     if all(_whole(word) is not None for word in words):
         return sorted(words, key=int)
     if all(_number(word) is not None for word in words):
-        raise ValueError(f"{where}: labels such as {min(words)!r} are numbers. For a regression set regression: true.")
+        raise DataError(f"{where}: labels such as {min(words)!r} are numbers. For a regression set regression: true.")
     return sorted(words)
 
 
@@ -46,7 +47,7 @@ def encode_classes(values: Sequence[Any], names: Sequence[str], where: str) -> l
     (names 1, 2, 3: is a 1 the first or the second?).
 
     Raises:
-        ValueError: A value is neither; the message names the row and the labels that are known.
+        DataError: A value is neither; the message names the row and the labels that are known.
 
     >>> encode_classes(["yes", "no"], ["no", "yes"], "label"), encode_classes(["1", 0.0], ["no", "yes"], "label")
     ([1, 0], [1, 0])
@@ -57,7 +58,7 @@ def encode_classes(values: Sequence[Any], names: Sequence[str], where: str) -> l
     codes = [index.get(_word(value), HIDDEN) for value in values]
     if HIDDEN in codes:
         row = codes.index(HIDDEN)
-        raise ValueError(_unknown_label(row, values[row], names, where))
+        raise DataError(_unknown_label(row, values[row], names, where))
     return codes
 
 
@@ -65,7 +66,7 @@ def encode_numbers(values: Sequence[Any], where: str) -> list[float]:
     """Return regression targets as floats.
 
     Raises:
-        ValueError: A value is missing, not a number, NaN or infinite; the message names the row.
+        DataError: A value is missing, not a number, NaN or infinite; the message names the row.
 
     >>> encode_numbers(["3.800", 5], "label")
     [3.8, 5.0]
@@ -73,7 +74,7 @@ def encode_numbers(values: Sequence[Any], where: str) -> list[float]:
     numbers = [_number(value) for value in values]
     for row, number in enumerate(numbers):
         if number is None or not math.isfinite(number):
-            raise ValueError(
+            raise DataError(
                 f"{where}: row {row} ({ROWS_FROM_ZERO}) has the label {values[row]!r}; a regression needs a finite "
                 "number in every row. Correct or remove the row."
             )

@@ -20,6 +20,7 @@ from ildistil.data.files import ROWS_FROM_ZERO, Table, check_file, file_digest, 
 from ildistil.data.labels import all_hidden, encode_classes, encode_numbers
 from ildistil.data.sampler import EpochSampler, LengthGroupedSampler, TokenBudgetSampler, even_batch_size
 from ildistil.data.tokenizing import Collate, check_tokenizer, load_tokenizer, tokenize, tokenizer_digest
+from ildistil.errors import DataError, MissingFileError
 from ildistil.metrics import metric_collection
 
 Batch = dict[str, torch.Tensor]
@@ -89,7 +90,7 @@ class TextDataModule(L.LightningDataModule, ABC):
         limit_train: Train on this many rows, drawn at random with the seed.
 
     Raises:
-        ValueError: A number is not positive, or ``tokens_per_batch`` is given together with ``batch_size`` or without
+        DataError: A number is not positive, or ``tokens_per_batch`` is given together with ``batch_size`` or without
             ``group_by_length``.
     """
 
@@ -119,14 +120,14 @@ class TextDataModule(L.LightningDataModule, ABC):
         sizes = {"batch_size": batch_size, "tokens_per_batch": tokens_per_batch, "eval_batch_size": eval_batch_size}
         for name, value in (sizes | {"limit_train": limit_train, "max_length": max_length}).items():
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+                raise DataError(f"{name} is {value}; it must be at least 1.")
         if tokens_per_batch is not None and batch_size is not None:
-            raise ValueError(
+            raise DataError(
                 f"batch_size={batch_size} and tokens_per_batch={tokens_per_batch} both say how large a batch is in "
                 "training. Leave one of them out, or set it to null. eval_batch_size is that of evaluation."
             )
         if tokens_per_batch is not None and not group_by_length:
-            raise ValueError("tokens_per_batch makes batches of rows of similar length: leave out group_by_length.")
+            raise DataError("tokens_per_batch makes batches of rows of similar length: leave out group_by_length.")
         self.tokenizer_source = tokenizer
         self.batch_size = batch_size or 32
         self.tokens_per_batch = tokens_per_batch
@@ -245,7 +246,7 @@ class TextDataModule(L.LightningDataModule, ABC):
             kinds = ["validation" if stage == "validate" else "test"]
         for kind in kinds:
             if not self.sources(kind):
-                raise FileNotFoundError(self.missing(kind))
+                raise MissingFileError(self.missing(kind))
         return kinds
 
     def _entry(self, kind: str, source: Source) -> Path:
@@ -270,7 +271,7 @@ class TextDataModule(L.LightningDataModule, ABC):
         module = self.trainer.lightning_module if self.trainer is not None else None
         source = getattr(module, "tokenizer_source", None)
         if source is None:
-            raise ValueError(
+            raise DataError(
                 f"{type(self).__name__} has no tokenizer, and no model to take one from. Name it: "
                 f"{type(self).__name__}(..., tokenizer=<folder, hub name or loaded tokenizer>)."
             )
@@ -319,7 +320,7 @@ class TextDataModule(L.LightningDataModule, ABC):
         (replicas, rank), seed = self._place(), self._order_seed()
         if training and self.tokens_per_batch is not None:
             if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-                raise ValueError(
+                raise DataError(
                     "With overfit_batches Lightning takes the rows in the file's order, one by one, which makes no "
                     "batches of tokens_per_batch. Use batch_size with it, or limit_train instead of it."
                 )
@@ -358,7 +359,7 @@ def _log_name(split: str) -> str:
 def _checked_texts(values: Sequence[Any], name: str, where: str) -> list[str]:
     for row, value in enumerate(values):
         if not isinstance(value, str):
-            raise ValueError(
+            raise DataError(
                 f"{where}: row {row} ({ROWS_FROM_ZERO}) has {value!r} in the column {name!r}, not a text. Fill in the "
                 "text (it may be empty) or remove the row."
             )

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from ildistil.data.files import table_column
 from ildistil.data.labels import derive_label_names
 from ildistil.data.module import FileSource, Source, TextDataModule
+from ildistil.errors import DataError
 
 
 class TextData(TextDataModule):
@@ -37,7 +38,7 @@ class TextData(TextDataModule):
         limit_train: Train on this many rows, drawn at random with the seed.
 
     Raises:
-        ValueError: No file is given, label names go with a regression or occur twice, a number is not positive, or
+        DataError: No file is given, label names go with a regression or occur twice, a number is not positive, or
             ``tokens_per_batch`` is given together with ``batch_size`` or without ``group_by_length``.
 
     >>> TextData(train_file="reviews.csv", text_column="review", label_names=["bad", "good"]).num_labels
@@ -82,7 +83,7 @@ class TextData(TextDataModule):
         )
         self.files = {"train": train_file, "validation": validation_file, "test": test_file}
         if not any(self.files.values()):
-            raise ValueError("TextData needs a file: set train_file, validation_file or test_file.")
+            raise DataError("TextData needs a file: set train_file, validation_file or test_file.")
         _check_label_names(label_names, regression)
         self.task_name = name
         self.regression = regression
@@ -101,7 +102,7 @@ class TextData(TextDataModule):
     @cached_property
     def _derived_names(self) -> list[str]:
         if self.files["train"] is None:
-            raise ValueError("Without a train_file the classes are unknown: set label_names, in the model's order.")
+            raise DataError("Without a train_file the classes are unknown: set label_names, in the model's order.")
         source = FileSource(Path(self.files["train"]).expanduser())
         values = table_column(source.read(), self.label_column, source.where)
         return derive_label_names(values, f"{source.where}, column {self.label_column!r}")
@@ -121,6 +122,6 @@ def _check_label_names(names: list[str] | None, regression: bool) -> None:
     if names is None:
         return
     if regression:
-        raise ValueError("A regression has no classes: remove label_names, or set regression: false.")
+        raise DataError("A regression has no classes: remove label_names, or set regression: false.")
     if len(names) < 2 or len(set(names)) < len(names):
-        raise ValueError(f"label_names is {names}; name at least two classes, each once.")
+        raise DataError(f"label_names is {names}; name at least two classes, each once.")

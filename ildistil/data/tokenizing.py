@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ildistil.data.files import ROWS_FROM_ZERO
+from ildistil.errors import DataError, MissingFileError
 
 # Tokenizers without a limit state 1e30 or similar.
 LARGEST_SANE_LENGTH = 10_000_000
@@ -23,18 +24,18 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase) -> PreTrainedTokenizer
     """Return the tokenizer of a local folder or of a model on the hub; a loaded one is returned as it is.
 
     Raises:
-        FileNotFoundError: The folder does not exist, or the hub has no such tokenizer or cannot be reached.
+        MissingFileError: The folder does not exist, or the hub has no such tokenizer or cannot be reached.
     """
     if not isinstance(source, str):
         return source
     path = Path(source).expanduser()
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_local and not path.is_dir():
-        raise FileNotFoundError(f"The tokenizer folder {source} does not exist. Name one that does, or a hub model.")
+        raise MissingFileError(f"The tokenizer folder {source} does not exist. Name one that does, or a hub model.")
     try:
         return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else source)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"No tokenizer could be loaded from {source!r}: {error}\nName a folder that save_pretrained wrote, a model "
             "of the hub (which needs a network the first time), or pass a loaded tokenizer."
         ) from error
@@ -44,22 +45,22 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int, pair: b
     """Refuse a tokenizer that cannot make batches of this length.
 
     Raises:
-        ValueError: There is no padding token, or ``max_length`` is more than the model takes or leaves no room.
+        DataError: There is no padding token, or ``max_length`` is more than the model takes or leaves no room.
     """
     if tokenizer.pad_token_id is None:
-        raise ValueError(
+        raise DataError(
             f"The tokenizer {tokenizer.name_or_path!r} has no padding token, which batches need. Set one, for example "
             "tokenizer.pad_token = tokenizer.eos_token (and model.config.pad_token_id likewise), and pass it "
             "or the folder that tokenizer.save_pretrained(...) wrote."
         )
     limit = tokenizer.model_max_length
     if limit < LARGEST_SANE_LENGTH and max_length > limit:
-        raise ValueError(
+        raise DataError(
             f"max_length is {max_length}, but the tokenizer's model takes {limit} tokens. Lower max_length."
         )
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length <= special:
-        raise ValueError(f"max_length is {max_length}, but every row has {special} special tokens. Raise max_length.")
+        raise DataError(f"max_length is {max_length}, but every row has {special} special tokens. Raise max_length.")
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -97,7 +98,7 @@ def tokenize(
         where: What messages call these rows.
 
     Raises:
-        ValueError: A row has no token at all.
+        DataError: A row has no token at all.
     """
     columns: dict[str, Any] = {f"text_{i}": column for i, column in enumerate(texts)}
     columns["row_id"] = range(len(texts[0]))
@@ -113,7 +114,7 @@ def tokenize(
         lengths = [len(row) for row in encoded["input_ids"]]
         if 0 in lengths:
             row_id = batch["row_id"][lengths.index(0)]
-            raise ValueError(f"{where}: row {row_id} ({ROWS_FROM_ZERO}) has no token. Fill in its text or remove it.")
+            raise DataError(f"{where}: row {row_id} ({ROWS_FROM_ZERO}) has no token. Fill in its text or remove it.")
         # The attention mask of a row without padding says nothing; the padding of a batch makes it anew.
         return {k: v for k, v in encoded.items() if k in ("input_ids", "token_type_ids")} | {"length": lengths}
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ildistil import functional
+from ildistil.attention import Masks, Scores, allowed_map, real_tokens, score_map
 from ildistil.functional.reduction import widened
-from ildistil.functional.scores import Masks, Scores, allowed_map, real_tokens, score_map
 from ildistil.kernels import blockwise, gram
-from ildistil.kernels.choice import Form, KernelError, chosen, short, triton_suits, use
+from ildistil.kernels.choice import Form, chosen, short, triton_suits, use
 from ildistil.kernels.spans import pairs
 
-__all__ = ["Form", "KernelError", "Masks", "Scores", "attention_kl", "attention_mse", "use"]
+__all__ = ["Form", "Masks", "Scores", "attention_kl", "attention_mse", "use"]
 
 
 def attention_kl(student: Scores, teacher: Scores, masks: Masks = Masks()) -> Tensor:  # noqa: B008

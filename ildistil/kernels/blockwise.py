@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ildistil.functional.scores import Masks, Scores, seen, zeroed
+from ildistil.attention import Masks, Scores, seen, zeroed
 from ildistil.kernels.spans import spans
 
 __all__ = ["divergences", "squared_errors"]

@@ -8,9 +8,10 @@ from typing import Literal, get_args
 
 import torch
 
-from ildistil.functional.scores import Scores
+from ildistil.attention import Scores
+from ildistil.errors import KernelError
 
-__all__ = ["Form", "KernelError", "chosen", "short", "triton_suits", "use"]
+__all__ = ["Form", "chosen", "short", "triton_suits", "use"]
 
 Form = Literal["auto", "triton", "blockwise", "plain"]
 
@@ -21,10 +22,6 @@ _LARGE = 2**28
 # tokens at 12 heads. And scores of a layer up to which they may be kept: 16 MiB in float32.
 _SHORT, _SMALL = 2**15, 2**22
 _told: Form | None = None
-
-
-class KernelError(RuntimeError):
-    """A form of a kernel that doesn't exist, or can't run here."""
 
 
 class use:  # noqa: N801

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ildistil.functional.scores import Masks, Scores, zeroed
+from ildistil.attention import Masks, Scores, zeroed
 from ildistil.kernels.spans import spans
 
 __all__ = ["squared_errors", "suits"]

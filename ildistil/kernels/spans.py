@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ildistil.functional.scores import Masks, Scores, real_tokens
+from ildistil.attention import Masks, Scores, real_tokens
 
 __all__ = ["pairs", "spans"]
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ildistil.functional.scores import Masks, Scores
+from ildistil.attention import Masks, Scores
 
 __all__ = ["divergences"]
 

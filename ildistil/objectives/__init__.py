@@ -1,7 +1,7 @@
 """Objectives: composable terms of the distillation loss, given to the Trainer as callbacks."""
 
 from ildistil.objectives.attention import QKVMSE, AttentionDIST, AttentionKL, AttentionMSE, AttentionOutputMSE
-from ildistil.objectives.base import LayerObjective, Objective, ObjectiveError
+from ildistil.objectives.base import LayerObjective, Objective
 from ildistil.objectives.contrast import CLSContrast, CLSInBatchContrast
 from ildistil.objectives.hidden import (
     CLSMSE,
@@ -37,7 +37,6 @@ __all__ = [
     "LogitsKL",
     "LogitsMSE",
     "Objective",
-    "ObjectiveError",
     "Projection",
     "RelationKL",
     "TaskLoss",

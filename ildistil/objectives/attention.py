@@ -8,11 +8,12 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor
 
-from ildistil import functional, kernels, ranks
-from ildistil.capture import Activations, Attention, Sizes
-from ildistil.functional.scores import allowed_map
+from ildistil import distributed, functional, kernels
+from ildistil.attention import allowed_map
+from ildistil.capture import Activations, Attention, ModelInfo
+from ildistil.errors import ObjectiveError
 from ildistil.mappings import LayerMapping
-from ildistil.objectives.base import LayerObjective, ObjectiveError, Stack, Weight, same_tokens
+from ildistil.objectives.base import LayerObjective, Stack, Weight, same_tokens
 from ildistil.objectives.projection import ProjectionOption
 from ildistil.objectives.states import StateObjective
 
@@ -31,7 +32,7 @@ class _AttentionObjective(LayerObjective):
     one_pair_at_a_time = True
     heads: Heads = "equal"
 
-    def build(self, student: Sizes, teacher: Sizes) -> None:
+    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Resolve the mapping and check that heads can be paired."""
         super().build(student, teacher)
         s, t = self.sizes
@@ -189,10 +190,10 @@ class AttentionDIST(_MergingObjective):
         s, t, allowed, real = _maps(student, teacher)
         if self.over != "sentences":
             return functional.example_mean(functional.attention_dist(s, t, allowed, real, self.over), real.sum(1))
-        more = ranks.longest(s.shape[-1], s.device) - s.shape[-1]
+        more = distributed.all_reduce_max(s.shape[-1], s.device) - s.shape[-1]
         allowed = allowed.expand(len(s), *allowed.shape[1:])
         s, t, allowed = (F.pad(x, (0, more, 0, more)) for x in (s, t, allowed))
-        return functional.attention_dist_over_batch(s, t, allowed, F.pad(real, (0, more)), ranks.total)
+        return functional.attention_dist_over_batch(s, t, allowed, F.pad(real, (0, more)), distributed.all_reduce_sum)
 
     def describe(self) -> str:
         """Give the pairs, and what the correlation runs over."""
@@ -204,7 +205,7 @@ class _AttentionStates(StateObjective):
 
     taps = ("attention",)
 
-    def width(self, sizes: Sizes) -> int | None:
+    def width(self, sizes: ModelInfo) -> int | None:
         """Give the width of all heads together."""
         return sizes.attention_width
 

@@ -10,21 +10,18 @@ from weakref import ref
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from ildistil.capture import Activations, Sizes, Tap
+from ildistil.capture import Activations, ModelInfo, Tap
+from ildistil.errors import ObjectiveError
 from ildistil.mappings import LayerMapping, Pairs, Uniform
 from ildistil.schedules import Schedule
 
-__all__ = ["LayerObjective", "Objective", "ObjectiveError", "Stack", "Weight"]
+__all__ = ["LayerObjective", "Objective", "Stack", "Weight"]
 
 Weight = float | Schedule
 Stack = Literal["encoder", "decoder", "cross"]
 
 _LAYERED = {"hidden": 0, "attention": 1}  # the lowest layer number of each
 _ONE_LAYER = re.compile(r"(hidden|attention)\[(-?\d+)\]")
-
-
-class ObjectiveError(ValueError):
-    """An objective can't work with these two models."""
 
 
 class Objective(Callback, ABC):
@@ -45,10 +42,10 @@ class Objective(Callback, ABC):
         teacher_taps: what is read of the teacher, where that differs; ``()`` for a term that needs no teacher.
         projections: learnable parts, made in :meth:`build`; trained and resumed, never exported.
         batch_coupled: true where the examples of a batch are compared with each other. Such a term sums over the
-            batches of all processes (see :mod:`ildistil.ranks`) and can't be accumulated over several batches.
+            batches of all processes (see :mod:`ildistil.distributed`) and can't be accumulated over several batches.
         counts_tokens: whether :meth:`count` gave target tokens, not examples.
         attention_parts: what is read of the teacher's attention, any of queries, keys and values (``"qkv"``); no more
-            is kept, or stored where its targets are (:mod:`ildistil.targets`).
+            is kept, or stored where its targets are (:mod:`ildistil.teachers`).
     """
 
     taps: ClassVar[tuple[str, ...]] = ()
@@ -92,7 +89,7 @@ class Objective(Callback, ABC):
         """Tell whether the teacher has to run for this term."""
         return bool(self.taps if self.teacher_taps is None else self.teacher_taps)
 
-    def build(self, student: Sizes, teacher: Sizes) -> None:
+    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Check the sizes of both models and make the projections; called once, before training.
 
         Raises:
@@ -141,15 +138,15 @@ class Objective(Callback, ABC):
         if give_back is not None:
             give_back()
 
-    def student_wants(self, student: Sizes) -> set[Tap]:
+    def student_wants(self, student: ModelInfo) -> set[Tap]:
         """Resolve ``taps`` for the student."""
         return _expand(self.taps, student)
 
-    def teacher_wants(self, teacher: Sizes) -> set[Tap]:
+    def teacher_wants(self, teacher: ModelInfo) -> set[Tap]:
         """Resolve ``teacher_taps`` (or ``taps``) for the teacher."""
         return _expand(self.taps if self.teacher_taps is None else self.teacher_taps, teacher)
 
-    def teacher_may_want(self, teacher: Sizes) -> set[Tap]:
+    def teacher_may_want(self, teacher: ModelInfo) -> set[Tap]:
         """Give what the teacher may be asked for at any step."""
         return self.teacher_wants(teacher)
 
@@ -196,16 +193,16 @@ class LayerObjective(Objective):
         self.mapping = self.default_mapping if mapping is None else mapping
         self.stack = stack
         self.pairs: Pairs = []
-        self._sizes: tuple[Sizes, Sizes] | None = None
+        self._sizes: tuple[ModelInfo, ModelInfo] | None = None
 
-    def build(self, student: Sizes, teacher: Sizes) -> None:
+    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Resolve the mapping for these two models; a subclass gets the sizes of the chosen stack by :meth:`sizes`."""
         self._sizes = student.stack(self.stack), teacher.stack(self.stack)
         self.pairs = self._pairs(0)
 
     @property
-    def sizes(self) -> tuple[Sizes, Sizes]:
-        """Sizes of the chosen stack of student and teacher."""
+    def sizes(self) -> tuple[ModelInfo, ModelInfo]:
+        """ModelInfo of the chosen stack of student and teacher."""
         assert self._sizes is not None, "known from build() on"
         return self._sizes
 
@@ -239,15 +236,15 @@ class LayerObjective(Objective):
         """Give the number of examples with a token in the chosen stack."""
         return super().count(student.stack(self.stack), batch)
 
-    def student_wants(self, student: Sizes) -> set[Tap]:
+    def student_wants(self, student: ModelInfo) -> set[Tap]:
         """Only the mapped layers."""
         return {Tap(self.taps[0], s, self.stack) for s, _ in self.pairs}
 
-    def teacher_wants(self, teacher: Sizes) -> set[Tap]:
+    def teacher_wants(self, teacher: ModelInfo) -> set[Tap]:
         """Only the mapped layers."""
         return {Tap(self.taps[0], t, self.stack) for _, t in self.pairs}
 
-    def teacher_may_want(self, teacher: Sizes) -> set[Tap]:
+    def teacher_may_want(self, teacher: ModelInfo) -> set[Tap]:
         """Every layer, where layers are drawn."""
         if not self.mapping.draws:
             return self.teacher_wants(teacher)
@@ -280,7 +277,7 @@ def same_tokens(student: Tensor, teacher: Tensor, axis: int) -> None:
         )
 
 
-def _expand(taps: tuple[str, ...], sizes: Sizes) -> set[Tap]:
+def _expand(taps: tuple[str, ...], sizes: ModelInfo) -> set[Tap]:
     wanted: set[Tap] = set()
     for tap in taps:
         if tap in _LAYERED:

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ildistil import functional, ranks
-from ildistil.capture import Activations, Sizes
+from ildistil import distributed, functional
+from ildistil.capture import Activations, ModelInfo
+from ildistil.errors import ObjectiveError
 from ildistil.functional.reduction import unit
 from ildistil.mappings import All, LayerMapping
-from ildistil.objectives.base import LayerObjective, ObjectiveError, Stack, Weight, same_tokens
+from ildistil.objectives.base import LayerObjective, Stack, Weight, same_tokens
 
 __all__ = ["CLSContrast", "CLSInBatchContrast"]
 
@@ -40,7 +41,7 @@ class _Contrast(LayerObjective):
             raise ObjectiveError(f"{type(self).__name__} concatenates fixed layers; {self.mapping} draws them anew.")
         self.size, self.temperature = size, temperature
 
-    def build(self, student: Sizes, teacher: Sizes) -> None:
+    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Resolve the mapping and make a projection of each model."""
         super().build(student, teacher)
         for role, sizes, layers in zip(("student", "teacher"), self.sizes, self.layers(), strict=True):
@@ -131,7 +132,7 @@ class CLSContrast(_Contrast):
         self.negatives, self.momentum, self.seed = negatives, momentum, seed
         self._forget()
 
-    def build(self, student: Sizes, teacher: Sizes) -> None:
+    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Make the projections."""
         if teacher.problem_type in ("regression", "multi_label_classification") or teacher.labels == 1:
             raise ObjectiveError(
@@ -177,7 +178,7 @@ class CLSContrast(_Contrast):
     def remember(self) -> None:
         """Note the texts of this step, of all processes."""
         if self._now:
-            self._waiting.append([ranks.gathered(x) for x in self._now])
+            self._waiting.append([distributed.all_gather(x) for x in self._now])
         self._now = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -299,7 +300,7 @@ class CLSInBatchContrast(_Contrast):
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the mean of both directions, over the examples of all processes."""
         s, t, real = self._vectors(student, teacher)
-        s, t, real = ranks.gathered(s), ranks.gathered(t), ranks.gathered(real.int()).bool()
+        s, t, real = distributed.all_gather(s), distributed.all_gather(t), distributed.all_gather(real.int()).bool()
         others = ~torch.eye(len(s), dtype=torch.bool, device=s.device) & real
         values = functional.info_nce(s, t, t, others, self.temperature)
         values = (values + functional.info_nce(t, s, s, others, self.temperature)) / 2

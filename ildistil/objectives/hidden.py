@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ildistil import functional, ranks
+from ildistil import distributed, functional
 from ildistil.capture import Activations
 from ildistil.mappings import All, Explicit, LayerMapping
 from ildistil.objectives.base import LayerObjective, Stack, Weight, same_tokens
@@ -274,4 +274,4 @@ class HiddenCKA(LayerObjective):
         """Give the distance of two layers."""
         s, t = student.hidden[pair[0]], teacher.hidden[pair[1]]
         same_tokens(s, t, axis=1)
-        return functional.hidden_cka(s, t, student.mask, ranks.total)
+        return functional.hidden_cka(s, t, student.mask, distributed.all_reduce_sum)

@@ -7,11 +7,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ildistil import functional, ranks
-from ildistil.capture import Activations, Sizes, TokenLogits
+from ildistil import distributed, functional
+from ildistil.capture import Activations, LazyLogits, ModelInfo
+from ildistil.errors import ObjectiveError
 from ildistil.functional.logits import Divergence
 from ildistil.kernels import chunked
-from ildistil.objectives.base import Objective, ObjectiveError, Weight
+from ildistil.objectives.base import Objective, Weight
 
 __all__ = ["LogitsDIST", "LogitsKL", "LogitsMSE"]
 
@@ -20,7 +21,7 @@ class _LogitsObjective(Objective):
     taps = ("logits",)
     _next_token = False
 
-    def build(self, student: Sizes, teacher: Sizes) -> None:
+    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Check that both models have the same labels."""
         self._next_token = student.next_token
         if None not in (student.labels, teacher.labels) and student.labels != teacher.labels:
@@ -41,8 +42,8 @@ class _LogitsObjective(Objective):
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the mean over examples, or over the target tokens of a language model."""
-        if student.token_logits is not None:
-            return self._token_loss(student.token_logits, teacher, self._targets(student, batch))
+        if student.lazy_logits is not None:
+            return self._token_loss(student.lazy_logits, teacher, self._targets(student, batch))
         s, t = student.logits, teacher.logits
         if s.shape != t.shape or s.ndim not in (2, 3):
             raise ObjectiveError(
@@ -60,14 +61,14 @@ class _LogitsObjective(Objective):
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         """Compare rows of logits ``(rows, labels)``: the mean over the rows of the mask."""
 
-    def _token_loss(self, student: TokenLogits, teacher: Activations, targets: Tensor) -> Tensor:
+    def _token_loss(self, student: LazyLogits, teacher: Activations, targets: Tensor) -> Tensor:
         """Compare logits that aren't made yet, at the targets ``(batch, tokens)`` only."""
         self._check_tokens(student, teacher)
-        t = teacher.logits[targets] if teacher.token_logits is None else teacher.token_logits.at(targets)
+        t = teacher.logits[targets] if teacher.lazy_logits is None else teacher.lazy_logits.at(targets)
         return self.compare(student.at(targets), t, torch.ones_like(targets[targets]))
 
-    def _check_tokens(self, student: TokenLogits, teacher: Activations) -> None:
-        theirs = teacher.logits if teacher.token_logits is None else teacher.token_logits.states
+    def _check_tokens(self, student: LazyLogits, teacher: Activations) -> None:
+        theirs = teacher.logits if teacher.lazy_logits is None else teacher.lazy_logits.states
         if theirs.shape[:-1] != student.states.shape[:-1]:
             raise ObjectiveError(
                 f"{type(self).__name__} compares logits token by token; the student saw {student.states.shape[1]} "
@@ -76,7 +77,7 @@ class _LogitsObjective(Objective):
 
     def _targets(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Tell which rows of the logits count: boolean, ``(batch,)`` or ``(batch, tokens)``."""
-        if student.token_logits is None and student.logits.ndim == 2:
+        if student.lazy_logits is None and student.logits.ndim == 2:
             return student.mask.any(1)
         labels = batch.get("labels")
         real = student.mask if labels is None else labels != -100
@@ -97,10 +98,10 @@ class _RowObjective(_LogitsObjective):
         """Give the mean over the rows."""
         return functional.example_mean(self.values(student, teacher), mask)
 
-    def _token_loss(self, student: TokenLogits, teacher: Activations, targets: Tensor) -> Tensor:
+    def _token_loss(self, student: LazyLogits, teacher: Activations, targets: Tensor) -> Tensor:
         """Go over the targets a few rows at a time, through both models' output layers."""
         self._check_tokens(student, teacher)
-        theirs = teacher.token_logits
+        theirs = teacher.lazy_logits
         rows = teacher.logits[targets] if theirs is None else theirs.states[targets]
 
         def values(logits: Tensor, part: slice) -> Tensor:
@@ -162,7 +163,7 @@ class LogitsKL(_RowObjective):
             raise ObjectiveError(f"LogitsKL: top_k must be at least 1, got {top_k}.")
         self.temperature, self.divergence, self.beta, self.top_k = temperature, divergence, beta, top_k
 
-    def build(self, student: Sizes, teacher: Sizes) -> None:
+    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Check the labels; one output is a regression, whose softmax is always 1."""
         super().build(student, teacher)
         _check_classes(self, student, teacher)
@@ -237,7 +238,7 @@ class LogitsDIST(_LogitsObjective):
             raise ObjectiveError(f"LogitsDIST: inter and intra must be >= 0, and one > 0; got {inter} and {intra}.")
         self.temperature, self.inter, self.intra = temperature, inter, intra
 
-    def build(self, student: Sizes, teacher: Sizes) -> None:
+    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Check the labels."""
         super().build(student, teacher)
         _check_classes(self, student, teacher)
@@ -250,9 +251,9 @@ class LogitsDIST(_LogitsObjective):
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         """Give both parts, over the rows of all processes."""
         within = functional.logits_dist(student, teacher, self.temperature)
-        rows = ranks.total(mask.sum()).clamp(min=1)
-        inter = ranks.total(torch.where(mask, within, 0).sum()) / rows
-        intra = functional.logits_dist_over_batch(student, teacher, mask, self.temperature, ranks.total)
+        rows = distributed.all_reduce_sum(mask.sum()).clamp(min=1)
+        inter = distributed.all_reduce_sum(torch.where(mask, within, 0).sum()) / rows
+        intra = functional.logits_dist_over_batch(student, teacher, mask, self.temperature, distributed.all_reduce_sum)
         return self.inter * inter + self.intra * intra
 
 
@@ -261,7 +262,7 @@ def _check_temperature(objective: Objective, temperature: float) -> None:
         raise ObjectiveError(f"{type(objective).__name__}: temperature must be > 0, got {temperature}.")
 
 
-def _check_classes(objective: Objective, student: Sizes, teacher: Sizes) -> None:
+def _check_classes(objective: Objective, student: ModelInfo, teacher: ModelInfo) -> None:
     name = type(objective).__name__
     if teacher.labels == 1 or "regression" in (student.problem_type, teacher.problem_type):
         raise ObjectiveError(f"{name} compares class distributions; a regression has none. Use LogitsMSE.")

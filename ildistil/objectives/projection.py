@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from ildistil.objectives.base import ObjectiveError
+from ildistil.errors import ObjectiveError
 
 __all__ = ["Projection", "ProjectionOption"]
 

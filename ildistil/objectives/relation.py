@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ildistil import functional, kernels
-from ildistil.capture import Activations, Attention, Sizes
+from ildistil.capture import Activations, Attention, ModelInfo
+from ildistil.errors import ObjectiveError
 from ildistil.mappings import Last, LayerMapping
-from ildistil.objectives.base import LayerObjective, ObjectiveError, Stack, Weight, same_tokens
+from ildistil.objectives.base import LayerObjective, Stack, Weight, same_tokens
 
 __all__ = ["RelationKL", "ValueRelationKL"]
 
@@ -60,7 +61,7 @@ class RelationKL(LayerObjective):
         self.relations, self.heads = tuple(relations), heads
         self.attention_parts = "".join(sorted({part for relation in relations for part in relation if part != "-"}))
 
-    def build(self, student: Sizes, teacher: Sizes) -> None:
+    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Resolve the mapping and check that relation heads can be paired."""
         super().build(student, teacher)
         student, teacher = self.sizes

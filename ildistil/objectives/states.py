@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ildistil import functional
-from ildistil.capture import Activations, Sizes
+from ildistil.capture import Activations, ModelInfo
+from ildistil.errors import ObjectiveError
 from ildistil.mappings import LayerMapping
-from ildistil.objectives.base import LayerObjective, ObjectiveError, Stack, Weight, same_tokens
+from ildistil.objectives.base import LayerObjective, Stack, Weight, same_tokens
 from ildistil.objectives.projection import Projection, ProjectionOption
 
 __all__ = ["StateObjective"]
@@ -44,7 +45,7 @@ class StateObjective(LayerObjective):
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         """Compare the states of two layers: one value per example."""
 
-    def width(self, sizes: Sizes) -> int | None:
+    def width(self, sizes: ModelInfo) -> int | None:
         """Give the width of the states."""
         return sizes.width
 
@@ -52,7 +53,7 @@ class StateObjective(LayerObjective):
         """Tell which of the tokens are real: boolean, ``(batch, tokens)``."""
         return activations.mask
 
-    def build(self, student: Sizes, teacher: Sizes) -> None:
+    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Resolve the mapping and make the projections."""
         super().build(student, teacher)
         widths = tuple(self.width(sizes) for sizes in self.sizes)

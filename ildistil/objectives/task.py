@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ildistil import functional
-from ildistil.capture import Activations, Sizes, TokenLogits
+from ildistil.capture import Activations, LazyLogits, ModelInfo
 from ildistil.kernels import chunked
 from ildistil.objectives.base import Objective
 
@@ -30,7 +30,7 @@ class TaskLoss(Objective):
     teacher_taps = ()
     _next_token = False
 
-    def build(self, student: Sizes, teacher: Sizes) -> None:
+    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Note whether the student predicts the next token."""
         self._next_token = student.next_token
 
@@ -47,11 +47,11 @@ class TaskLoss(Objective):
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Give the student's loss; 0 for a batch without any label, of which the model makes a mean of nothing."""
-        if student.token_logits is not None:  # not made yet: only those that have a label are, a few rows at a time
-            return self._token_loss(student.token_logits)
+        if student.lazy_logits is not None:  # not made yet: only those that have a label are, a few rows at a time
+            return self._token_loss(student.lazy_logits)
         return torch.where(self.count(student, batch) > 0, student.loss, 0)
 
-    def _token_loss(self, logits: TokenLogits) -> Tensor:
+    def _token_loss(self, logits: LazyLogits) -> Tensor:
         states, labels = logits.labelled()
 
         def values(made: Tensor, rows: slice) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from ildistil.errors import ConfigError
 from ildistil.objectives import Objective
 from ildistil.stages import Stage
 
@@ -29,12 +30,12 @@ def file(name: str) -> Path:
     """Give the file of a preset.
 
     Raises:
-        ValueError: there is no such preset.
+        ConfigError: there is no such preset.
     """
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(names())}."
-        raise ValueError(f"There is no preset {name!r}. {hint}")
+        raise ConfigError(f"There is no preset {name!r}. {hint}")
     return _FOLDER / f"{name}.yaml"
 
 

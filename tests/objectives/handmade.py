@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ildistil.capture import Activations, Attention, Layers, Sizes
+from ildistil.capture import Activations, Attention, Layers, ModelInfo
 from ildistil.objectives import Objective
 from table import Case
 
@@ -17,7 +17,7 @@ def built(case: Case, dtype: torch.dtype) -> Objective:
     """The objective, its projections made for these sizes."""
     objective = case.make()
     known = {"width": WIDTH, "heads": HEADS, "labels": CLASSES, "attention_width": WIDTH}
-    objective.build(Sizes("student", STUDENT, **known), Sizes("teacher", TEACHER, **known))
+    objective.build(ModelInfo("student", STUDENT, **known), ModelInfo("teacher", TEACHER, **known))
     objective.projections.to(dtype)
     return objective
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import exact
 from ildistil import objectives
 from ildistil.data import TokenBudgetSampler
-from ildistil.objectives import ObjectiveError
+from ildistil.errors import ObjectiveError
 from table import CASES
 
 APART = [name for name, case in CASES.items() if not case.make().batch_coupled]

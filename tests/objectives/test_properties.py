@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import handmade
 from ildistil import functional, mappings, schedules
-from ildistil.balance import Balance
+from ildistil.engine.balance import Balance
 from ildistil.functional.correlation import pearson_distance
 from ildistil.functional.logits import Divergence
 from ildistil.functional.reduction import unit

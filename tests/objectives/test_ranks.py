@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 import handmade
-from ildistil import ranks
-from ildistil.balance import Balance
+from ildistil import distributed
+from ildistil.engine.balance import Balance
 from table import CASES
 
 COUPLED = [name for name, case in CASES.items() if case.make().batch_coupled]
 
 
 class Lockstep:
-    """What ildistil.ranks needs of torch.distributed, among threads."""
+    """What ildistil.distributed needs of torch.distributed, among threads."""
 
     ReduceOp = torch.distributed.ReduceOp
 
@@ -97,7 +97,7 @@ def test_gradients_are_those_of_the_whole_batch(name: str, padded: bool, monkeyp
 
     value, gradients = term(slice(0, 5), 5)
     lockstep = Lockstep(2)
-    monkeypatch.setattr(ranks, "dist", lockstep)
+    monkeypatch.setattr(distributed, "dist", lockstep)
     both = lockstep.run(lambda rank: term(slice(0, 3), 5) if rank == 0 else term(slice(3, 5), 4))
     for theirs, _ in both:
         torch.testing.assert_close(theirs, value)
@@ -108,7 +108,7 @@ def test_gradients_are_those_of_the_whole_batch(name: str, padded: bool, monkeyp
 
 def test_all_processes_balance_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     lockstep = Lockstep(2)
-    monkeypatch.setattr(ranks, "dist", lockstep)
+    monkeypatch.setattr(distributed, "dist", lockstep)
     parameters = [nn.Parameter(torch.ones(1))]
 
     def factors(rank: int) -> dict[str, Tensor]:

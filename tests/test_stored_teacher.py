@@ -39,12 +39,13 @@ from transformers import (
 import tiny
 from ildistil import Distillation, Distiller, Stage, mappings, objectives
 from ildistil.capture import Tap
+from ildistil.errors import ObjectiveError, TargetsError
 from ildistil.objectives import Objective
-from ildistil.plan import describe
-from ildistil.targets import StoredTeacher, TargetsError, estimate, precompute
-from ildistil.targets.capture import StoredCapture
-from ildistil.targets.rows import Rows
-from ildistil.targets.store import Store
+from ildistil.teachers import StoredTeacher, estimate, precompute
+from ildistil.teachers.rows import Rows
+from ildistil.teachers.store import Store
+from ildistil.teachers.stored_capture import StoredCapture
+from ildistil.training.plan import describe
 from table import CASES
 from test_distiller import loader, trainer
 
@@ -466,7 +467,7 @@ class Liar(objectives.AttentionOutputMSE):
 def test_who_reads_more_than_is_stored_has_no_loss(tmp_path: Path) -> None:
     teacher = stored(tmp_path, [Liar()])
     engine = Distillation(models()[0], teacher, [Liar()])
-    with pytest.raises(objectives.ObjectiveError, match="is nan in the dry run"):
+    with pytest.raises(ObjectiveError, match="is nan in the dry run"):
         engine.dry_run(tiny.batch(LENGTHS))
 
 

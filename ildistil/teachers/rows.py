@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ildistil.capture.inputs import OURS, TARGETS, token_mask
+from ildistil.errors import TargetsError
 from ildistil.functional.reduction import widened
-from ildistil.targets.errors import TargetsError
 
 __all__ = ["Rows", "Targets", "with_and_without_padding"]
 

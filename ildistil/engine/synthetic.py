@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ildistil.capture import Sizes
+from ildistil.capture import ModelInfo
 
 __all__ = ["synthetic_batch"]
 
@@ -37,11 +37,11 @@ def _images(model: PreTrainedModel, _: int) -> Batch | None:
         return None
     height, width = (size, size) if isinstance(size, int) else size
     pixels = torch.linspace(-1, 1, 2 * channels * height * width).reshape(2, channels, height, width)
-    return _labelled({"pixel_values": pixels}, Sizes.of(model), "ForImageClassification")
+    return _labelled({"pixel_values": pixels}, ModelInfo.of(model), "ForImageClassification")
 
 
 def _texts(model: PreTrainedModel, tokens: int) -> Batch | None:
-    sizes = Sizes.of(model)
+    sizes = ModelInfo.of(model)
     if sizes.vocabulary is None:
         return None
     ids, mask = _rows(model, sizes.vocabulary, tokens)
@@ -81,14 +81,14 @@ def _decoded(ids: Tensor, mask: Tensor, name: str) -> Batch | None:
     return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": said, "decoder_attention_mask": real}
 
 
-def _labelled(batch: Batch, sizes: Sizes, head: str) -> Batch | None:
+def _labelled(batch: Batch, sizes: ModelInfo, head: str) -> Batch | None:
     """Add labels for this head; no other head is known, and a model without one needs none."""
     if head in sizes.name:
         return batch | {"labels": _labels(sizes)}
     return None if "For" in sizes.name else batch
 
 
-def _labels(sizes: Sizes) -> Tensor:
+def _labels(sizes: ModelInfo) -> Tensor:
     if sizes.problem_type == "multi_label_classification":
         return torch.zeros(2, sizes.labels or 1)
     if sizes.labels == 1 or sizes.problem_type == "regression":

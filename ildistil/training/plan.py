@@ -1,16 +1,17 @@
 """The plan: what a run will do, printed before it starts."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
-from ildistil.capture import Sizes, Tap, unwrapped
-from ildistil.distillation import Distillation, DryRun
+from ildistil.capture import ModelInfo, Tap, unwrapped
+from ildistil.engine.distillation import Distillation, DryRun
 from ildistil.schedules import Schedule
 from ildistil.stages import Stage
-from ildistil.targets.teacher import StoredTeacher
+from ildistil.tables import table
+from ildistil.teachers.stored import StoredTeacher
 
-__all__ = ["describe", "table"]
+__all__ = ["describe"]
 
 
 def describe(distillation: Distillation, dry_run: DryRun | None = None, stages: Sequence[Stage] = ()) -> str:
@@ -36,21 +37,6 @@ def describe(distillation: Distillation, dry_run: DryRun | None = None, stages: 
     return "\n".join(parts)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Align columns: the first to the left, numbers to the right.
-
-    >>> print(table(("name", "value"), [("a", "1.0"), ("long", "-22.5")]))
-    name  value
-    a       1.0
-    long  -22.5
-    """
-    lines = [tuple(header), *(tuple(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    right = [i > 0 and all(_is_number(line[i]) for line in lines[1:]) for i in range(len(header))]
-    aligned = ("  ".join(_pad(*cell) for cell in zip(line, widths, right, strict=True)) for line in lines)
-    return "\n".join(line.rstrip() for line in aligned)
-
-
 def _models(distillation: Distillation) -> str:
     models = {"teacher": distillation.teacher, "student": distillation.student}
     rows = [_model(role, model) for role, model in models.items() if model is not None]
@@ -58,7 +44,7 @@ def _models(distillation: Distillation) -> str:
 
 
 def _model(role: str, model: nn.Module) -> tuple[str, ...]:
-    sizes = Sizes.of(model)
+    sizes = ModelInfo.of(model)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if isinstance(model, StoredTeacher):
@@ -71,7 +57,7 @@ def _model(role: str, model: nn.Module) -> tuple[str, ...]:
     return _row(role, sizes, total, remark)
 
 
-def _row(role: str, sizes: Sizes, parameters: int, remark: str) -> tuple[str, ...]:
+def _row(role: str, sizes: ModelInfo, parameters: int, remark: str) -> tuple[str, ...]:
     numbers = [str(n) if n is not None else "?" for n in (sizes.depth, sizes.width, sizes.heads)]
     return (role, sizes.name, *numbers, _millions(parameters), remark)
 
@@ -127,14 +113,6 @@ def _notes(distillation: Distillation, dry_run: DryRun | None) -> list[str]:
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(",", "").removesuffix(" M").removesuffix(" %").lstrip("-+").replace(".", "", 1).isdigit()
-
-
-def _pad(text: str, width: int, right: bool) -> str:
-    return text.rjust(width) if right else text.ljust(width)
 
 
 def _indent(text: str, by: int = 2) -> str:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ildistil.capture import find_layers
-from ildistil.narrow import Width, narrowed
+from ildistil.errors import ModelError
+from ildistil.students.narrow import Width, narrowed
 
 __all__ = ["init_student"]
 
@@ -48,7 +49,7 @@ def init_student(
         the layers as ``init_layers``, which the mapping ``FromInit`` reads.
 
     Raises:
-        ValueError: a layer is out of range; there are neither layers nor config; the config's labels or vocabulary
+        ModelError: a layer is out of range; there are neither layers nor config; the config's labels or vocabulary
             are not the teacher's; shapes differ from those of the copied layers; ``width`` does not know the family
             or can't reach the widths; or the source's architecture, vocabulary, depth or shapes are not the teacher's.
 
@@ -60,7 +61,7 @@ def init_student(
     True
     """
     if not isinstance(teacher, PreTrainedModel):
-        raise ValueError(
+        raise ModelError(
             f"init_student copies transformers models, got {type(teacher).__name__}. Build the student yourself and "
             "pass both to Distiller."
         )
@@ -69,15 +70,15 @@ def init_student(
         _check_width(width, config)
         layers = range(1, depth + 1) if layers is None else layers
     elif batches is not None:
-        raise ValueError("batches are for width=...: pass width='importance' or width='pca' too.")
+        raise ModelError("batches are for width=...: pass width='importance' or width='pca' too.")
     if layers is None and source is not None:
-        raise ValueError("source=... gives layers to copy: name them, as in layers=[1, 2, 3].")
+        raise ModelError("source=... gives layers to copy: name them, as in layers=[1, 2, 3].")
     if layers is None and config is None:
-        raise ValueError("init_student needs layers=[...] to copy, or config=... for a random student.")
+        raise ModelError("init_student needs layers=[...] to copy, or config=... for a random student.")
     if layers is None:
         return _random(teacher, config)
     if isinstance(config, PreTrainedConfig):
-        raise ValueError("With layers=..., config takes only changed values, such as {'hidden_dropout_prob': 0.0}.")
+        raise ModelError("With layers=..., config takes only changed values, such as {'hidden_dropout_prob': 0.0}.")
     numbers = _resolve(layers, depth)
     origin = teacher if source is None else _merged(teacher, source)
     return _from_layers(origin, numbers, config or {}, width, batches)
@@ -85,20 +86,20 @@ def init_student(
 
 def _check_width(width: str, config: object) -> None:
     if width not in get_args(Width):
-        raise ValueError(f"width must be 'importance', 'pca' or None, got {width!r}.")
+        raise ModelError(f"width must be 'importance', 'pca' or None, got {width!r}.")
     if not config:
-        raise ValueError("width=... makes a narrower student: say how narrow, as in config={'hidden_size': 256}.")
+        raise ModelError("width=... makes a narrower student: say how narrow, as in config={'hidden_size': 256}.")
 
 
 def _merged(teacher: PreTrainedModel, source: PreTrainedModel) -> PreTrainedModel:
     """Give a model of the teacher's class with the source's weights, and the teacher's where the source has none."""
     if not isinstance(source, PreTrainedModel) or type(source.config) is not type(teacher.config):
         got = type(source).__name__
-        raise ValueError(f"source must be of the teacher's architecture, {type(teacher).__name__}; got a {got}.")
+        raise ModelError(f"source must be of the teacher's architecture, {type(teacher).__name__}; got a {got}.")
     mine, theirs = source.config.get_text_config(), teacher.config.get_text_config()
     for key, what in (("vocab_size", "vocabulary"), ("num_hidden_layers", "number of layers")):
         if getattr(mine, key, None) != getattr(theirs, key, None):
-            raise ValueError(
+            raise ModelError(
                 f"The source's {what} is {getattr(mine, key, None)}, the teacher's {getattr(theirs, key, None)}. Both "
                 f"must agree ({key}); the student reads the teacher's tokens, and layers have the teacher's numbers."
             )
@@ -108,7 +109,7 @@ def _merged(teacher: PreTrainedModel, source: PreTrainedModel) -> PreTrainedMode
     for name, value in given.items():
         for own in ties.get(prefix + name, ()):
             if weights[own].shape != value.shape:
-                raise ValueError(
+                raise ModelError(
                     f"The source's {name} has the shape {tuple(value.shape)}, the teacher's "
                     f"{tuple(weights[own].shape)}. Take a source with the teacher's sizes; width=... can make both "
                     "narrower."
@@ -134,12 +135,12 @@ def _random(teacher: PreTrainedModel, config: PreTrainedConfig | Mapping[str, An
     for key, what in (("vocab_size", "vocabulary"), ("num_labels", "number of labels")):
         mine, theirs = getattr(own, key, None), getattr(teacher.config, key, None)
         if mine != theirs:
-            raise ValueError(
+            raise ModelError(
                 f"The student's {what} is {mine}, the teacher's {theirs}. Both must agree: set {key}={theirs} in the "
                 "student's config."
             )
     if type(own) is not type(teacher.config):
-        raise ValueError(
+        raise ModelError(
             f"init_student makes a {type(teacher).__name__}; got a {type(own).__name__}. For a student of another "
             "family build it yourself, and pass it to Distiller."
         )
@@ -155,7 +156,7 @@ def _from_layers(
 ) -> PreTrainedModel:
     stack = find_layers(teacher)
     if not stack:
-        raise ValueError(
+        raise ModelError(
             f"{type(teacher).__name__} has no single stack of layers to choose from. Make the student with config=... "
             "or build it yourself."
         )
@@ -178,7 +179,7 @@ def _resolve(layers: Sequence[int], depth: int) -> list[int]:
     bad = [layer for layer, number in zip(layers, resolved, strict=True) if not 1 <= number <= depth]
     if bad or not resolved:
         what = f"got {bad[0]}" if bad else "got none"
-        raise ValueError(f"layers must be teacher layers 1..{depth} (or -1..{-depth} from the end), {what}.")
+        raise ModelError(f"layers must be teacher layers 1..{depth} (or -1..{-depth} from the end), {what}.")
     return resolved
 
 
@@ -186,7 +187,7 @@ def _changed(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrained
     config = copy.deepcopy(config)
     unknown = [key for key in changes if not hasattr(config, key)]
     if unknown:
-        raise ValueError(f"{type(config).__name__} has no {unknown[0]!r}. Name values of the teacher's config.")
+        raise ModelError(f"{type(config).__name__} has no {unknown[0]!r}. Name values of the teacher's config.")
     for key, value in changes.items():
         setattr(config, key, value)
     # A teacher under capture runs a recording twin of its attention; the student starts with the plain one.
@@ -230,7 +231,7 @@ def _load(student: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     wrong = [name for name in own if name not in weights or own[name].shape != weights[name].shape]
     wrong += [name for name in weights if name not in own]
     if wrong:
-        raise ValueError(
+        raise ModelError(
             f"These weights of the teacher don't fit the student: {wrong[:3]}. Either the config changes a shape, "
             "which copied layers can't follow (use width='importance', or layers=None for random weights), or a layer "
             "differs in kind from the one whose place it takes (ModernBERT's first layer has no norm: it must stay "

@@ -9,6 +9,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ildistil.errors import CheckpointError
+
 __all__ = ["export", "load_student", "save_student"]
 
 _STUDENT = "distillation.student."
@@ -22,7 +24,7 @@ def load_student(checkpoint: str | Path) -> PreTrainedModel:
         checkpoint: a ``.ckpt`` file that a Trainer with a :class:`~ildistil.Distiller` wrote.
 
     Raises:
-        ValueError: the file is not such a checkpoint.
+        CheckpointError: the file is not such a checkpoint.
     """
     return _rebuild(_read(checkpoint), checkpoint)
 
@@ -38,18 +40,18 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None, overwrite
     """
     target = Path(output)
     if target.exists() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"The folder {output!r} is not empty. Name another one, or add --overwrite=true.")
+        raise CheckpointError(f"The folder {output!r} is not empty. Name another one, or add --overwrite=true.")
     content = _read(checkpoint)
     student = _rebuild(content, checkpoint)
     source = tokenizer or content["ildistil"].get("tokenizer")
     if source is None:
-        raise ValueError(
+        raise CheckpointError(
             "The checkpoint doesn't say which tokenizer belongs to the student. Name it: --tokenizer=NAME."
         )
     try:
         loaded = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise CheckpointError(
             f"The tokenizer {source!r} could not be loaded. Name another one: --tokenizer=NAME."
         ) from error
     save_student(student, target, loaded, _card(student, content))
@@ -76,11 +78,11 @@ def _read(checkpoint: str | Path) -> dict[str, Any]:
     path = Path(checkpoint)
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        raise ValueError(f"There is no file {str(path)!r}. Checkpoints beside it: {', '.join(near) or 'none'}.")
+        raise CheckpointError(f"There is no file {str(path)!r}. Checkpoints beside it: {', '.join(near) or 'none'}.")
     # Tensors and plain values only: a foreign file must not be able to run code.
     content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if not content.get("ildistil", {}).get("student"):
-        raise ValueError(f"{str(path)!r} holds no transformers student that an ildistil Distiller saved.")
+        raise CheckpointError(f"{str(path)!r} holds no transformers student that an ildistil Distiller saved.")
     return content
 
 
@@ -88,7 +90,7 @@ def _rebuild(content: Mapping[str, Any], checkpoint: str | Path) -> PreTrainedMo
     recipe = content["ildistil"]["student"]
     architecture = getattr(transformers, recipe["architecture"], None)
     if architecture is None:
-        raise ValueError(
+        raise CheckpointError(
             f"The student in {str(checkpoint)!r} is a {recipe['architecture']}, which this version of transformers "
             f"({transformers.__version__}) doesn't have."
         )

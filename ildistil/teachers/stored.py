@@ -9,10 +9,10 @@ import transformers
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from ildistil.capture import Sizes
-from ildistil.targets.errors import TargetsError
-from ildistil.targets.layout import Dtype, TeacherFacts, torch_dtype
-from ildistil.targets.store import SHARD_BYTES, Store
+from ildistil.capture import ModelInfo
+from ildistil.errors import TargetsError
+from ildistil.teachers.layout import Dtype, TeacherFacts, torch_dtype
+from ildistil.teachers.store import SHARD_BYTES, Store
 
 __all__ = ["StoredTeacher"]
 
@@ -21,7 +21,7 @@ class StoredTeacher(nn.Module):
     """Stands in for a teacher, with what it said stored in a folder; takes its place in every module of this library.
 
     Args:
-        folder: the folder of the targets, made by :func:`~ildistil.targets.precompute` or by a run with ``teacher``.
+        folder: the folder of the targets, made by :func:`~ildistil.teachers.precompute` or by a run with ``teacher``.
         teacher: the model itself, to make what isn't stored yet; or what loads it, called when it is needed. Without
             it, a row that isn't stored is an error.
         dtype: precision of the targets, ``"float16"`` by default; of a folder that exists it must be the same.
@@ -82,7 +82,7 @@ class StoredTeacher(nn.Module):
         self.requires_grad_(False).eval()
 
     @property
-    def sizes(self) -> Sizes:
+    def sizes(self) -> ModelInfo:
         """The teacher's sizes."""
         return self.facts.sizes
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from ildistil.capture import Activations, Attention, Capture, Layers, Tap
 from ildistil.capture.inputs import TARGETS, token_mask
 from ildistil.capture.taps import Role
-from ildistil.targets.errors import TargetsError
-from ildistil.targets.layout import Column, Dtype, Header, Layout, record_part, recorded, torch_dtype
-from ildistil.targets.rows import Rows, Targets, with_and_without_padding
-from ildistil.targets.store import missing
-from ildistil.targets.teacher import StoredTeacher
+from ildistil.errors import TargetsError
+from ildistil.teachers.layout import Column, Dtype, Header, Layout, record_part, recorded, torch_dtype
+from ildistil.teachers.rows import Rows, Targets, with_and_without_padding
+from ildistil.teachers.store import missing
+from ildistil.teachers.stored import StoredTeacher
 
 __all__ = ["StoredCapture"]
 

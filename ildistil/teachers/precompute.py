@@ -13,13 +13,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from ildistil.capture import Sizes
+from ildistil.capture import ModelInfo
+from ildistil.errors import TargetsError
 from ildistil.objectives.base import Objective
-from ildistil.targets.capture import StoredCapture
-from ildistil.targets.errors import TargetsError
-from ildistil.targets.layout import Column, Dtype, Layout, wanted_targets
-from ildistil.targets.rows import KEY_BYTES
-from ildistil.targets.teacher import StoredTeacher
+from ildistil.teachers.layout import Column, Dtype, Layout, wanted_targets
+from ildistil.teachers.rows import KEY_BYTES
+from ildistil.teachers.stored import StoredTeacher
+from ildistil.teachers.stored_capture import StoredCapture
 
 __all__ = ["Estimate", "estimate", "precompute"]
 
@@ -92,7 +92,7 @@ class Estimate:
 def estimate(
     stored: StoredTeacher,
     objectives: Objectives,
-    student: nn.Module | Sizes,
+    student: nn.Module | ModelInfo,
     batches: Batches,
     *,
     device: Device = None,
@@ -113,7 +113,7 @@ def estimate(
 def precompute(
     stored: StoredTeacher,
     objectives: Objectives,
-    student: nn.Module | Sizes,
+    student: nn.Module | ModelInfo,
     batches: Batches,
     *,
     device: Device = None,
@@ -174,9 +174,11 @@ def precompute(
 
 
 @contextmanager
-def _capturing(stored: StoredTeacher, objectives: Objectives, student: nn.Module | Sizes) -> Iterator[StoredCapture]:
+def _capturing(
+    stored: StoredTeacher, objectives: Objectives, student: nn.Module | ModelInfo
+) -> Iterator[StoredCapture]:
     """Open the capture of what objectives want; whatever happens, what waits is written."""
-    sizes = student if isinstance(student, Sizes) else Sizes.of(student)
+    sizes = student if isinstance(student, ModelInfo) else ModelInfo.of(student)
     given = objectives.values() if isinstance(objectives, Mapping) else objectives
     used = [copy.deepcopy(objective) for objective in given if objective.weight != 0]
     with torch.random.fork_rng(devices=[]):  # projections are made, at random, and not used

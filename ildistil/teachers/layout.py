@@ -13,10 +13,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ildistil.capture import Activations, Attention, Sizes, Tap, unwrapped
+from ildistil.capture import Activations, Attention, ModelInfo, Tap, unwrapped
 from ildistil.capture.inputs import input_names
+from ildistil.errors import TargetsError
 from ildistil.objectives.base import Objective
-from ildistil.targets.errors import TargetsError
 
 __all__ = ["Column", "Dtype", "Header", "Layout", "Scores", "TeacherFacts", "wanted_targets", "weights_digest"]
 
@@ -25,7 +25,7 @@ FORMAT = 1  # to be raised when the same targets would be stored in another way
 _PARTS = {"q": "query", "k": "key", "v": "value"}
 
 
-def wanted_targets(objectives: Iterable[Objective], teacher: Sizes) -> dict[Tap, str]:
+def wanted_targets(objectives: Iterable[Objective], teacher: ModelInfo) -> dict[Tap, str]:
     """Give what objectives may want of the teacher at any step, with the wanted parts of each attention.
 
     Args:
@@ -185,7 +185,7 @@ class TeacherFacts:
     that its ``forward`` knows.
     """
 
-    sizes: Sizes
+    sizes: ModelInfo
     parameters: int
     weights: str
     source: str | None
@@ -201,7 +201,7 @@ class TeacherFacts:
             TargetsError: it is an encoder-decoder.
         """
         model = unwrapped(teacher)
-        sizes = Sizes.of(model)
+        sizes = ModelInfo.of(model)
         check_storable(Tap("hidden", 1, stack) for stack in sizes.stacks)
         return cls(
             sizes,
@@ -342,7 +342,7 @@ class Header:
             )
         facts, layout = said["teacher"], said["layout"]
         layers = facts["sizes"]["init_layers"]
-        sizes = Sizes(**{**facts["sizes"], "init_layers": None if layers is None else tuple(layers)})
+        sizes = ModelInfo(**{**facts["sizes"], "init_layers": None if layers is None else tuple(layers)})
         columns = tuple(Column(Tap(*c["tap"]), c["part"], c["per_token"], tuple(c["shape"])) for c in layout["columns"])
         scores = {
             tap: Scores(**{**s, "shapes": {part: tuple(shape) for part, shape in s["shapes"].items()}})

@@ -11,8 +11,9 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
-from ildistil.initialize import init_student
-from ildistil.narrow import Width
+from ildistil.errors import ModelError
+from ildistil.students.initialise import init_student
+from ildistil.students.narrow import Width
 
 __all__ = ["ModelSource", "StudentOptions", "load", "pretrained"]
 
@@ -111,9 +112,9 @@ class StudentOptions:
         if self.path is None:
             return self._from_teacher(teacher, source)
         if self.layers is not None:
-            raise ValueError("A student has either layers (of the teacher) or a path (of another model), not both.")
+            raise ModelError("A student has either layers (of the teacher) or a path (of another model), not both.")
         if self.width is not None or self.source is not None:
-            raise ValueError("A student with a path is that model as it is: leave out width and source, or the path.")
+            raise ModelError("A student with a path is that model as it is: leave out width and source, or the path.")
         if source.tokenizer is not None:
             _check_tokenizers(self.path, source.tokenizer)
         head: Head = next((h for h, a in _AUTO.items() if _has_head(teacher, a)), "none")
@@ -123,7 +124,7 @@ class StudentOptions:
 
     def _from_teacher(self, teacher: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
         if self.width == "pca":
-            raise ValueError(
+            raise ModelError(
                 "width: pca needs calibration batches, which a YAML file can't give. Use width: importance, or make "
                 "the student in Python with init_student(teacher, ..., width='pca', batches=[...]), save it with "
                 "save_pretrained and name its folder as path."
@@ -154,7 +155,7 @@ def load(
         new_head: allow a head whose weights are not in the checkpoint, as for fine-tuning.
 
     Raises:
-        ValueError: the folder or the name doesn't exist, or weights are missing from the checkpoint.
+        ModelError: the folder or the name doesn't exist, or weights are missing from the checkpoint.
     """
     _check_folder(path)
     auto = getattr(transformers, _AUTO[head])
@@ -163,13 +164,13 @@ def load(
             path, dtype=getattr(torch, dtype), output_loading_info=True, **(dict(config) if config else {})
         )
     except OSError as error:
-        raise ValueError(
+        raise ModelError(
             f"The model {path!r} could not be loaded. Name a folder made by save_pretrained, or a model of the hub "
             f"(which needs a connection): {error}"
         ) from error
     missing = sorted(info["missing_keys"])
     if missing and not new_head:
-        raise ValueError(
+        raise ModelError(
             f"The checkpoint {path!r} has no weights for {', '.join(missing[:4])}: its head would be random. Fine-tune "
             "it on the task first (ildistil finetune), or choose the head it was saved with."
         )
@@ -194,7 +195,7 @@ def _check_folder(path: str) -> None:
     if looks_local and not Path(path).is_dir():
         parent = Path(path).parent
         near = sorted(p.name for p in parent.iterdir() if p.is_dir())[:8] if parent.is_dir() else []
-        raise ValueError(f"There is no folder {path!r}. Folders beside it: {', '.join(near) or 'none'}.")
+        raise ModelError(f"There is no folder {path!r}. Folders beside it: {', '.join(near) or 'none'}.")
 
 
 def _has_head(model: PreTrainedModel, auto: str) -> bool:
@@ -206,7 +207,7 @@ def _check_tokenizers(student: str, teacher: str) -> None:
     mine, theirs = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (student, teacher))
     if mine != theirs:
         example = next((w for w in theirs if mine.get(w) != theirs[w]), next(iter(mine)))
-        raise ValueError(
+        raise ModelError(
             f"The tokenizers of student ({student}) and teacher ({teacher}) differ: {example!r} is {mine.get(example)} "
             f"in one and {theirs.get(example)} in the other. Both models must read the same token ids; choose a "
             "student with the teacher's tokenizer."

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ildistil.targets.errors import TargetsError
-from ildistil.targets.layout import Column, Dtype, Header, TeacherFacts, torch_dtype
-from ildistil.targets.rows import KEY_BYTES
+from ildistil.errors import TargetsError
+from ildistil.teachers.layout import Column, Dtype, Header, TeacherFacts, torch_dtype
+from ildistil.teachers.rows import KEY_BYTES
 
 __all__ = ["DESCRIPTION", "SHARD_BYTES", "Places", "Store", "missing"]
 

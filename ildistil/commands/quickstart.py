@@ -31,12 +31,13 @@ from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
-from ildistil.distiller import Distiller
-from ildistil.export import save_student
-from ildistil.initialize import init_student
+from ildistil.errors import ConfigError
 from ildistil.metrics import metric_collection
 from ildistil.objectives import AttentionKL, LogitsKL, Objective, TaskLoss
-from ildistil.plan import table
+from ildistil.students.initialise import init_student
+from ildistil.tables import table
+from ildistil.training.distiller import Distiller
+from ildistil.training.export import save_student
 
 __all__ = ["BagOfThings", "Example", "Result", "make_examples", "quickstart"]
 
@@ -214,10 +215,10 @@ def quickstart(output: str = "quickstart", seed: int = 0, seeds: int = 1, overwr
     """
     folder = Path(output)
     if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}.")
+        raise ConfigError(f"seeds must be at least 1, got {seeds}.")
     if folder.exists() and any(folder.iterdir()):
         if not overwrite:
-            raise ValueError(f"The folder {output!r} is not empty. Name another one, or add --overwrite=true.")
+            raise ConfigError(f"The folder {output!r} is not empty. Name another one, or add --overwrite=true.")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()

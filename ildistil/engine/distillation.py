@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ildistil import ranks
-from ildistil.balance import Balance
-from ildistil.capture import Activations, Capture, Layers, Sizes, Tap, model_inputs, separate_configs, unwrapped
+from ildistil import distributed
+from ildistil.capture import Activations, Capture, Layers, ModelInfo, Tap, model_inputs, separate_configs, unwrapped
 from ildistil.capture.inputs import TARGETS
-from ildistil.objectives.base import Objective, ObjectiveError
+from ildistil.engine.balance import Balance
+from ildistil.engine.synthetic import synthetic_batch
+from ildistil.errors import ModelError, ObjectiveError
+from ildistil.objectives.base import Objective
 from ildistil.schedules import Schedule
-from ildistil.synthetic import synthetic_batch
-from ildistil.targets.capture import StoredCapture
-from ildistil.targets.layout import wanted_targets
-from ildistil.targets.teacher import StoredTeacher
+from ildistil.teachers.layout import wanted_targets
+from ildistil.teachers.stored import StoredTeacher
+from ildistil.teachers.stored_capture import StoredCapture
 
 __all__ = ["Distillation", "DryRun", "TermCheck", "Terms"]
 
@@ -107,7 +108,7 @@ class Distillation(nn.Module):
         student: the model to train; trainable parameters of this module are its own and the objectives' projections.
         teacher: the frozen model, or ``None`` if no objective needs one. It is switched to eval mode and its
             parameters' gradients off; it is not a registered child, so it is in no checkpoint, optimiser or DDP
-            bucket, but moves along with ``.to(...)``. A :class:`~ildistil.targets.StoredTeacher` takes its place.
+            bucket, but moves along with ``.to(...)``. A :class:`~ildistil.teachers.StoredTeacher` takes its place.
         objectives: the terms; several, with different names. May be set later by :meth:`set_objectives`.
         balance: what makes weights mean shares of the total; by default they are plain factors.
 
@@ -171,8 +172,8 @@ class Distillation(nn.Module):
         if named == self.objectives:
             return
         self.release()
-        student = Sizes.of(self.student)
-        teacher = student if self.teacher is None else Sizes.of(self.teacher)
+        student = ModelInfo.of(self.student)
+        teacher = student if self.teacher is None else ModelInfo.of(self.teacher)
         self._positions = min((s.positions for s in (student, teacher) if s.positions is not None), default=None)
         for name, objective in named.items():
             if objective.needs_teacher and self.teacher is None:
@@ -197,11 +198,11 @@ class Distillation(nn.Module):
         self.detach()
         self._hooked = frozenset(name for name, o in self.objectives.items() if o.weight != 0)
         used = [self.objectives[name] for name in self._hooked]
-        sizes = Sizes.of(self.student)
+        sizes = ModelInfo.of(self.student)
         wanted = {tap for o in used for tap in o.student_wants(sizes)}
         self._student_capture = Capture(self.student, wanted, "student")
         if self.teacher is not None:
-            sizes = Sizes.of(self.teacher)
+            sizes = ModelInfo.of(self.teacher)
             targets = wanted_targets(used, sizes)
             if targets and isinstance(self.teacher, StoredTeacher):
                 self._teacher_capture = StoredCapture(self.teacher, targets)
@@ -344,7 +345,7 @@ class Distillation(nn.Module):
         Parameters that the active terms don't reach get gradients of zero; :meth:`drop_zero_gradients` removes them.
         """
         self._attached = []
-        if ranks.size() == 1 or not self._reach or not torch.is_grad_enabled():
+        if distributed.world_size() == 1 or not self._reach or not torch.is_grad_enabled():
             return values
         reached = set().union(*(self._reach.get(name, set()) for name in values))
         self._attached = [p for p in self.parameters() if p.requires_grad and id(p) not in reached]
@@ -489,7 +490,7 @@ def _check_weights(named: Mapping[str, Objective]) -> None:
 def _check_length(batch: Mapping[str, Any], positions: int | None) -> None:
     tokens = batch.get("input_ids")
     if positions is not None and isinstance(tokens, Tensor) and tokens.shape[1] > positions:
-        raise ValueError(
+        raise ModelError(
             f"A sequence of {tokens.shape[1]} tokens is longer than the models' {positions} positions. Cut the texts "
             f"at {positions} tokens (max_length={positions} in the data module, truncation in your tokenizer)."
         )
@@ -498,13 +499,13 @@ def _check_length(batch: Mapping[str, Any], positions: int | None) -> None:
 def _check_two_models(student: nn.Module, teacher: nn.Module) -> None:
     theirs = {id(p) for p in teacher.parameters()}
     if any(id(p) in theirs for p in student.parameters()):
-        raise ValueError(
+        raise ModelError(
             "Student and teacher share parameters, so training the student would change the teacher. Make the student "
             "with init_student(teacher, ...) or copy.deepcopy(teacher)."
         )
-    s, t = Sizes.of(student), Sizes.of(teacher)
+    s, t = ModelInfo.of(student), ModelInfo.of(teacher)
     if None not in (s.vocabulary, t.vocabulary) and s.vocabulary != t.vocabulary:
-        raise ValueError(
+        raise ModelError(
             f"The student's vocabulary has {s.vocabulary} entries, the teacher's {t.vocabulary}: the same token ids "
             "would mean different words. Student and teacher must share one tokenizer."
         )
@@ -521,7 +522,7 @@ def check_label_order(student: nn.Module, names: list[str], whose: str) -> None:
     """Refuse the same labels in another order."""
     mine = label_names(student)
     if mine != names and sorted(mine) == sorted(names):
-        raise ValueError(
+        raise ModelError(
             f"The student numbers its labels {mine}, {whose} {names}. Bring them into one order: the same number would "
             "mean different labels."
         )

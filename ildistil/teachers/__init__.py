@@ -7,8 +7,8 @@ a folder, :class:`StoredTeacher` takes the teacher's place, and with the teacher
 the way.
 """
 
-from ildistil.targets.errors import TargetsError
-from ildistil.targets.precompute import Estimate, estimate, precompute
-from ildistil.targets.teacher import StoredTeacher
+from ildistil.errors import TargetsError
+from ildistil.teachers.precompute import Estimate, estimate, precompute
+from ildistil.teachers.stored import StoredTeacher
 
 __all__ = ["Estimate", "StoredTeacher", "TargetsError", "estimate", "precompute"]

@@ -18,17 +18,17 @@ from torch.utils.data import IterableDataset
 from torchmetrics import MetricCollection
 from transformers import PreTrainedModel
 
-from ildistil import ranks, stages
-from ildistil.balance import Balance
-from ildistil.capture import CaptureError, Sizes, unwrapped
-from ildistil.distillation import Distillation, DryRun, Terms, check_label_order
+from ildistil import distributed, stages
+from ildistil.capture import ModelInfo, unwrapped
+from ildistil.engine.balance import Balance
+from ildistil.engine.distillation import Distillation, DryRun, Terms, check_label_order
+from ildistil.errors import CaptureError, ConfigError, NotFiniteError, ObjectiveError, TargetsError
 from ildistil.metrics import metric_collection
-from ildistil.objectives.base import Objective, ObjectiveError
-from ildistil.plan import describe
+from ildistil.objectives.base import Objective
 from ildistil.schedules import Schedule
 from ildistil.stages import Stage, Timeline
-from ildistil.targets.errors import TargetsError
-from ildistil.targets.teacher import StoredTeacher
+from ildistil.teachers.stored import StoredTeacher
+from ildistil.training.plan import describe
 
 __all__ = ["Distiller"]
 
@@ -74,12 +74,12 @@ class Distiller(L.LightningModule):
     ) -> None:
         super().__init__()
         if not learning_rate > 0 or weight_decay < 0 or not 0 <= warmup < 1:
-            raise ValueError(
+            raise ConfigError(
                 "learning_rate must be > 0, weight_decay >= 0 and warmup a share of all steps in [0, 1); got "
                 f"{learning_rate}, {weight_decay} and {warmup}."
             )
         if schedule not in _SCHEDULES:
-            raise ValueError(f"schedule must be one of {sorted(_SCHEDULES)}, got {schedule!r}.")
+            raise ConfigError(f"schedule must be one of {sorted(_SCHEDULES)}, got {schedule!r}.")
         self.distillation = Distillation(student, teacher, balance=balance)
         self.learning_rate, self.weight_decay, self.warmup, self.schedule = (
             learning_rate, weight_decay, warmup, schedule,
@@ -265,7 +265,7 @@ class Distiller(L.LightningModule):
             if processes == 1:
                 return terms.total
             counts = terms.count_values()
-            factors = counts * processes / ranks.total(counts).clamp(min=1)
+            factors = counts * processes / distributed.all_reduce_sum(counts).clamp(min=1)
             return terms.sum(dict(zip(terms.counts, factors, strict=True)))
         self._window = self._window or _Window()
         return terms.sum(self._window.add(terms))
@@ -326,7 +326,7 @@ class Distiller(L.LightningModule):
             return  # a step that a subclass makes by itself
         finite = torch.stack([torch.isfinite(total) for total, _, _ in batches])
         # All processes stop together: the others would apply the gradients that this one has spoilt.
-        if ranks.total((~finite).sum()) == 0:
+        if distributed.all_reduce_sum((~finite).sum()) == 0:
             return
         where, what = "", "in another process"
         for total, values, rows in batches:
@@ -335,7 +335,7 @@ class Distiller(L.LightningModule):
                 bad = {name: value for name, value in values.items() if not torch.isfinite(value)} or {"total": total}
                 what = ", ".join(f"{name} = {value.item()}" for name, value in bad.items())
                 break
-        raise FloatingPointError(
+        raise NotFiniteError(
             f"The loss is not finite at step {self.global_step} (epoch {self.current_epoch}{where}): {what}. "
             "Nothing of this step was applied. Try a lower learning rate, gradient clipping, or bf16 instead of fp16."
         )
@@ -357,10 +357,10 @@ class Distiller(L.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         steps = math.inf if steps < 0 else steps  # a stream without max_steps
         if not math.isfinite(steps) and self.stages:
-            raise ValueError("Stages last whole epochs, and the data's length isn't known. Use data with a length.")
+            raise ConfigError("Stages last whole epochs, and the data's length isn't known. Use data with a length.")
         if not math.isfinite(steps) and (self.schedule != "constant" or self._has_schedules()):
             what = "a weight's schedule" if self.schedule == "constant" else f"schedule={self.schedule!r}"
-            raise ValueError(
+            raise ConfigError(
                 f"{what} needs to know the number of steps. Set the Trainer's max_epochs or max_steps, or use "
                 "schedule='constant' and plain weights."
             )
@@ -401,7 +401,7 @@ class Distiller(L.LightningModule):
         names = self._names[stage]
         name = names[dataloader_idx] if dataloader_idx < len(names) else f"{stage}_{dataloader_idx}"
         if "labels" not in batch:
-            raise ValueError(
+            raise ConfigError(
                 f"The {name} set has no labels, so there is nothing to measure. Use 'predict' for unlabelled rows."
             )
         output = self(batch)
@@ -460,7 +460,7 @@ class Distiller(L.LightningModule):
             )
             _compare(saved.get("stages", {}), _stage_lines(self.stages))
             if projections.keys() != own.keys():
-                raise ValueError(
+                raise ConfigError(
                     "This checkpoint was made with other projections, so its optimiser state doesn't fit: it has "
                     f"{_names_of(projections)}, this run {_names_of(own)}. Resume with the same objectives, or start a "
                     "new run from its student (ildistil export)."
@@ -483,7 +483,7 @@ def _predictions(logits: Tensor) -> Tensor:
 
 
 def _default_metrics(student: nn.Module) -> Callable[[], MetricCollection] | None:
-    sizes = Sizes.of(student)
+    sizes = ModelInfo.of(student)
     labels = sizes.labels
     if labels is None or sizes.problem_type == "multi_label_classification":
         return None
@@ -557,7 +557,7 @@ class _Window:
 
     def close(self, accumulated: int, processes: int) -> Tensor:
         """Give the factor that makes Lightning's mean over batches and processes the mean over what was counted."""
-        whole = ranks.total(torch.stack(self._now[""]).sum()).clamp(min=1) / self._unit("")
+        whole = distributed.all_reduce_sum(torch.stack(self._now[""]).sum()).clamp(min=1) / self._unit("")
         self._learn(self._now)
         self._now, self.is_open = {}, False
         return accumulated * processes / whole
@@ -570,7 +570,9 @@ class _Window:
         """Take counts into the average, the same in all processes."""
         seen = torch.stack([torch.stack(own).sum() for own in counts.values()])
         number = torch.stack([seen.new_full((), len(own)) for own in counts.values()])
-        for name, sum_, batches in zip(counts, ranks.total(seen), ranks.total(number), strict=True):
+        for name, sum_, batches in zip(
+            counts, distributed.all_reduce_sum(seen), distributed.all_reduce_sum(number), strict=True
+        ):
             self._sums[name] = self._sums.get(name, 0) + sum_
             self._batches[name] = self._batches.get(name, 0) + batches
 
@@ -581,7 +583,7 @@ def _check_epochs(trainer: L.Trainer, stages: Sequence[Stage]) -> None:
         return
     if trainer.max_epochs != epochs or trainer.max_steps != -1:
         limit = f"max_epochs={trainer.max_epochs}" if trainer.max_steps == -1 else f"max_steps={trainer.max_steps}"
-        raise ValueError(
+        raise ConfigError(
             f"The stages last {epochs} epochs together, the Trainer has {limit}. Set max_epochs={epochs} and no "
             "max_steps."
         )
@@ -589,17 +591,17 @@ def _check_epochs(trainer: L.Trainer, stages: Sequence[Stage]) -> None:
 
 def _check_data(data: Any, student: nn.Module) -> None:
     """Compare what the data module says of itself with the student."""
-    sizes = Sizes.of(student)
+    sizes = ModelInfo.of(student)
     labels = 1 if getattr(data, "regression", False) else getattr(data, "num_labels", None)
     if labels is not None and sizes.labels is not None and labels != sizes.labels:
-        raise ValueError(
+        raise ConfigError(
             f"The data has {labels} labels, the models have {sizes.labels}. Fine-tune a teacher for this task first "
             "(ildistil finetune), or choose the data it was trained for."
         )
     check_label_order(student, [name.lower() for name in getattr(data, "label_names", None) or []], "the data")
     longest, positions = getattr(data, "max_length", None), sizes.positions
     if longest is not None and positions is not None and longest > positions:
-        raise ValueError(
+        raise ConfigError(
             f"The data cuts texts at max_length={longest} tokens, the student has {positions} positions. Set "
             f"max_length={positions} or less."
         )

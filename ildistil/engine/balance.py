@@ -7,7 +7,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ildistil import ranks
+from ildistil import distributed
+from ildistil.errors import ConfigError
 
 __all__ = ["Balance"]
 
@@ -28,7 +29,7 @@ class Balance:
         momentum: the old size's part in the new one, from 0 to below 1.
 
     Raises:
-        ValueError: an argument is out of range.
+        ConfigError: an argument is out of range.
     """
 
     by: By = "magnitude"
@@ -39,7 +40,7 @@ class Balance:
 
     def __post_init__(self) -> None:
         if self.by not in get_args(By) or self.every < 1 or not 0 <= self.momentum < 1:
-            raise ValueError(
+            raise ConfigError(
                 "Balance: by is 'magnitude' or 'gradient', every at least 1 and momentum in [0, 1); got "
                 f"{self.by!r}, {self.every} and {self.momentum}."
             )
@@ -101,7 +102,7 @@ class Balance:
             found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
             norms = [g.detach().float().norm() for g in found if g is not None]
             size = torch.stack(norms).norm() if norms else torch.zeros_like(size)
-        return ranks.total(size) / ranks.size()
+        return distributed.all_reduce_sum(size) / distributed.world_size()
 
     def _note(self, name: str, size: Tensor) -> None:
         old = self.sizes.get(name, torch.zeros_like(size)).to(size.device)

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ildistil.capture import Capture, Tap, find_layers
+from ildistil.errors import ModelError
 
 __all__ = ["Width", "narrowed"]
 
@@ -104,16 +105,16 @@ def narrowed(
         batches: calibration batches.
 
     Raises:
-        ValueError: the family or a module is not understood, or the widths can't be reached.
+        ModelError: the family or a module is not understood, or the widths can't be reached.
     """
     family = model.config.model_type
     if family not in _FAMILIES:
-        raise ValueError(
+        raise ModelError(
             f"width={width!r} doesn't know how {type(model).__name__} uses its weights; it knows "
             f"{', '.join(sorted(_FAMILIES))}. Make the student with config=... alone, or build it yourself."
         )
     if width == "pca" and batches is None:
-        raise ValueError("width='pca' needs calibration batches: pass batches=[...], a few of the training data.")
+        raise ModelError("width='pca' needs calibration batches: pass batches=[...], a few of the training data.")
     modules = _roles(model)
     heads = _Heads.of(model.config, student.config, rotary=family in _ROTARY)
     measured = None if batches is None else _measure(model, modules, batches, queries=heads.size != heads.new_size)
@@ -139,7 +140,7 @@ def _roles(model: PreTrainedModel) -> list[_Module]:
             continue
         match = next((r for r in _ROLES if re.fullmatch(rf"(?:.*\.)?(?:{r[0]})", name)), None)
         if match is None or set(own) - {"weight", "bias"}:
-            raise ValueError(
+            raise ModelError(
                 f"The weights {name}.{own[0]} of {type(model).__name__} have no role that width=... knows. Make the "
                 "student with config=... alone, or build it yourself."
             )
@@ -169,7 +170,7 @@ def _check_embeddings(modules: list[_Module], students: list[_Module]) -> None:
     mine, theirs = ({m.name for m in found if m.writes == "r"} for found in (students, modules))
     embeddings = {name for name in mine ^ theirs if "embedding" in name}
     if embeddings:
-        raise ValueError(
+        raise ModelError(
             f"Only one of student and teacher has {embeddings.pop()}, which projects embeddings of another width than "
             "the hidden size. Choose embedding_size and hidden_size such that both have it or neither (neither: set "
             "embedding_size to the new hidden_size)."
@@ -192,18 +193,18 @@ class _Heads:
         """Read the numbers from two configs and check them."""
         heads = cls(*_head_numbers(old), *_head_numbers(new))
         if rotary and heads.size != heads.new_size:
-            raise ValueError(
+            raise ModelError(
                 f"The student's head size is {heads.new_size}, the teacher's {heads.size}. Rotary position embeddings "
                 "turn pairs of features of a head at fixed speeds, so none can be left out: keep the head size "
                 f"(hidden_size / num_attention_heads, or head_dim) at {heads.size}."
             )
         if heads.new_size > heads.size:
-            raise ValueError(
+            raise ModelError(
                 f"The student's head size is {heads.new_size}, the teacher's {heads.size}: heads can't grow. Set "
                 f"num_attention_heads to hidden_size / {heads.size}, or to more."
             )
         if heads.new_count % heads.new_groups or heads.new_groups > heads.groups or heads.per_group > heads.shared:
-            raise ValueError(
+            raise ModelError(
                 f"{heads.new_count} heads with {heads.new_groups} key-value heads can't be chosen from the teacher's "
                 f"{heads.count} with {heads.groups}. Take at most {heads.groups} key-value heads "
                 f"(num_key_value_heads), each with at most {heads.shared} heads."
@@ -224,7 +225,7 @@ class _Heads:
 def _head_numbers(config: PreTrainedConfig) -> tuple[int, int, int]:
     heads: int = config.num_attention_heads
     if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
-        raise ValueError(f"hidden_size={config.hidden_size} is not a multiple of num_attention_heads={heads}.")
+        raise ModelError(f"hidden_size={config.hidden_size} is not a multiple of num_attention_heads={heads}.")
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return heads, getattr(config, "num_key_value_heads", None) or heads, size
 
@@ -257,14 +258,14 @@ def _measure(
         for module, mode in modes.items():
             module.training = mode
     if measured.moment is None:
-        raise ValueError("batches has no batch. Pass a list of batches, or a DataLoader.")
+        raise ModelError("batches has no batch. Pass a list of batches, or a DataLoader.")
     measured.inner = {name: total / measured.counts[name] for name, total in measured.inner.items()}
     return measured
 
 
 def _runs(model: PreTrainedModel) -> range:
     if not find_layers(model):
-        raise ValueError(f"{type(model).__name__} has no single stack of layers to measure.")
+        raise ModelError(f"{type(model).__name__} has no single stack of layers to measure.")
     return range(model.config.num_hidden_layers)
 
 
@@ -293,7 +294,7 @@ def _basis(
     writers = [m for m in modules if "r" in (m.writes, m.reads) and m.module.weight.ndim == 2]
     total = next(m.weight.shape[0] if m.writes == "r" else m.weight.shape[1] for m in writers)
     if size > total:
-        raise ValueError(f"The student's hidden_size is {size}, the teacher's {total}: it can't grow.")
+        raise ModelError(f"The student's hidden_size is {size}, the teacher's {total}: it can't grow.")
     if measured is not None and width == "pca":
         assert measured.moment is not None
         basis = principal_basis(measured.moment, size, centred)
@@ -360,7 +361,7 @@ def _written(modules: list[_Module], norms_last: bool) -> Tensor:
 def _top(score: Tensor, count: int) -> Tensor:
     """The places of the highest scores, in their order."""
     if count > len(score):
-        raise ValueError(f"The student has {count} inner neurons, the teacher {len(score)}: they can't grow.")
+        raise ModelError(f"The student has {count} inner neurons, the teacher {len(score)}: they can't grow.")
     return torch.sort(torch.sort(score, descending=True, stable=True).indices[:count]).values
 
 

@@ -1,0 +1,1 @@
+"""The commands of ``ildistil``; one file each."""

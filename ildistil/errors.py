@@ -1,0 +1,64 @@
+"""Errors of this library: one base, which the commands and the dry run catch, and a kind for each place to look.
+
+A message says what is wrong, what was got, and the remedy. Each kind is also the builtin exception that a caller
+without this library in mind would expect. Whatever is none of these is a bug, in this library or in code it was given,
+and is never swallowed.
+"""
+
+__all__ = [
+    "CaptureError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "IldistilError",
+    "KernelError",
+    "MissingFileError",
+    "ModelError",
+    "NotFiniteError",
+    "ObjectiveError",
+    "TargetsError",
+]
+
+
+class IldistilError(Exception):
+    """Base of all errors that this library raises on purpose."""
+
+
+class ConfigError(IldistilError, ValueError):
+    """A setting is out of range, or settings contradict each other."""
+
+
+class DataError(IldistilError, ValueError):
+    """Data, or a batch of it, that can't be used."""
+
+
+class MissingFileError(DataError, FileNotFoundError):
+    """A file or folder that isn't there."""
+
+
+class ModelError(IldistilError, ValueError):
+    """A model that can't be loaded or made, or two that don't go together."""
+
+
+class CaptureError(IldistilError, RuntimeError):
+    """A model did not give what was wanted of it."""
+
+
+class KernelError(IldistilError, RuntimeError):
+    """A backend that doesn't exist, or can't run here."""
+
+
+class ObjectiveError(IldistilError, ValueError):
+    """An objective can't work with these two models, or this batch."""
+
+
+class TargetsError(CaptureError):
+    """Stored targets that are missing, damaged, or of something else."""
+
+
+class CheckpointError(IldistilError, ValueError):
+    """A checkpoint that can't be read, or isn't of this run."""
+
+
+class NotFiniteError(IldistilError, FloatingPointError):
+    """A loss or gradient that is NaN or infinite."""
