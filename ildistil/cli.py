@@ -102,8 +102,8 @@ def _stored_teacher(
     """
     digest = source.digest()
     stored = StoredTeacher(folder, source.load, dtype=dtype, source=digest)
-    if isinstance(stored.live, PreTrainedModel):
-        return stored, stored.live
+    if isinstance(stored.model, PreTrainedModel):
+        return stored, stored.model
     known = digest is not None and digest == stored.facts.source
     skeleton = stored.skeleton() if known and not with_weights else None
     if skeleton is not None:

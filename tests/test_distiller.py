@@ -56,7 +56,7 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Distiller, *args: object) -> None:  # type: ignore[override]
         self.modes.append(
-            (all(m.training for m in module.student.modules()), any(m.training for m in module.teacher.modules()))
+            (all(m.training for m in module.student.modules()), any(m.training for m in module.teacher.model.modules()))
         )
 
 

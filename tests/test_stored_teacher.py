@@ -41,6 +41,7 @@ from ildistil import Distillation, Distiller, Stage, mappings, objectives
 from ildistil.capture import Tap
 from ildistil.errors import ObjectiveError, TargetsError
 from ildistil.objectives import Objective
+from ildistil.stages import Step
 from ildistil.teachers import StoredTeacher, estimate, precompute
 from ildistil.teachers.rows import Rows
 from ildistil.teachers.store import Store
@@ -70,7 +71,7 @@ def step(
     """The terms and the gradients by parameter name, always from the same student and projections."""
     torch.manual_seed(3)
     engine = Distillation(models()[0], teacher, terms)
-    found = engine(batch, step=0)
+    found = engine(batch, Step(0))
     found.total.backward()
     gradients = {n: p.grad for n, p in engine.named_parameters() if p.grad is not None}
     return {n: v.detach() for n, v in found.values.items()}, gradients

@@ -16,6 +16,7 @@ from ildistil.capture import Capture
 from ildistil.errors import ObjectiveError
 from ildistil.objectives import Objective
 from ildistil.schedules import Cosine, Linear, Schedule, Window
+from ildistil.stages import Step
 from test_distiller import loader, pair, trainer
 
 STAGES = [Stage(["hidden_mse"], epochs=2), Stage(["logits_kl", "task_loss"], epochs=2, learning_rate=2e-4)]
@@ -99,10 +100,10 @@ def test_a_term_of_weight_zero_costs_nothing(monkeypatch: pytest.MonkeyPatch) ->
     spy = Spy(weight=Window(until=0.5))
     engine = Distillation(student, teacher, [spy, objectives.TaskLoss(), objectives.LogitsKL(weight=0)])
     batch = tiny.batch()
-    assert sorted(engine(batch, progress=0.0).values) == ["spy", "task_loss"]
+    assert sorted(engine(batch, Step(progress=0.0)).values) == ["spy", "task_loss"]
     assert runs == [("teacher", ["hidden[2]", "hidden[4]"]), ("student", ["hidden[1]", "hidden[2]", "loss"])]
     runs.clear()
-    terms = engine(batch, progress=0.5)
+    terms = engine(batch, Step(progress=0.5))
     assert list(terms.values) == ["task_loss"]
     assert runs == [("student", ["loss"])]
     assert Spy.calls == 1
@@ -156,7 +157,7 @@ def test_schedules_are_told_in_short() -> None:
 
 def test_drawn_layers_change_with_the_step_and_only_they_are_compared() -> None:
     engine = Distillation(*pair(), [objectives.HiddenMSE(mapping=mappings.Random(seed=3))])
-    values = [engine(tiny.batch(), step=i).total.item() for i in (0, 1, 2, 3, 0)]
+    values = [engine(tiny.batch(), Step(i)).total.item() for i in (0, 1, 2, 3, 0)]
     assert len(set(values)) > 1
     assert values[0] == values[-1]
     with pytest.raises(ObjectiveError, match="draws its layers anew at every step"):
@@ -292,10 +293,10 @@ def test_a_stream_without_a_known_length() -> None:
 
 def test_terms_that_take_part_are_named_in_a_list() -> None:
     engine = Distillation(*pair(), staged())
-    assert list(engine(tiny.batch(), only=["task_loss"]).values) == ["task_loss"]
+    assert list(engine(tiny.batch(), Step(only=["task_loss"])).values) == ["task_loss"]
     for only in ("task_loss", ["task"]):
         with pytest.raises(ObjectiveError, match="only names some of the objectives"):
-            engine(tiny.batch(), only=only)
+            engine(tiny.batch(), Step(only=only))
 
 
 def test_a_weight_may_be_raised_from_zero() -> None:
@@ -328,7 +329,7 @@ def test_unlabelled_rows_leave_the_other_terms_exact_under_accumulation() -> Non
 def test_balanced_terms_have_their_shares(by: Any) -> None:
     terms = [objectives.HiddenMSE(weight=3.0), objectives.LogitsKL(weight=1.0)]
     engine = Distillation(*pair(), terms, balance=Balance(by))
-    found = engine(tiny.batch(), step=0)
+    found = engine(tiny.batch(), Step(0))
     plain = {"hidden_mse": 3.0 * found.values["hidden_mse"], "logits_kl": found.values["logits_kl"]}
     if by == "magnitude":
         assert float(found.shares()["hidden_mse"]) == pytest.approx(0.75)
@@ -411,13 +412,13 @@ def test_the_bank_is_untouched_by_dry_runs_and_within_a_step() -> None:
     term = objectives.CLSContrast(negatives=5, size=8)
     engine = Distillation(*pair(), [term])
     batch = tiny.batch()
-    engine(batch, step=0)
-    engine(batch, step=1)
+    engine(batch, Step(0))
+    engine(batch, Step(1))
     before = copy.deepcopy(term._bank["student"])
     engine.dry_run(batch)
     assert torch.equal(term._bank["student"], before)
-    first = engine(batch, step=2).total
-    assert torch.equal(engine(batch, step=2).total, first)
+    first = engine(batch, Step(2)).total
+    assert torch.equal(engine(batch, Step(2)).total, first)
 
 
 def test_the_bank_moves_by_its_momentum() -> None:
@@ -440,7 +441,7 @@ def test_the_bank_draws_other_texts_at_every_step_and_grows_with_texts_not_ids()
     engine = Distillation(*pair(), [term])
     batch = tiny.batch((4,) * 12) | {"row_id": torch.arange(12) * 10**12}
     for step in range(3):
-        engine(batch, step=step)
+        engine(batch, Step(step))
     assert term.state_dict()["student"].shape == (12, 8)
     drawn = {tuple(term._others(0, torch.Generator().manual_seed(seed)).tolist()) for seed in range(20)}
     assert len(drawn) > 3
@@ -461,7 +462,7 @@ def test_the_bank_is_of_one_pair_of_models() -> None:
     term = objectives.CLSContrast(size=8)
     engine = Distillation(*pair(), [term])
     for step in range(2):
-        engine(tiny.batch(), step=step)
+        engine(tiny.batch(), Step(step))
     engine.release()
     assert len(term.state_dict()["row_ids"]) == 0
 
@@ -471,7 +472,7 @@ def test_a_batch_that_the_bank_cannot_use_is_refused(missing: str, message: str)
     engine = Distillation(*pair(), [objectives.CLSContrast()])
     batch = {key: value for key, value in tiny.batch().items() if key != missing}
     with pytest.raises(ObjectiveError, match=message):
-        engine(batch, step=0)
+        engine(batch, Step(0))
 
 
 # Language models
@@ -499,7 +500,7 @@ def test_next_token_logits_count_the_targets_only() -> None:
                 p, q = torch.softmax(t[b, i] / 1.5, 0), torch.softmax(s[b, i] / 1.5, 0)
                 values.append(1.5**2 * (p * (p / q).log()).sum())
     torch.testing.assert_close(term.total, torch.stack(values).mean())
-    assert int(term.counts["logits_kl"]) == len(values)
+    assert int(term.counts["logits_kl"].number) == len(values)
 
 
 # Widths and heads that differ
