@@ -96,7 +96,7 @@ class Capture:
             # A checkpointed layer that is left halfway must be recomputed whole: torch doesn't know where it ended.
             with note_into(recorder), set_checkpoint_early_stop(False) if stops else nullcontext():
                 output = self._run(inputs)
-        except IldistilError:
+        except (IldistilError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a model raises: it is not ours, and the batch may be made up
             raise self._failed(inputs, error) from error

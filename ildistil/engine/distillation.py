@@ -260,6 +260,11 @@ class Distillation(nn.Module):
             with torch.no_grad():
                 one = torch.ones((), device=values[name].device)  # the same in all processes: the whole batch's already
                 counts[name] = Count(one) if objective.batch_coupled else objective.count(student, batch)
+            if not isinstance(counts[name], Count):
+                raise ObjectiveError(
+                    f"count() of {name} must return a Count, such as Count(number, 'tokens'); got a "
+                    f"{type(counts[name]).__name__}."
+                )
         return values, counts
 
     def drop_zero_gradients(self) -> None:

@@ -64,7 +64,7 @@ class Saved:
         """
         said = checkpoint.get(_KEY)
         if not isinstance(said, Mapping) or "format" not in said:
-            raise CheckpointError(f"{source} holds no student that an ildistil Distiller saved.")
+            raise CheckpointError(f"{source} holds no transformers student that an ildistil Distiller saved.")
         if said["format"] != FORMAT:
             raise CheckpointError(
                 f"{source} is in format {said['format']}; this version of ildistil reads format {FORMAT}. Export its "
