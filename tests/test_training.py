@@ -7,11 +7,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor
 
 import tiny
-from ildistil import Balance, Distillation, Distiller, Stage, mappings, objectives
+from ildistil import Balance, Distillation, Distiller, Stage, init_student, mappings, objectives
 from ildistil.capture import Capture
 from ildistil.errors import ObjectiveError
 from ildistil.objectives import Objective
@@ -552,3 +552,26 @@ def test_widths_that_differ_need_a_projection(objective: str) -> None:
     engine = Distillation(tiny.bert(2, width=16), tiny.bert(4), [make()])
     engine(tiny.batch()).total.backward()
     assert len(engine.projections)
+
+
+class Weights(L.Callback):
+    """The weights that training starts each epoch with."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Tensor]] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.seen.append({n: p.detach().clone() for n, p in module.named_parameters()})
+
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+def test_averaged_weights_are_those_of_the_projections_too() -> None:
+    teacher, weights = tiny.bert(4), Weights()
+    average = StochasticWeightAveraging(1e-2, swa_epoch_start=1, annealing_epochs=1)
+    module = Distiller(init_student(teacher, layers=[1, 2]), teacher)
+    terms = [objectives.HiddenMSE(projection="always"), objectives.LogitsKL()]
+    trainer(average, weights, *terms, max_epochs=4).fit(module, loader(rows=8))
+    for name, found in module.named_parameters():
+        mean = sum(seen[name] for seen in weights.seen[1:]) / 3
+        torch.testing.assert_close(found, mean, msg=name)
+    assert average._average_model.teacher.model is teacher

@@ -28,6 +28,10 @@ class LiveTeacher:
         self._capture: Capture | None = None
         self._compile_options: dict[str, Any] | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LiveTeacher":
+        """Share the frozen model: callbacks that average weights copy the whole module."""
+        return LiveTeacher(self.model)
+
     def accept(self, student: nn.Module) -> None:
         """Refuse a student with parameters of the teacher, and give it configs of its own.
 

@@ -140,6 +140,7 @@ class Distiller(L.LightningModule):
         self._structural = try_synthetic_batch(self.distillation)
         if self._structural is not None:
             self._lifecycle.freeze(self._structural.unreached)
+        self._lifecycle.copy_again(self.trainer, self)
         if self.compile_models:
             self.distillation.compile()
 

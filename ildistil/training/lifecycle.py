@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 
 __all__ = ["Lifecycle", "watches"]
@@ -31,6 +31,12 @@ class Lifecycle(Callback):
         for parameter in parameters:
             parameter.requires_grad_(False)
             self._frozen.append(parameter)
+
+    def copy_again(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Let callbacks that average weights copy the module once more, now that it has its projections."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StochasticWeightAveraging):
+                callback.setup(trainer, module, "fit")
 
     def restore(self, module: Any) -> None:
         """Leave the models as they came; repeatable."""
