@@ -572,6 +572,6 @@ def test_averaged_weights_are_those_of_the_projections_too() -> None:
     terms = [objectives.HiddenMSE(projection="always"), objectives.LogitsKL()]
     trainer(average, weights, *terms, max_epochs=4).fit(module, loader(rows=8))
     for name, found in module.named_parameters():
-        mean = sum(seen[name] for seen in weights.seen[1:]) / 3
+        mean = sum(seen[name] for seen in weights.seen) / 4  # Lightning counts epochs from 1 here
         torch.testing.assert_close(found, mean, msg=name)
     assert average._average_model.teacher.model is teacher
