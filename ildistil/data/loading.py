@@ -210,7 +210,7 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
         """Return the folder in the cache that belongs to a source, and load the tokenizer on the way."""
         options = self.options
         wanted = options.tokenizer or self._model_tokenizer()
-        if wanted != self._tokenizer_source:  # none yet, or that of the model which ran before
+        if wanted != self._tokenizer_source:  # none is loaded yet, or that of the model which ran before
             tokenizer = load_tokenizer(wanted)
             check_tokenizer(tokenizer, options.max_length, pair=self.texts_per_row > 1)
             self._tokenizer, self._tokenizer_source = tokenizer, wanted
@@ -219,16 +219,16 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
         return cache_entry(options.cache_dir, content=source.fingerprint(), **made_of)
 
     def _model_tokenizer(self) -> str | PreTrainedTokenizerBase:
-        """Return what the model that the Trainer runs names as its tokenizer."""
+        """Return what the model that the Trainer runs names as its tokenizer; else what the one before it named."""
         module = self.trainer.lightning_module if self.trainer is not None else None
-        source = getattr(module, "tokenizer_source", None)
+        source: str | PreTrainedTokenizerBase | None = getattr(module, "tokenizer_source", None)
+        source = source or self._tokenizer_source
         if source is None:
             raise DataError(
                 f"{type(self).__name__} has no tokenizer, and no model to take one from. Name it: "
                 f"{type(self).__name__}(..., tokenizer=<folder, hub name or loaded tokenizer>)."
             )
-        found: str | PreTrainedTokenizerBase = source
-        return found
+        return source
 
     def _train_rows(self) -> datasets.Dataset:
         (name,) = self.sources("train")
