@@ -148,6 +148,7 @@ class _Parser(LightningArgumentParser):
         parsers = [self, *(p for a in self._actions for p in (getattr(a, "_name_parser_map", None) or {}).values())]
         options = [option.lstrip("-") for p in parsers for action in p._actions for option in action.option_strings]
         words = {part for option in options for part in option.split(".")}
+        words |= set(inspect.signature(ildistil.data.LoadingOptions).parameters)
         for base in (Objective, LayerMapping, Schedule, ModelSource, L.LightningDataModule, L.Callback, Logger):
             for cls in _subclasses(base):
                 words |= {cls.__name__, *inspect.signature(cls).parameters}

@@ -5,12 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import (
-    BinaryF1Score,
-    MulticlassAccuracy,
-    MulticlassF1Score,
-    MulticlassMatthewsCorrCoef,
-)
+from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 
 from ildistil.errors import ConfigError
@@ -25,9 +20,9 @@ class Matthews(MulticlassMatthewsCorrCoef):
     """Matthews correlation coefficient of two or more classes; exactly 0 where it is undefined.
 
     ``(n c - sum_k p_k t_k) / sqrt((n² - sum_k p_k²) (n² - sum_k t_k²))``, where ``n`` is the number of rows, ``c`` that
-    of correct ones, ``p_k`` and ``t_k`` those predicted as and belonging to class ``k``. It is 0/0 where all predictions
-    or all targets are of one class. torchmetrics smooths that case, by which a constant predictor of two classes scores
-    up to 0.07; here it is 0, as in scikit-learn. Counts are multiplied as integers, so large sets lose no digits.
+    of correct ones, ``p_k`` and ``t_k`` the numbers predicted as, and belonging to, class ``k``. This is 0/0 where all
+    predictions or all targets are of one class. torchmetrics smooths that case for two classes, and a constant
+    prediction scores up to 0.07; here it is 0, as in scikit-learn. Counts are multiplied as integers, exactly.
 
     Source: Gorodkin, "Comparing two K-category assignments by a K-category correlation coefficient", 2004.
 

@@ -15,7 +15,9 @@ def test_throughput_counts_real_tokens_only() -> None:
     run = trainer(objectives.LogitsKL(), meter, max_epochs=1)
     run.fit(Distiller(init_student(teacher, layers=[1]), teacher), loader(rows=16))
     assert int(meter._counts["tokens"]) == sum(3 + i % 5 for i in range(16))
-    assert float(run.callback_metrics["train/tokens_per_second"]) == pytest.approx(int(meter._counts["tokens"]) / meter._seconds)
+    assert float(run.callback_metrics["train/tokens_per_second"]) == pytest.approx(
+        int(meter._counts["tokens"]) / meter._seconds
+    )
 
 
 def test_images_are_counted_as_examples() -> None:

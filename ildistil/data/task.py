@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from inspect import getattr_static
-from numbers import Integral
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from lightning.pytorch.utilities import CombinedLoader
@@ -18,13 +17,14 @@ from ildistil.metrics import default_metrics
 __all__ = ["Task", "every_row", "label_config", "set_names", "task_of"]
 
 Batches = Iterable[Mapping[str, Any]]
+T = TypeVar("T")
 
 
 class Task(Protocol):
     """What training, teachers and commands ask of a data module.
 
-    A `LightningDataModule` answers by attributes, properties or methods of these names; it need not inherit from this
-    class, and may leave out any of them. `task_of` reads and checks the answers, and supplies the defaults.
+    A `LightningDataModule` answers by attributes, properties or methods of these names. It need not inherit from this
+    class, and may leave out any of them: `task_of` reads and checks the answers, and supplies the defaults.
     """
 
     @property
@@ -57,11 +57,11 @@ class Task(Protocol):
 
     @property
     def primary_metric(self) -> str | None:
-        """Metric that chooses the best checkpoint: one of ``metrics``, or ``"loss"``. Default: None, no choice."""
+        """Metric that chooses the best checkpoint: one of ``metrics``, or "loss". Default: None, no choice."""
 
     @property
     def primary_mode(self) -> Literal["min", "max"]:
-        """Whether the primary metric is to fall or to rise. Default: as the metric states, ``"min"`` for the loss."""
+        """Whether that metric is to fall or to rise. Default: as it states itself; "min" for the loss."""
 
     @property
     def max_length(self) -> int | None:
@@ -69,32 +69,32 @@ class Task(Protocol):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Tokenizer of the rows, once ``setup`` has run. Default: None, unknown."""
+        """Tokenizer of the rows, at the latest after ``setup``. Default: None, unknown."""
 
     def metrics(self) -> MetricCollection | None:
         """Return new metrics of ``preds`` (class indices, or floats in a regression) and ``target``.
 
-        Default: accuracy, or Pearson and Spearman correlation; None where the labels are unknown or fit neither.
+        Default: `default_metrics` of the labels; None where these are unknown.
         """
 
     def every_row(self) -> Batches:
-        """Return batches that hold every training row exactly once, on this process, once ``setup`` has run.
+        """Return batches that hold every training row exactly once, all on this process; usable after ``setup``.
 
-        They can be gone through repeatedly, and are best of rows of similar length: a teacher's targets are stored from
-        them. Default: those of the function `every_row` for the training loader.
+        A teacher's targets are stored from them. They can be gone through repeatedly, and are best of rows of similar
+        length. Default: those that the function `every_row` makes of the training loader.
         """
 
 
 def task_of(data: object) -> Task:
-    """Return what a data module declares of its task, with the defaults of `Task` for all that it doesn't.
+    """Return what a data module declares of its task, with the defaults of `Task` for what it does not.
 
-    Each answer is read when it is first asked for, once, and checked then: some are known only after ``setup``.
+    An answer is read and checked once, when it is first asked for: some are known only after ``setup``.
 
     Args:
-        data: A data module, or None for training with plain loaders.
+        data: A data module, or None where there are only loaders.
 
     Raises:
-        DataError: From the members: an answer is of the wrong type, or contradicts another one.
+        DataError: From the members of the result: an answer has the wrong type, or contradicts another one.
 
     >>> task = task_of(None)
     >>> task.num_labels, task.validation_names, task.metrics()
@@ -121,7 +121,7 @@ def label_config(task: Task) -> dict[str, Any]:
 
 
 def set_names(declared: Sequence[str], count: int) -> list[str]:
-    """Return names for all evaluation sets, given those that a task declares; a single name is numbered on.
+    """Return a name for each evaluation set, given those that a task declares; a single one is numbered on.
 
     Args:
         declared: ``validation_names`` or ``test_names`` of a `Task`.
@@ -134,7 +134,7 @@ def set_names(declared: Sequence[str], count: int) -> list[str]:
     (['val', 'val_1', 'val_2'], ['val', 'val_mismatched'])
     """
     if len(declared) == 1:
-        return [declared[0], *(f"{declared[0]}_{number}" for number in range(1, count))][:count]
+        return [*declared, *(f"{declared[0]}_{number}" for number in range(1, count))][:count]
     if len(declared) != count:
         raise DataError(
             f"The data module names {len(declared)} sets ({', '.join(declared) or 'none'}) and has {count} loaders. "
@@ -147,13 +147,13 @@ def every_row(loader: object) -> Batches:
     """Return the batches of every row of a training loader's data set, in the data set's order.
 
     They are neither shuffled, nor shared among processes, nor is an incomplete last batch dropped; reading them leaves
-    the global random state as it is. A stream, and any iterable that is no `DataLoader`, is returned as it is.
+    the global random state as it is. A stream, or another iterable than a `DataLoader`, is returned as it is.
 
     Args:
         loader: What ``train_dataloader`` returned.
 
     Raises:
-        DataError: Several loaders, or an order of rows that this function can't take apart.
+        DataError: There are several loaders, or one that can't be read repeatedly, or not in another order.
 
     >>> rows = [{"row_id": i} for i in range(5)]
     >>> [batch["row_id"].tolist() for batch in every_row(DataLoader(rows, batch_size=2, shuffle=True, drop_last=True))]
@@ -170,10 +170,9 @@ def every_row(loader: object) -> Batches:
     plain = (SequentialSampler, RandomSampler, DistributedSampler)
     if loader.batch_sampler is None and type(loader.sampler) not in plain:
         raise DataError(f"{type(loader.sampler).__name__} makes whole batches in an order of its own. {remedy}")
-    size = None if loader.batch_sampler is None else getattr(loader.batch_sampler, "batch_size", None) or 32
     return DataLoader(
         loader.dataset,
-        batch_size=size,
+        batch_size=None if loader.batch_sampler is None else getattr(loader.batch_sampler, "batch_size", None) or 32,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         worker_init_fn=loader.worker_init_fn,
@@ -190,7 +189,7 @@ class _Checked:
 
     @cached_property
     def task_name(self) -> str | None:
-        return self._read("task_name", str, "a string")
+        return self._read("task_name", str)
 
     @cached_property
     def label_names(self) -> list[str] | None:
@@ -198,8 +197,7 @@ class _Checked:
 
     @cached_property
     def num_labels(self) -> int | None:
-        names, count = self.label_names, self._number("num_labels")
-        regression = self._read("regression", bool, "True or False")
+        names, count, regression = self.label_names, self._number("num_labels"), self._read("regression", bool)
         if names and regression:
             raise self._wrong("label_names", names, "None in a regression")
         if names and count not in (None, len(names)):
@@ -210,12 +208,12 @@ class _Checked:
 
     @cached_property
     def regression(self) -> bool:
-        declared = self._read("regression", bool, "True or False")
+        declared = self._read("regression", bool)
         return self.num_labels == 1 if declared is None else declared
 
     @cached_property
     def multi_label(self) -> bool:
-        found = self._read("multi_label", bool, "True or False") or False
+        found = self._read("multi_label", bool) or False
         if found and self.regression:
             raise self._wrong("multi_label", found, "False in a regression")
         return found
@@ -230,20 +228,20 @@ class _Checked:
 
     @cached_property
     def primary_metric(self) -> str | None:
-        name, metrics = self._read("primary_metric", str, "a string"), self.metrics()
+        name, metrics = self._read("primary_metric", str), self.metrics()
         if name not in (None, "loss") and metrics is not None and name not in metrics:
-            raise self._wrong("primary_metric", name, f"'loss' or one of its metrics ({', '.join(metrics)})")
+            raise self._wrong("primary_metric", name, f"'loss' or one of {list(metrics)}, its metrics")
         return name
 
     @cached_property
     def primary_mode(self) -> Literal["min", "max"]:
-        declared, name, metrics = self._read("primary_mode", str, "a string"), self.primary_metric, self.metrics()
-        if declared is not None:
-            if declared not in ("min", "max"):
-                raise self._wrong("primary_mode", declared, "'min' or 'max'")
-            return "min" if declared == "min" else "max"
-        rises = name != "loss" if metrics is None or name not in metrics else metrics[name].higher_is_better
-        return "min" if rises is False else "max"
+        declared, name, metrics = self._read("primary_mode", str), self.primary_metric, self.metrics()
+        if declared not in (None, "min", "max"):
+            raise self._wrong("primary_mode", declared, "'min' or 'max'")
+        stated = name != "loss"
+        if name is not None and metrics is not None and name in metrics:
+            stated = metrics[name].higher_is_better is not False
+        return "min" if declared == "min" or (declared is None and not stated) else "max"
 
     @cached_property
     def max_length(self) -> int | None:
@@ -251,7 +249,7 @@ class _Checked:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        return self._read("tokenizer", PreTrainedTokenizerBase, "a loaded tokenizer of transformers")
+        return self._read("tokenizer", PreTrainedTokenizerBase)
 
     def metrics(self) -> MetricCollection | None:
         make = _member(self._data, "metrics")
@@ -273,20 +271,20 @@ class _Checked:
             raise self._wrong("every_row", make, "a method whose batches can be gone through repeatedly")
         return batches
 
-    def _read(self, name: str, kind: type, what: str) -> Any:
+    def _read(self, name: str, kind: type[T]) -> T | None:
         value = _member(self._data, name)
         if value is not None and not isinstance(value, kind):
-            raise self._wrong(name, value, what)
+            raise self._wrong(name, value, f"of type {kind.__name__}")
         return value
 
     def _number(self, name: str) -> int | None:
-        value = _member(self._data, name)
-        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
-            raise self._wrong(name, value, "a whole number of at least 1")
-        return None if value is None else int(value)
+        value = self._read(name, int)
+        if value is not None and (isinstance(value, bool) or value < 1):
+            raise self._wrong(name, value, "at least 1")
+        return value
 
     def _strings(self, name: str) -> list[str] | None:
-        value = _member(self._data, name)
+        value: Any = _member(self._data, name)
         good = isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
         if value is not None and (not good or len(set(value)) < len(value)):
             raise self._wrong(name, value, "a list of different strings")
@@ -294,14 +292,11 @@ class _Checked:
 
     def _set_names(self, name: str, default: str) -> list[str]:
         names = self._strings(name)
-        if names is None:
-            return [default]
-        for bad in names:
-            if not bad or "/" in bad or bad == "train":
-                raise self._wrong(
-                    name, names, "names without a slash, other than 'train', which keys of logs start with"
-                )
-        return names
+        if any(not each or "/" in each or each == "train" for each in names or []):
+            raise self._wrong(
+                name, names, "names without a slash and other than 'train', since log keys start with them"
+            )
+        return [default] if names is None else names
 
     def _wrong(self, name: str, value: object, what: str) -> DataError:
         return DataError(
@@ -312,5 +307,4 @@ class _Checked:
 
 def _member(data: object, name: str) -> Any:
     """Return a member or None; unlike ``getattr`` with a default, let an `AttributeError` inside a property pass."""
-    there = getattr_static(data, name, None) is not None
-    return getattr(data, name) if there else getattr(data, name, None)
+    return getattr(data, name) if getattr_static(data, name, None) is not None else getattr(data, name, None)
