@@ -9,8 +9,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import tiny
+from exact import masked_models, masked_rows
 from ildistil import Balance, Distillation, Distiller, Stage, init_student, mappings, objectives
 from ildistil.capture import Capture
 from ildistil.errors import ObjectiveError
@@ -575,3 +577,27 @@ def test_averaged_weights_are_those_of_the_projections_too() -> None:
         mean = sum(seen[name] for seen in weights.seen) / 4  # Lightning counts epochs from 1 here
         torch.testing.assert_close(found, mean, msg=name)
     assert average._average_model.teacher.model is teacher
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_accumulated_batches_of_unequal_counts_resume_bit_equal(tmp_path: Path) -> None:
+    """The averages behind a window's weights are in the checkpoint."""
+
+    def fit(epochs: int, path: Path | None = None) -> Distiller:
+        student, teacher = masked_models()
+        keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        terms = [objectives.LogitsKL(), objectives.HiddenMSE()]
+        module = Distiller(student.float(), teacher.float(), schedule="constant", warmup=0.0)
+        data = DataLoader(masked_rows(), 2, shuffle=False)
+        trainer(keep, *terms, max_epochs=epochs, accumulate_grad_batches=2, enable_checkpointing=True).fit(
+            module, data, ckpt_path=path, weights_only=True
+        )
+        return module
+
+    whole = fit(3)
+    (tmp_path / "epoch=0.ckpt").rename(tmp_path / "first.ckpt")
+    window = torch.load(tmp_path / "first.ckpt", weights_only=True)["ildistil"]["window"]
+    assert {name: batches for name, (_, batches) in window.items()} == {"": 5, "hidden_mse": 5, "logits_kl": 5}
+    resumed = fit(3, tmp_path / "first.ckpt")
+    for (name, mine), theirs in zip(resumed.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
