@@ -249,9 +249,10 @@ class LogitsDIST(_LogitsObjective):
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         """Return both parts, over the rows of all processes."""
-        within = functional.logits_dist(student, teacher, self.temperature)
-        rows = distributed.all_reduce_sum(mask.sum()).clamp(min=1)
-        inter = distributed.all_reduce_sum(torch.where(mask, within, 0).sum()) / rows
+        within, defined = functional.logits_dist(student, teacher, self.temperature)
+        defined = defined & mask
+        rows = distributed.all_reduce_sum(defined.sum()).clamp(min=1)
+        inter = distributed.all_reduce_sum(torch.where(defined, within, 0).sum()) / rows
         intra = functional.logits_dist_over_batch(student, teacher, mask, self.temperature, distributed.all_reduce_sum)
         return self.inter * inter + self.intra * intra
 

@@ -24,6 +24,9 @@ class Projection:
         shared: one map for all layer pairs, not one for each.
         norm: a layer norm behind the map.
         orthogonal: start from orthonormal columns or rows, which keep lengths and angles, and from no bias.
+
+    Raises:
+        ObjectiveError: ``when`` is none of these.
     """
 
     when: When = "auto"
@@ -82,9 +85,18 @@ def project(projections: nn.ModuleDict, key: str, states: Tensor, mask: Tensor) 
         states: ``(batch, ..., width)``.
         mask: boolean, the shape of ``states`` without the width; what is masked, NaN included, must not reach the
             map's gradient.
+
+    Returns:
+        ``(batch, ..., teacher's width)``.
+
+    Raises:
+        ObjectiveError: the states aren't as wide as the student's config says.
     """
     if key not in projections:
         return states
+    wanted = next(m.in_features for m in projections[key].modules() if isinstance(m, nn.Linear))
+    if states.shape[-1] != wanted:
+        raise ObjectiveError(f"The student's states are {states.shape[-1]} wide; by its config it is {wanted}.")
     projected: Tensor = projections[key](torch.where(mask.unsqueeze(-1), states, 0))
     return projected
 
