@@ -20,7 +20,7 @@ from ildistil.stages import Step
 
 __all__ = ["CLSContrast", "CLSInBatchContrast"]
 
-Loss = Literal["info_nce", "nce"]
+Estimator = Literal["info_nce", "nce"]
 
 
 class _Contrast(JointObjective):
@@ -100,7 +100,7 @@ class CLSContrast(_Contrast):
         negatives: how many texts of other classes to draw.
         momentum: the old vector's part when the bank learns a new one, from 0 to below 1.
         seed: of the draws.
-        loss: ``"info_nce"`` (CoDIR), or ``"nce"`` (CRD, and the code of Wang et al., which sum both directions).
+        estimator: ``"info_nce"`` (CoDIR), or ``"nce"`` (CRD, and the code of Wang et al., which sum both directions).
         pool: see :class:`~ildistil.objectives.CLSMSE`.
         stack: which layers of an encoder-decoder: ``"encoder"`` or ``"decoder"``.
         name: key of the term in logs; default ``cls_contrast``.
@@ -132,7 +132,7 @@ class CLSContrast(_Contrast):
         negatives: int = 100,
         momentum: float = 0.5,
         seed: int = 0,
-        loss: Loss = "info_nce",
+        estimator: Estimator = "info_nce",
         pool: Pool = "auto",
         stack: Stack | None = None,
         name: str | None = None,
@@ -140,8 +140,8 @@ class CLSContrast(_Contrast):
         super().__init__(weight, mapping, size, temperature, pool, stack, "cls_contrast" if name is None else name)
         check_count("negatives", negatives)
         check_number("momentum", momentum, "from 0 to below 1", lambda old: 0 <= old < 1)
-        check_choice("loss", loss, get_args(Loss))
-        self.negatives, self.momentum, self.seed, self.kind = negatives, momentum, seed, loss
+        check_choice("estimator", estimator, get_args(Estimator))
+        self.negatives, self.momentum, self.seed, self.estimator = negatives, momentum, seed, estimator
         self._forget()
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
@@ -169,7 +169,7 @@ class CLSContrast(_Contrast):
         if step.number != self._step:
             self._learn()
         self._step = step.number
-        if self.kind == "nce" and not len(self._log_normalizers):
+        if self.estimator == "nce" and not len(self._log_normalizers):
             self._estimate()
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
@@ -182,7 +182,7 @@ class CLSContrast(_Contrast):
         allowed = drawn_for == classes[:, None]
         bank = {role: vectors[drawn].to(s.dtype) for role, vectors in self._bank.items()}
         sides = [(s, t, bank["teacher"], allowed, self.temperature), (t, s, bank["student"], allowed, self.temperature)]
-        if self.kind == "info_nce":
+        if self.estimator == "info_nce":
             values = [functional.info_nce(*side) for side in sides]
         elif len(self._log_normalizers):
             values = [functional.nce(*side, z) for side, z in zip(sides, self._log_normalizers.to(s), strict=True)]

@@ -453,7 +453,7 @@ CASES = {
     "HiddenCKA": Case(objectives.HiddenCKA, hidden_cka(PAIRS)),
     "CLSAttentiveMSE": Case(objectives.CLSAttentiveMSE, cls_attentive([1, 2], [1, 2, 3, 4])),
     "CLSContrast": Case(with_bank, cls_contrast("info_nce"), zero=False),
-    "CLSContrast-nce": Case(lambda: with_bank(loss="nce"), cls_contrast("nce"), zero=False),
+    "CLSContrast-nce": Case(lambda: with_bank(estimator="nce"), cls_contrast("nce"), zero=False),
     "CLSInBatchContrast": Case(
         lambda: objectives.CLSInBatchContrast(size=6, temperature=0.5), cls_in_batch_contrast, zero=False
     ),
