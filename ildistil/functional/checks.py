@@ -107,13 +107,13 @@ def check_temperature(value: Any, name: str = "temperature") -> None:
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Check a whole number.
+    """Check an integer.
 
     Raises:
         ConfigError: it is none, or less than the least.
     """
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ConfigError(f"{name} must be a whole number >= {least}, got {value!r}.")
+        raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}.")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:

@@ -41,7 +41,7 @@ class _AttentionObjective(PairwiseObjective):
         name: str | None,
     ) -> None:
         super().__init__(weight, mapping, stack, name)
-        check_choice("heads", heads, get_args(Heads))
+        check_choice(f"{type(self).__name__}: heads", heads, get_args(Heads))
         self.heads = heads
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
@@ -187,7 +187,7 @@ class AttentionDIST(_AttentionObjective):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, mapping, heads, stack, name)
-        check_choice("over", over, get_args(Over))
+        check_choice("AttentionDIST: over", over, get_args(Over))
         if (over, stack) == ("sentences", "cross"):
             raise ObjectiveError("AttentionDIST: over='sentences' compares positions of self-attention, not 'cross'.")
         self.over: Over = over

@@ -40,8 +40,8 @@ class _Contrast(JointObjective):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, mapping, stack, name)
-        check_count("size", size)
-        check_temperature(temperature)
+        check_count(f"{type(self).__name__}: size", size)
+        check_temperature(temperature, f"{type(self).__name__}: temperature")
         if self.mapping.draws:
             raise ObjectiveError(f"{type(self).__name__} concatenates fixed layers; {self.mapping} draws them anew.")
         self.size, self.temperature, self.pool = size, temperature, checked(pool)
@@ -138,9 +138,10 @@ class CLSContrast(_Contrast):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, mapping, size, temperature, pool, stack, "cls_contrast" if name is None else name)
-        check_count("negatives", negatives)
-        check_number("momentum", momentum, "from 0 to below 1", lambda old: 0 <= old < 1)
-        check_choice("estimator", estimator, get_args(Estimator))
+        check_count("CLSContrast: negatives", negatives)
+        check_count("CLSContrast: seed", seed, least=0)
+        check_number("CLSContrast: momentum", momentum, "from 0 to below 1", lambda old: 0 <= old < 1)
+        check_choice("CLSContrast: estimator", estimator, get_args(Estimator))
         self.negatives, self.momentum, self.seed, self.estimator = negatives, momentum, seed, estimator
         self._forget()
 

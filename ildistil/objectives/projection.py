@@ -94,10 +94,15 @@ def project(projections: nn.ModuleDict, key: str, states: Tensor, mask: Tensor) 
     """
     if key not in projections:
         return states
-    wanted = next(m.in_features for m in projections[key].modules() if isinstance(m, nn.Linear))
-    if states.shape[-1] != wanted:
-        raise ObjectiveError(f"The student's states are {states.shape[-1]} wide; by its config it is {wanted}.")
-    projected: Tensor = projections[key](torch.where(mask.unsqueeze(-1), states, 0))
+    linear = next(module for module in projections[key].modules() if isinstance(module, nn.Linear))
+    if states.shape[-1] != linear.in_features:
+        raise ObjectiveError(
+            f"The student's states are {states.shape[-1]} wide; by its config it would be {linear.in_features}."
+        )
+    states = torch.where(mask.unsqueeze(-1), states, 0)
+    if not torch.is_autocast_enabled(states.device.type):  # a mean of half-precision states is wider than the map
+        states = states.to(linear.weight.dtype)
+    projected: Tensor = projections[key](states)
     return projected
 
 

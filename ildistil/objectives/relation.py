@@ -40,7 +40,7 @@ class RelationKL(PairwiseObjective):
         name: key of the term in logs; default ``relation_kl``.
 
     Raises:
-        ConfigError: ``heads`` is no whole number >= 1.
+        ConfigError: ``heads`` is no integer >= 1.
         ObjectiveError: a relation is unknown, the heads differ and ``heads`` isn't given, or it doesn't divide a width.
 
     Source: Wang et al., "MiniLMv2", 2021.
@@ -64,7 +64,7 @@ class RelationKL(PairwiseObjective):
             got = repr(bad[0]) if bad else "none"
             raise ObjectiveError(f"{type(self).__name__}: a relation is 'q-q', 'k-k', 'v-v', 'q-k' ...; got {got}.")
         if heads is not None:
-            check_count("heads", heads)
+            check_count(f"{type(self).__name__}: heads", heads)
         self.relations, self.heads = tuple(relations), heads
         self.vectors = "".join(sorted({part for relation in relations for part in relation if part != "-"}))
 
