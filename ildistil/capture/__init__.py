@@ -19,7 +19,7 @@ any final norm of the model), ``attention[i]`` belongs to layer ``i``. An encode
 """
 
 from ildistil.attention import Attention
-from ildistil.capture.activations import Activations, Layers
+from ildistil.capture.activations import Activations, KnownTraits, Layers, Pooling
 from ildistil.capture.head import LazyLogits
 from ildistil.capture.info import ModelInfo
 from ildistil.capture.inputs import model_inputs, separate_configs
@@ -31,9 +31,11 @@ __all__ = [
     "Activations",
     "Attention",
     "Capture",
+    "KnownTraits",
     "Layers",
     "LazyLogits",
     "ModelInfo",
+    "Pooling",
     "Role",
     "Tap",
     "find_layers",

@@ -1,10 +1,10 @@
 """What a captured run gave."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from ildistil.capture.info import check_stack
 from ildistil.capture.taps import Tap
 from ildistil.errors import CaptureError
 
-__all__ = ["Activations", "Layers"]
+__all__ = ["Activations", "KnownTraits", "Layers", "Pooling", "Traits"]
 
 T = TypeVar("T")
 
@@ -74,6 +74,28 @@ class Layers(Mapping[int, T]):
         return len(self._records)
 
 
+Pooling = Literal["first", "last", "mean"]
+
+
+class Traits(Protocol):
+    """What only a run tells of a stack, see :class:`Activations`."""
+
+    @property
+    def causal(self) -> bool | None:
+        """Whether no token's state depends on a later token."""
+
+    @property
+    def pooling(self) -> Pooling:
+        """Which state stands for a whole example."""
+
+
+class KnownTraits(NamedTuple):
+    """Traits that are known beforehand."""
+
+    causal: bool | None = None
+    pooling: Pooling = "first"
+
+
 @dataclass(frozen=True)
 class Activations:
     """What one captured run gave.
@@ -88,7 +110,7 @@ class Activations:
         stacks: of an encoder-decoder, what each stack gave, see :meth:`stack`; hidden states and attention are in
             these, and ``mask`` is the decoder's, to which the logits belong.
         lazy_logits: what the logits are made of; ``None`` where they are there, or not wanted.
-        try_causal: finds out whether the model is causal, see :attr:`causal`.
+        traits: see :attr:`causal` and :attr:`pooling`.
         next_token: whether the logits at a position predict the token after it, found from the model's own loss;
             ``None`` where the logits are of no tokens, or it isn't known, see ``why_not_known``.
         why_not_known: why ``next_token`` isn't known.
@@ -101,7 +123,7 @@ class Activations:
     modules: dict[str, Any] = field(default_factory=dict)
     stacks: Mapping[str, "Activations"] = field(default_factory=dict)
     lazy_logits: LazyLogits | None = None
-    try_causal: Callable[[], bool | None] = lambda: None
+    traits: Traits = field(default_factory=KnownTraits)
     next_token: bool | None = None
     why_not_known: str = "it wasn't captured with its logits or its loss"
 
@@ -129,7 +151,15 @@ class Activations:
 
         ``None`` where it isn't known: of models that read no text, or where no hidden states of a layer were wanted.
         """
-        return self.try_causal()
+        return self.traits.causal
+
+    @property
+    def pooling(self) -> Pooling:
+        """Which state stands for a whole example: where a head of classes reads it, found once by changing states.
+
+        Without such a head it is the last one of a causal model, which alone sees all, and else the first one.
+        """
+        return self.traits.pooling
 
     def expect(self, reads: Iterable[Tap]) -> None:
         """Count the reads of each layer, one tap a read, so that :meth:`Layers.take` lets it go after the last.

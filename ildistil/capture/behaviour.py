@@ -1,18 +1,21 @@
 """What only runs tell of a model: the layout of its states, its causality, and which label its logits predict."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ildistil.capture.activations import Pooling
 from ildistil.capture.inputs import main_input
 from ildistil.capture.recorder import Key, PaddingMasks
 from ildistil.capture.taps import Tap
-from ildistil.capture.trial import Trial, depends_on_later_tokens, predicts_next_token, undisturbed
+from ildistil.capture.trial import Trial, depends_on_later_tokens, pooled_states, predicts_next_token, undisturbed
 from ildistil.errors import CaptureError, ModelRunError
 
-__all__ = ["Behaviour"]
+__all__ = ["Behaviour", "TriedTraits"]
 
 
 class Behaviour:
@@ -21,7 +24,7 @@ class Behaviour:
     Args:
         model: the module itself, without ``torch.compile``'s wrapper.
         name: what messages call it.
-        layers: the layers of each stack.
+        layers: the modules that give the states of each stack's layers.
         states: runs it on some inputs, and returns the states of a layer as the layer gave them.
 
     Attributes:
@@ -36,7 +39,7 @@ class Behaviour:
         layers: Mapping[str | None, list[nn.Module]],
         states: Callable[[Mapping[str, Any], Key], Tensor],
     ) -> None:
-        self.model, self.name, self._states = model, name, states
+        self.model, self.name, self._layers, self._states = model, name, layers, states
         # torch's own attention says which dimension is which.
         attention = {stack: getattr(found[0], "self_attn", None) for stack, found in layers.items() if found}
         self._said = {
@@ -44,6 +47,7 @@ class Behaviour:
         }
         self._tokens_first: dict[str | None, bool] = dict.fromkeys(self._said, True)
         self._causal: dict[str | None, bool] = {}
+        self._pooling: dict[str | None, Pooling | None] = {}
         self.next_token: bool | None = None
         self.why_not_known = "no run with its logits was long enough to tell"
         self.is_settled = False  # whether next_token needs no further trial
@@ -75,8 +79,8 @@ class Behaviour:
             lengths = {state.shape[1] for place, state in found.items() if place[0] == stack}
             if len(lengths) > 1:
                 raise CaptureError(
-                    f"The layers of the {self.name} have different numbers of tokens: {sorted(lengths)}. Compare layers "
-                    "of one length only, or tap its modules by their paths."
+                    f"The layers of the {self.name} have different numbers of tokens: {sorted(lengths)}. Map layers of "
+                    "one length only, or tap its modules by their paths."
                 )
         return found
 
@@ -118,8 +122,8 @@ class Behaviour:
         of = "" if tokens is None else f" of {tokens} tokens"
         return CaptureError(
             f"{Tap('hidden', place[1], place[0])} of the {self.name} has the shape {tuple(state.shape)}, which is not "
-            f"(batch, tokens, width) for a batch of {rows} rows{of}: the model makes other tokens of its input, or pads "
-            "it. Leave attention_mask out if nothing is padded, pad to the length that the model works with "
+            f"(batch, tokens, width) for a batch of {rows} rows{of}: the model makes other tokens of its input, or "
+            "pads it. Leave attention_mask out if nothing is padded, pad to the length that the model works with "
             "(pad_to_multiple_of), or tap its modules by their paths."
         )
 
@@ -142,14 +146,22 @@ class Behaviour:
                 state = self._states(inputs, (stack, layer))
                 return state.transpose(0, 1) if self._tokens_first.get(stack) else state
 
-            with undisturbed(self.model):
-                try:
-                    depends = depends_on_later_tokens(states, Trial.of(inputs, real), name)
-                except ModelRunError:  # it can't run on a single row
-                    depends = None
-            if depends is not None:
-                self._causal[stack] = not depends
+            with undisturbed(self.model), suppress(ModelRunError):  # it may not run on a single row
+                depends = depends_on_later_tokens(states, Trial.of(inputs, real), name)
+                if depends is not None:
+                    self._causal[stack] = not depends
         return self._causal.get(stack)
+
+    def pooling(self, stack: str | None, layer: int, inputs: Mapping[str, Any], real: Tensor) -> Pooling:
+        """Return which state of a stack stands for a whole example; the arguments are those of :meth:`is_causal`."""
+        if stack not in self._pooling and stack in (None, "decoder") and stack in self._layers:
+            last = self._layers[stack][-1]
+            with undisturbed(self.model), suppress(ModelRunError):
+                tokens = 0 if self._tokens_first.get(stack) else 1
+                self._pooling[stack] = pooled_states(self.model, last, Trial.of(inputs, real), tokens)
+        found = self._pooling.get(stack)
+        # Without a head of classes; a decoder's first state sees all that the encoder read.
+        return found or ("last" if stack is None and self.is_causal(stack, layer, inputs, real) else "first")
 
     def learn_next_token(self, inputs: Mapping[str, Any], real: Tensor, output: Any) -> None:
         """Learn which label a row of logits predicts, where there is a row for each token.
@@ -170,3 +182,27 @@ class Behaviour:
             self.why_not_known = found
         self.next_token = found if isinstance(found, bool) else None
         self.is_settled = found is not None
+
+
+class TriedTraits:
+    """Traits of one stack that are found when they are asked for; the arguments are those of :class:`Behaviour`."""
+
+    def __init__(
+        self, behaviour: Behaviour, stack: str | None, layer: int, inputs: Mapping[str, Any], real: Tensor
+    ) -> None:
+        self._behaviour, self._arguments = behaviour, (stack, layer, inputs, real)
+        device = real.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self._precision = partial(torch.autocast, device, dtype=dtype, enabled=dtype is not None)
+
+    @property
+    def causal(self) -> bool | None:
+        """Whether no token's state depends on a later token."""
+        with self._precision():
+            return self._behaviour.is_causal(*self._arguments)
+
+    @property
+    def pooling(self) -> Pooling:
+        """Which state stands for a whole example."""
+        with self._precision():
+            return self._behaviour.pooling(*self._arguments)

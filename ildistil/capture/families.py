@@ -92,13 +92,15 @@ def attach(layers: Iterable[nn.Module], recorder: _Recorder) -> list[Any]:
     return handles
 
 
-def layer_ends(model: nn.Module) -> dict[int, nn.Module]:
-    """Return the modules whose output is that of a layer, by the layer's number, where it isn't the layer itself.
+def layer_ends(model: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
+    """Return the modules whose output is that of each layer, mostly the layer itself.
 
-    DeBERTa-v2 runs a convolution beside its first layer, and adds both.
+    DeBERTa-v2 may run a convolution beside its first layer, and joins both.
     """
-    encoders = [m for m in model.modules() if _name(m) == "modeling_deberta_v2.DebertaV2Encoder"]
-    return {1: encoder.conv for encoder in encoders if isinstance(encoder.conv, nn.Module)}
+    for module in model.modules():
+        if _name(module) == "modeling_deberta_v2.DebertaV2Encoder" and isinstance(module.conv, nn.Module):
+            return [module.conv, *layers[1:]]
+    return layers
 
 
 def _name(module: nn.Module) -> str:
@@ -137,7 +139,7 @@ def _argument(name: str, place: int, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _record_bias(kind: type, method: str) -> None:
-    """Wrap a method so that its result is recorded, in every instance: no hook sees it, and copies would keep theirs."""
+    """Wrap a method so that its result is recorded: no hook sees it, and a copied model would keep its own wrapper."""
     original = getattr(kind, method)
     if hasattr(original, "__wrapped__"):
         return

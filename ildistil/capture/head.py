@@ -47,7 +47,8 @@ class LazyLogits:
 
     def labelled(self) -> tuple[Tensor, Tensor]:
         """Return the states of the tokens that have a label to predict, ``(rows, width)``, and these labels."""
-        assert self.labels is not None and self.next_token is not None, "wanted only where both are known"
+        assert self.labels is not None, "wanted only of batches with labels"
+        assert self.next_token is not None, "wanted only where the loss is known to be that of these labels"
         states, labels = (self.states[:, :-1], self.labels[:, 1:]) if self.next_token else (self.states, self.labels)
         chosen = labels != -100
         return states[chosen], labels[chosen]

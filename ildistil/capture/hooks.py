@@ -29,6 +29,7 @@ class Hooks:
 
     Attributes:
         layers: the hooked layers of each stack.
+        ends: the modules that give the layers' states, mostly the layers.
         output_layer: the layer that makes the logits, if it is hooked.
 
     Raises:
@@ -40,6 +41,7 @@ class Hooks:
     ) -> None:
         self.model, self.info, self.name, self.wanted, self.recorder = model, info, name, wanted, recorder
         self.layers: dict[str | None, list[nn.Module]] = {}
+        self.ends: dict[str | None, list[nn.Module]] = {}
         self.output_layer: nn.Module | None = None
         self._handles: list[Any] = []
         self._previous_attention: str | None = None
@@ -106,11 +108,10 @@ class Hooks:
             raise CaptureError(
                 f"The {self.name} has no single stack of layers to number 1..L. Tap its modules by their paths instead."
             )
-        ends = families.layer_ends(self.model)
         for stack, layers in self.layers.items():
+            self.ends[stack] = families.layer_ends(self.model, layers)
             once = len(layers) == self.info.stack(stack).depth  # ALBERT runs one module several times
-            for number, layer in enumerate(layers, start=1):
-                end = ends.get(number, layer)
+            for number, (layer, end) in enumerate(zip(layers, self.ends[stack], strict=True), start=1):
                 self._handles += self.recorder.hook_layer(layer, end, stack, number if once else None)
 
     def _attach_attention(self) -> None:

@@ -62,8 +62,8 @@ class ModelInfo:
             The info, the same for equal configs and classes but for ``source`` and ``parameters``.
 
         >>> from transformers import BertConfig, BertModel
-        >>> tiny = BertConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=9)
-        >>> info = ModelInfo.of(BertModel(tiny))
+        >>> tiny = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+        >>> info = ModelInfo.of(BertModel(BertConfig(num_hidden_layers=2, **tiny)))
         >>> info.depth, info.width, info.vocabulary
         (2, 8, 9)
         """

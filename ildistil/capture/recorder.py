@@ -11,7 +11,7 @@ from ildistil.capture.interface import unread
 from ildistil.capture.taps import Tap
 from ildistil.errors import CaptureError
 
-__all__ = ["Key", "PaddingMasks", "Recorder", "Records", "StopForward"]
+__all__ = ["Key", "PaddingMasks", "Recorder", "Records", "StopForward", "layer_states"]
 
 Key = tuple[str | None, int]  # a stack and a layer of it
 PaddingMasks = dict[str | None, tuple[Tensor | None, Tensor | None]]  # of queries and of keys, by stack
@@ -127,7 +127,7 @@ class Recorder:
             )
         before = (stack, self.layer - 1)
         if before in self.wanted_hidden and (self.layer == 1 or self.verify):
-            state = _states(args[0] if args else kwargs.get("hidden_states"), module)
+            state = layer_states(args[0] if args else kwargs.get("hidden_states"), module)
             if self.layer == 1:
                 self.hidden[before] = state
                 self._stop_if_enough()
@@ -139,7 +139,7 @@ class Recorder:
             return
         place, self.layer = (stack, self.layer), 0  # what attends from here on belongs to no layer
         if place in self.wanted_hidden:
-            self.hidden[place] = _states(output, module)
+            self.hidden[place] = layer_states(output, module)
             self._stop_if_enough()
 
     def before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -207,7 +207,7 @@ class Recorder:
         self._stop_if_enough()
 
 
-def _states(value: Any, module: nn.Module) -> Tensor:
+def layer_states(value: Any, module: nn.Module) -> Tensor:
     """Return the states among what a layer is given or gives: the first one of several."""
     while not isinstance(value, Tensor) and isinstance(value, list | tuple | Mapping) and len(value):
         value = next(iter(value.values())) if isinstance(value, Mapping) else value[0]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from ildistil.attention import Attention
 from ildistil.capture.activations import Activations, Layers
-from ildistil.capture.behaviour import Behaviour
+from ildistil.capture.behaviour import Behaviour, TriedTraits
 from ildistil.capture.checks import MaskCheck, check_attention_shapes, check_between_layers, check_complete
 from ildistil.capture.head import LazyLogits, agrees, is_token_labels
 from ildistil.capture.hooks import Hooks
@@ -69,7 +69,7 @@ class Capture:
         # What is known of the output layer from runs that were verified: does it make the logits, and they the loss?
         self._agrees: dict[str, bool] = {}
         self._hooks = Hooks(unwrapped(model), self.info, self._name, self.wanted, self._recorder)
-        self._behaviour = Behaviour(unwrapped(model), self._name, self._hooks.layers, self._states)
+        self._behaviour = Behaviour(unwrapped(model), self._name, self._hooks.ends, self._states)
 
     def __call__(
         self, batch: Mapping[str, Any], *, wanted: Iterable[Tap] | None = None, verify: bool = False
@@ -220,7 +220,8 @@ class Capture:
             return None
         labels = batch.get("labels")
         fitting = labels if is_token_labels(labels) and labels.shape == states.shape[:-1] else None
-        next_token, autocast = self._behaviour.next_token, _precision(states.device)
+        next_token, device = self._behaviour.next_token, states.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return LazyLogits(states, self._hooks.output_layer, fitting, next_token, autocast)
 
     def _of_this_run(self, wanted: Iterable[Tap] | None) -> frozenset[Tap]:
@@ -277,7 +278,7 @@ class Capture:
                 output,
                 records.modules,
                 lazy_logits=lazy_logits,
-                try_causal=partial(self._is_causal, _precision(mask.device), stack, max(states, default=0), inputs, mask),
+                traits=TriedTraits(self._behaviour, stack, max(states, default=0), inputs, mask),
                 next_token=self._behaviour.next_token,
                 why_not_known=self._behaviour.why_not_known,
             )
@@ -286,17 +287,6 @@ class Capture:
         named = {stack: seen for stack, seen in stacks.items() if stack is not None}
         nothing: tuple[Layers[Tensor], Layers[Attention]] = (Layers({}, 0, "hidden"), Layers({}, 0, "attention"))
         return replace(named["decoder"], hidden=nothing[0], attention=nothing[1], stacks=named)
-
-    def _is_causal(
-        self, autocast: torch.dtype | None, stack: str | None, layer: int, inputs: Mapping[str, Any], real: Tensor
-    ) -> bool | None:
-        with torch.autocast(real.device.type, dtype=autocast, enabled=autocast is not None):
-            return self._behaviour.is_causal(stack, layer, inputs, real)
-
-
-def _precision(device: torch.device) -> torch.dtype | None:
-    """Return the precision of autocast; ``None`` without."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _is_compiled(model: nn.Module) -> bool:

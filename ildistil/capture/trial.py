@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ildistil.capture.activations import Pooling
 from ildistil.capture.inputs import input_names
+from ildistil.capture.recorder import layer_states
 from ildistil.errors import ModelRunError
 
-__all__ = ["Trial", "depends_on_later_tokens", "predicts_next_token", "undisturbed"]
+__all__ = ["Trial", "depends_on_later_tokens", "pooled_states", "predicts_next_token", "undisturbed"]
 
 
 @contextmanager
@@ -97,6 +99,57 @@ def depends_on_later_tokens(states: Callable[[Mapping[str, Any]], Tensor], trial
     return bool(moved[0] > 1e-6 * moved[-1])
 
 
+def pooled_states(model: nn.Module, layer: nn.Module, trial: Trial, tokens: int) -> Pooling | None:
+    """Return which states of its last layer a head of classes reads; ``None`` without one, or if it reads others.
+
+    Args:
+        model: the whole model.
+        layer: the module that gives the last layer's states.
+        trial: the row to try it on.
+        tokens: which dimension of these states is the tokens.
+    """
+    start, end = trial.start, trial.end
+    if end - start < 3:
+        return None
+    plain, calls = _replaced_run(model, layer, trial, tokens, slice(0, 0), last=0)
+    if plain is None or plain.ndim != 2:
+        return None
+    read = []
+    for place in (slice(start, start + 1), slice(start + 1, end - 1), slice(end - 1, end)):
+        logits, _ = _replaced_run(model, layer, trial, tokens, place, last=calls)
+        read.append(logits is not None and not torch.equal(logits[trial.row], plain[trial.row]))
+    kinds: dict[tuple[bool, ...], Pooling] = {(True, False, False): "first", (False, False, True): "last"}
+    return "mean" if read[1] else kinds.get(tuple(read))
+
+
+def _replaced_run(
+    model: nn.Module, layer: nn.Module, trial: Trial, tokens: int, place: slice, last: int
+) -> tuple[Tensor | None, int]:
+    """Return the logits with other states of some tokens in one run of a layer, and how often the layer runs."""
+    calls = 0
+
+    def replace(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == last:  # ALBERT runs one layer in all places
+            chosen = layer_states(output, module).movedim((1 - tokens, tokens), (0, 1))[trial.row, place]
+            chosen.copy_(chosen.flip(-1))  # neither shifted nor scaled, which a norm would undo
+
+    handle = layer.register_forward_hook(replace)
+    try:
+        logits = getattr(_run(model, trial.inputs), "logits", None)
+    finally:
+        handle.remove()
+    return logits if isinstance(logits, Tensor) else None, calls
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    try:
+        return model(**inputs)
+    except Exception as error:  # whatever a model raises on a row that was taken out, or labels that were made up
+        raise ModelRunError(f"it fails in a trial run ({type(error).__name__}: {error})") from error
+
+
 def predicts_next_token(model: nn.Module, trial: Trial, shape: torch.Size) -> bool | str | None:
     """Return whether the logits of a position predict the label of the next one, or the label of its own.
 
@@ -144,10 +197,7 @@ def _labelled_run(model: nn.Module, trial: Trial, tokens: int, at: int, label: i
     labels = torch.full((trial.rows, tokens), -100, device=reference.device)
     labels[trial.row, trial.start : at] = torch.arange(at - trial.start, device=reference.device) + 3
     labels[trial.row, at] = label
-    try:
-        output = model(**{**trial.inputs, "labels": labels})
-    except Exception as error:  # whatever a model raises on labels that were made up
-        raise ModelRunError(f"it fails on made-up labels ({type(error).__name__}: {error})") from error
+    output = _run(model, {**trial.inputs, "labels": labels})
     loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
     if not isinstance(loss, Tensor) or not isinstance(logits, Tensor) or loss.ndim or not bool(loss.isfinite()):
         raise ModelRunError("its loss on made-up labels is no finite number")
