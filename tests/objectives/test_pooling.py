@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import tiny
 from ildistil import Distillation, mappings, objectives
+from ildistil.capture import Capture, Tap
 from ildistil.errors import ObjectiveError
 from ildistil.objectives import Objective
 from ildistil.stages import Step
