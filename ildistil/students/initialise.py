@@ -10,7 +10,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ildistil.capture import find_layers
 from ildistil.errors import ModelError
-from ildistil.students.layers import PER_LAYER, check_places, origin, pick_weights, picked_config, scale_queries
+from ildistil.students.layers import (
+    PER_LAYER,
+    changed_config,
+    check_places,
+    origin,
+    pick_weights,
+    picked_config,
+    scale_queries,
+)
 from ildistil.students.narrow import Width, narrowed
 
 __all__ = ["init_student"]
@@ -114,7 +122,7 @@ def _merged(teacher: PreTrainedModel, source: PreTrainedModel) -> PreTrainedMode
                 )
             weights[own] = value
     with torch.random.fork_rng(devices=[]):
-        merged = type(teacher)(_changed(teacher.config, {}))
+        merged = type(teacher)(changed_config(teacher.config, {}))
     merged.load_state_dict(weights)
     return merged.to(teacher.device)
 
@@ -138,7 +146,8 @@ def _depth(teacher: PreTrainedModel) -> int:
 
 
 def _random(teacher: PreTrainedModel, config: PreTrainedConfig | Mapping[str, Any] | None) -> PreTrainedModel:
-    own = _changed(config, {}) if isinstance(config, PreTrainedConfig) else _changed(teacher.config, config or {})
+    start, changes = (config, {}) if isinstance(config, PreTrainedConfig) else (teacher.config, config or {})
+    own = changed_config(start, changes)
     own.init_layers = None
     for key, what in (("vocab_size", "vocabulary"), ("num_labels", "number of labels")):
         mine, theirs = getattr(own, key, None), getattr(teacher.config, key, None)
@@ -167,11 +176,11 @@ def _from_layers(
     shared = len(stack) != _depth(teacher)  # ALBERT: few modules run L times
     if shared:
         _check_groups(len(stack), _depth(teacher), layers)
-    config = _changed(picked_config(teacher.config, layers), changes)
+    config = changed_config(picked_config(teacher.config, layers), changes)
     config.init_layers = list(layers)
     if config.get_text_config().num_hidden_layers != len(layers):
         raise ModelError(f"layers={layers} says how many layers the student has: leave their number out of config.")
-    same = _changed(teacher.config, {k: v for k, v in changes.items() if not PER_LAYER.fullmatch(k)})
+    same = changed_config(teacher.config, {k: v for k, v in changes.items() if not PER_LAYER.fullmatch(k)})
     # The random weights are all overwritten: making them must not disturb the caller's random state.
     with torch.random.fork_rng(devices=[]):
         student = _built(teacher, config)
@@ -215,23 +224,6 @@ def _resolve(layers: Sequence[int], depth: int) -> list[int]:
     return resolved
 
 
-def _changed(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
-    config = copy.deepcopy(config)
-    for key, value in changes.items():
-        try:
-            if known := hasattr(config, key):
-                setattr(config, key, value)
-        except Exception as error:  # whatever the config's own checks raise
-            raise ModelError(f"{type(config).__name__} doesn't take {key}={value!r}: {error}") from error
-        if not known:
-            raise ModelError(f"{type(config).__name__} has no {key!r}. Name values of the teacher's config.")
-    # A teacher under capture runs a recording twin of its attention; the student starts with the plain one.
-    implementation = config._attn_implementation
-    if implementation is not None:
-        config._attn_implementation = implementation.removeprefix("ildistil_")
-    return config
-
-
 def _load(student: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     own = student.state_dict()
     wrong = [name for name in own if name not in weights or own[name].shape != weights[name].shape]
@@ -249,7 +241,7 @@ def _finished(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedM
     """Check that the student's config can be saved and loaded again, and put the student where the teacher is."""
     try:
         saved = student.config.to_dict()
-        again = type(student.config).from_dict(saved).to_dict()
+        again = type(student.config).from_dict(copy.deepcopy(saved)).to_dict()
     except Exception as error:  # whatever the config's own checks raise
         raise ModelError(
             f"The student could not be loaded again: {error} Choose other values in config=..., or other layers."

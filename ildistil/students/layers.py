@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -10,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ildistil.errors import ModelError
 
-__all__ = ["PER_LAYER", "check_places", "origin", "pick_weights", "picked_config", "scale_queries"]
+__all__ = ["PER_LAYER", "changed_config", "check_places", "origin", "pick_weights", "picked_config", "scale_queries"]
 
 # Settings with a value, or an index, for each layer; and how many layers at the start are of one kind.
 PER_LAYER = re.compile(
@@ -22,6 +23,28 @@ _QUERIES = ("q_attn", "c_attn", "query", "q_lin", "q_proj")
 # What is a layer's own: its number, and chance (stochastic depth, BigBird's random blocks).
 _OWN = re.compile(r"layer_?(idx|id|index|number)|seed|.*drop.*")
 _SCALAR = (bool, int, float, str, type(None))
+
+
+def changed_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return a copy of a config with other values.
+
+    Raises:
+        ModelError: the config has no such value, or doesn't take it.
+    """
+    config = copy.deepcopy(config)
+    for key, value in changes.items():
+        try:
+            if known := hasattr(config, key):
+                setattr(config, key, value)
+        except Exception as error:  # whatever the config's own checks raise
+            raise ModelError(f"{type(config).__name__} doesn't take {key}={value!r}: {error}") from error
+        if not known:
+            raise ModelError(f"{type(config).__name__} has no {key!r}. Name values of its config.")
+    # A teacher under capture runs a recording twin of its attention; the student starts with the plain one.
+    implementation = config._attn_implementation
+    if implementation is not None:
+        config._attn_implementation = implementation.removeprefix("ildistil_")
+    return config
 
 
 def picked_config(config: PreTrainedConfig, layers: list[int]) -> PreTrainedConfig:
@@ -38,12 +61,11 @@ def picked_config(config: PreTrainedConfig, layers: list[int]) -> PreTrainedConf
                 setattr(text, key, [place for place, layer in enumerate(layers) if layer - 1 in value])
             elif len(value) == depth:
                 setattr(text, key, [value[layer - 1] for layer in layers])
-    own: Mapping[str, object] = text.to_dict().get("per_layer_config") or {}
+    own = {int(n): value for n, value in (text.to_dict().get("per_layer_config") or {}).items()}
     names = getattr(text, "stage_names", None) or ()
     outputs = [layers.index(i) + 1 for i in getattr(text, "out_indices", None) or () if i in layers]
     text.num_hidden_layers = len(layers)
     if own:
-        own = {int(layer): value for layer, value in own.items()}
         text.per_layer_config = {place: own[n - 1] for place, n in enumerate(layers) if n - 1 in own}
     if len(names) == depth + 1:  # a vision backbone: each layer is a stage that can be an output
         text.stage_names = list(names[: len(layers) + 1])
@@ -76,16 +98,14 @@ def scale_queries(
     """Keep the scores of attention that divides them by another number in its new place, or with smaller heads."""
     theirs = dict(teacher.named_modules())
     for name, mine in student.named_modules():
-        query = _query(mine)
-        ratio = 1.0 if query is None else theirs[name_in_teacher(name)].scaling / mine.scaling
-        if ratio == 1:
+        if (query := _query(mine)) is None or mine.scaling == (was := theirs[name_in_teacher(name)].scaling):
             continue
         layer = getattr(mine, query)
         for key in [f"{name}.{query}.{part}" for part, _ in layer.named_parameters()]:
             value = weights[key].clone()
             # In a Conv1D what is written comes last, as in a bias; in a Linear first. Queries are the first part.
             written = value.T if isinstance(layer, Conv1D) and value.ndim == 2 else value
-            written[: len(written) // (3 if query == "c_attn" else 1)] *= ratio
+            written[: len(written) // (3 if query == "c_attn" else 1)] *= was / mine.scaling
             weights[key] = value
 
 
@@ -113,7 +133,8 @@ def check_places(
     theirs = dict(whole.named_modules())
     for name, mine in student.named_modules():
         old = name_in_teacher(name)
-        if name.startswith(f"{stack}.") and (what := _difference(mine, theirs.get(old), moved=old != name)):
+        inside = name.startswith(f"{stack}.") and not _OWN.fullmatch(name.rpartition(".")[2])
+        if inside and (what := _difference(mine, theirs.get(old), moved=old != name)):
             raise ModelError(
                 f"The teacher's {old} would work otherwise as the student's {name}: {what}. Choose layers that are "
                 "alike in their new places (ModernBERT's first layer has no norm: it must stay the first), or start "

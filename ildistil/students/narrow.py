@@ -76,13 +76,12 @@ def narrowed(
 
 def _check_embeddings(modules: list[Module], students: list[Module]) -> None:
     """Check that both models project their embeddings, or neither: ELECTRA does where the widths differ."""
-    mine, theirs = ({m.name for m in found if m.writes == "r"} for found in (students, modules))
-    embeddings = {name for name in mine ^ theirs if "embedding" in name}
-    if embeddings:
+    mine, theirs = ({m.name for m in found if m.name.endswith("embeddings_project")} for found in (students, modules))
+    if mine != theirs:
         raise ModelError(
-            f"Only one of student and teacher has {embeddings.pop()}, which projects embeddings of another width than "
-            "the hidden size. Choose embedding_size and hidden_size such that both have it or neither (neither: set "
-            "embedding_size to the new hidden_size)."
+            f"Only one of student and teacher has {(mine ^ theirs).pop()}, which projects embeddings of another width "
+            "than the hidden size. Choose embedding_size and hidden_size such that both have it or neither (neither: "
+            "set embedding_size to the new hidden_size)."
         )
 
 
@@ -143,15 +142,19 @@ def principal_basis(moment: Tensor, size: int, centred: bool, aligned: bool = Tr
     True
     """
     old, new = (_to_ones(n) if centred else torch.eye(n, dtype=torch.double) for n in (len(moment), size))
-    fixed = torch.eye(int(centred), dtype=torch.double)
-    moment = (old @ moment @ old)[len(fixed) :, len(fixed) :]
-    inner = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, : size - len(fixed)]  # the smallest came first
-    basis = old @ torch.block_diag(fixed, inner) @ new
+    fixed = int(centred)  # the first direction, once all ones are reflected to it
+
+    def basis(inner: Tensor) -> Tensor:
+        padded = nn.functional.pad(inner, (fixed, 0, fixed, 0))
+        padded[:fixed, :fixed] = 1
+        return old @ padded @ new
+
+    principal = torch.linalg.eigh((old @ moment @ old)[fixed:, fixed:]).eigenvectors.flip(1)[:, : size - fixed]
     if not aligned:
-        return basis
-    near = torch.eye(len(old), dtype=torch.double)[:, top(basis.square().sum(1), size)]
-    left, _, right = torch.linalg.svd(inner.T @ (old @ near @ new)[len(fixed) :, len(fixed) :])
-    return old @ torch.block_diag(fixed, inner @ left @ right) @ new
+        return basis(principal)
+    nearest = torch.eye(len(old), dtype=torch.double)[:, top(basis(principal).square().sum(1), size)]
+    left, _, right = torch.linalg.svd(principal.T @ (old @ nearest @ new)[fixed:, fixed:])
+    return basis(principal @ left @ right)
 
 
 def _to_ones(size: int) -> Tensor:
