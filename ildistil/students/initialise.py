@@ -148,6 +148,9 @@ def _depth(teacher: PreTrainedModel) -> int:
 def _random(teacher: PreTrainedModel, config: PreTrainedConfig | Mapping[str, Any] | None) -> PreTrainedModel:
     start, changes = (config, {}) if isinstance(config, PreTrainedConfig) else (teacher.config, config or {})
     own = changed_config(start, changes)
+    depth, before = (getattr(c.get_text_config(), "num_hidden_layers", 0) for c in (own, start))
+    if depth < before:  # settings with a value for each layer: those of the first ones
+        own = changed_config(picked_config(start, [*range(1, depth + 1)]), changes)
     own.init_layers = None
     for key, what in (("vocab_size", "vocabulary"), ("num_labels", "number of labels")):
         mine, theirs = getattr(own, key, None), getattr(teacher.config, key, None)
