@@ -1,3 +1,6 @@
+import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import tiny
 from ildistil import init_student
 from ildistil.capture import find_layers
 from ildistil.errors import ModelError
-from ildistil.students.sources import ModelSource, StudentOptions, pretrained
+from ildistil.students.sources import ModelSource, StudentOptions, load, pretrained
 
 
 def test_layers_embeddings_and_head_are_the_teachers() -> None:
@@ -57,11 +60,26 @@ def test_random_from_changed_values_or_a_whole_config() -> None:
     assert whole.config.hidden_size == 16
     assert whole.config.init_layers is None
 
+
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 4}
-TEXT = SIZES | {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64}
+TEXT = SIZES | {
+    "vocab_size": 50,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 64,
+}
 GROUPED = TEXT | {"num_key_value_heads": 2, "head_dim": 8}
 EXPERTS = GROUPED | {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
-GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 4, "vocab_size": 50, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {
+    "n_embd": 32,
+    "n_head": 4,
+    "n_layer": 4,
+    "vocab_size": 50,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 WINDOWS = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 PLACES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -79,7 +97,10 @@ PLACES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Longformer": ("Longformer", TEXT | {"attention_window": [4, 8, 8, 4]}),
     "Llama": ("Llama", GROUPED),
-    "Qwen2 with windows": ("Qwen2", TEXT | {"num_key_value_heads": 2, "sliding_window": 3, "layer_types": WINDOWS, "use_sliding_window": True}),
+    "Qwen2 with windows": (
+        "Qwen2",
+        TEXT | {"num_key_value_heads": 2, "sliding_window": 3, "use_sliding_window": True, "layer_types": WINDOWS},
+    ),
     "Qwen3": ("Qwen3", GROUPED),
     "Qwen3 with experts": ("Qwen3Moe", EXPERTS | {"num_experts": 4, "mlp_only_layers": [0, 3]}),
     "Gemma 2": ("Gemma2", GROUPED | {"sliding_window": 3}),
@@ -339,3 +360,109 @@ def test_bad_options_of_yaml_are_refused(options: StudentOptions, message: str) 
 def test_other_modules_are_refused() -> None:
     with pytest.raises(ValueError, match="copies transformers models, got Linear"):
         init_student(nn.Linear(1, 1), layers=[1])  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    tiny.save_teacher(folder, layers=2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head": "causal-lms"}, "A bert has the heads sequence-classification, masked-lm, causal-lm, none"),
+        ({"dtype": "float8"}, "the precisions are float32, bfloat16 and float16"),
+        ({"head": "masked-lm"}, "no weights for cls.*: its head would be random"),
+        ({"config": {"hiden_size": 8}}, "BertConfig has no 'hiden_size'. Name values of its config"),
+        ({"config": {"hidden_size": "x"}}, "BertConfig doesn't take hidden_size='x'"),
+        ({"config": {"trust_remote_code": True}}, "BertConfig has no 'trust_remote_code'"),
+        ({"config": {"device_map": "auto"}}, "BertConfig has no 'device_map'"),
+        ({"config": {"dtype": "float16"}}, "dtype is no value of a config, but an option beside it"),
+        ({"config": {"hidden_act": "unknown"}}, "The weights of the model .* can't be loaded: "),
+        (
+            {"config": {"intermediate_size": 8}},
+            r"has the shape \(64.*\) in the checkpoint .*, and \(8.*\) by its config",
+        ),
+        ({"config": {"num_labels": 5}}, r"classifier.bias has the shape \(2,\) in the checkpoint"),
+    ],
+)
+def test_options_that_do_not_fit_the_checkpoint_are_refused(saved: Path, options: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        pretrained(str(saved), **options).load()
+
+
+def test_values_of_the_config_change(saved: Path) -> None:
+    model = pretrained(str(saved), dtype="bfloat16", config={"hidden_dropout_prob": 0.25}).load()
+    assert (model.dtype, model.bert.embeddings.dropout.p) == (torch.bfloat16, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "has no config.json, but model.safetensors, token"),
+        (lambda f: (f / "config.json").write_text("{"), "can't be loaded. Name a folder made by save_pretrained"),
+        (lambda f: (f / "config.json").write_text('{"hidden_size": 8}'), "can't be loaded. Name a folder made by"),
+        (lambda f: os.truncate(f / "model.safetensors", 1000), "The weights of the model .* can't be loaded"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"no weights"), "The weights of the model .* can't be loaded"),
+        (lambda f: (f / "model.safetensors").unlink(), "The weights of the model .* can't be loaded"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(saved: Path, tmp_path: Path, spoil: Any, message: str) -> None:
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    spoil(folder)
+    with pytest.raises(ModelError, match=message):
+        load(str(folder))
+
+
+class Bomb:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("exploded",)
+
+
+def test_no_code_of_a_checkpoint_is_run(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pickled = shutil.copytree(saved, tmp_path / "pickled")
+    (pickled / "model.safetensors").unlink()
+    torch.save({"classifier.bias": Bomb()}, pickled / "pytorch_model.bin")
+    coded = shutil.copytree(saved, tmp_path / "coded")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "code.C", "AutoModelForSequenceClassification": "code.M"}}
+    (coded / "config.json").write_text(json.dumps(config))
+    (coded / "code.py").write_text("import os\nos.mkdir('exploded')\nclass C: ...\nclass M: ...\n")
+    for folder in (pickled, coded):
+        with pytest.raises(ModelError, match="can't be loaded"):
+            load(str(folder))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_model_of_the_hub_needs_a_connection() -> None:
+    with pytest.raises(ModelError, match="or a model of the hub \\(which needs a connection\\)"):
+        load("nobody/nothing")
+
+
+def test_a_new_head_does_not_excuse_random_layers(saved: Path, tmp_path: Path) -> None:
+    """Weights under names that the model doesn't have would silently be left aside."""
+    model = tiny.bert(2, labels=2, max_position_embeddings=128)
+    renamed = {name.replace("bert.encoder.layer.1", "bert.layers.1"): v for name, v in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=renamed)
+    with pytest.raises(ModelError, match="bert.encoder.layer.1.*: weights of its layers would be random"):
+        load(str(tmp_path), new_head=True)
+    model.bert.save_pretrained(tmp_path / "body")
+    assert load(str(tmp_path / "body"), new_head=True).config.num_labels == 2
+
+
+def test_a_student_of_another_checkpoint(saved: Path, tmp_path: Path) -> None:
+    lm(seed=1, layers=2, max_position_embeddings=128).save_pretrained(tmp_path)
+    source, teacher = pretrained(str(saved)), pretrained(str(saved)).load()
+    with pytest.raises(ModelError, match="The tokenizer of .* can't be loaded. Save it beside the model"):
+        StudentOptions(path=str(tmp_path)).make(teacher, source)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    student = StudentOptions(path=str(tmp_path)).make(teacher, source)
+    assert type(student) is type(teacher)
+    assert (student.config.id2label, student.training) == (teacher.config.id2label, True)
+    tagger = tf.BertForTokenClassification(teacher.config)
+    with pytest.raises(ModelError, match="the teacher is a BertForTokenClassification. Build the student in Python"):
+        StudentOptions(path=str(tmp_path)).make(tagger, source)

@@ -29,7 +29,7 @@ class Measured:
 
 
 def measure(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], reads: Iterable[str], writes: Iterable[str]
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], reads: list[str], writes: list[str]
 ) -> Measured:
     """Run the model on the batches in eval mode, and sum up its states and what the named modules read and write.
 
@@ -46,7 +46,9 @@ def measure(
     handles = [named[n].register_forward_pre_hook(lambda _, x, n=n: seen[n].append(x[0])) for n in reads]
     handles += [named[n].register_forward_hook(lambda _, x, y, n=n: seen[n].append(y)) for n in writes]
     modes = {module: module.training for module in model.modules()}
-    capture = Capture(model, [Tap("hidden", i) for i in range(depth + 1)], role="teacher")
+    # The modules are tapped so that the model runs to the last of them.
+    taps = [Tap("hidden", i) for i in range(depth + 1)] + [Tap(name) for name in reads]
+    capture = Capture(model, taps, role="teacher")
     moment = residual = torch.zeros(())
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = defaultdict(int)

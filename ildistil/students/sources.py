@@ -193,6 +193,8 @@ def load(
         ModelError: the folder or the name doesn't exist, its files can't be read or need code of their own, there is
             no such head, the config has no such value, or weights are missing or of other shapes.
     """
+    if own := {"dtype", "torch_dtype"} & {*(config or ())}:
+        raise ModelError(f"{own.pop()} is no value of a config, but an option beside it: dtype={dtype!r}.")
     settings = changed_config(_config(path), config or {})
     cls = None if head not in _AUTO else _class(head, settings)
     if cls is None or dtype not in ("float32", "bfloat16", "float16"):
