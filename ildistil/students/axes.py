@@ -37,23 +37,28 @@ _ROLES = [
     (r"output\.dense|ffn\.lin2|ffn_output|mlp\.(?:down_proj|c_proj|Wo)", "r", "f"),
     (r"self_attn\.[qk]_norm", "-", "-"),
     (r"embeddings\.(?:LayerNorm|norm)", "e", "-"),
-    (r"(?:transform|predictions|generator_predictions)\.LayerNorm|lm_head\.layer_norm|vocab_layer_norm", "t", "-"),
-    (r"head\.norm", "t", "-"),
+    (r"(?:transform|(?:generator_)?predictions)\.LayerNorm|lm_head\.layer_norm|vocab_layer_norm|head\.norm", "t", "-"),
     (r"(?:output\.|attention\.)?LayerNorm|\w*(?:layer_?norm|_norm)|ln_[12f]|norm", "r", "-"),
     (r"(?:word|position|token_type|tok)_embeddings|wte|wpe|embed_tokens", "-", "e"),
     (r"embeddings_project|embedding_hidden_mapping_in", "r", "e"),
-    (r"pooler(?:\.dense)?|pre_classifier|classifier\.dense|discriminator_predictions\.dense", "p", "r"),
-    (r"sequence_summary\.summary", "p", "r"),
-    (r"classifier|classifier\.out_proj|seq_relationship|dense_prediction|qa_outputs|score", "-", "p"),
-    (r"multiple_choice_head\.summary", "-", "p"),
-    (r"(?:transform|predictions|generator_predictions|lm_head|head)\.dense|vocab_transform", "t", "r"),
+    (
+        r"pooler(?:\.dense)?|(?:classifier|discriminator_predictions)\.dense|pre_classifier|sequence_summary\.\w+",
+        "p",
+        "r",
+    ),
+    (
+        r"classifier(?:\.out_proj)?|seq_relationship|dense_prediction|qa_outputs|score|multiple_choice_head\.\w+",
+        "-",
+        "p",
+    ),
+    (r"(?:transform|(?:generator_)?predictions|lm_head|head)\.dense|vocab_transform", "t", "r"),
     (r"decoder|vocab_projector|generator_lm_head|lm_head", "-", "t"),
 ]
 
 
 @dataclass(frozen=True)
 class Module:
-    """A module with weights, what it writes and reads, and the block it belongs to."""
+    """A module with weights, the axes it writes and reads, and the block it belongs to."""
 
     name: str
     module: Any
@@ -66,6 +71,11 @@ class Module:
         """The weight as (written, read), in double precision."""
         weight: Tensor = self.module.weight.detach().to("cpu", torch.double)
         return weight.T if isinstance(self.module, Conv1D) else weight
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether the weight is one gain per entry."""
+        return bool(self.module.weight.ndim == 1)
 
     @property
     def bias(self) -> Tensor | None:
@@ -178,8 +188,7 @@ def inner_axes(
 ) -> dict[tuple[str, str], Tensor]:
     """Return what is kept of each axis but the residual stream, by axis and block."""
     axes: dict[tuple[str, str], Tensor] = {}
-    sizes = {m.writes: m.weight.shape[0] for m in students if m.weight.ndim == 2}
-    sizes |= {m.reads: m.weight.shape[1] for m in students if m.weight.ndim == 2}
+    sizes = {m.writes: m.weight.shape[0] for m in students} | {m.reads: m.weight.shape[-1] for m in students}
     for block in dict.fromkeys(m.block for m in modules):
         inside = [m for m in modules if m.block == block]
         for axis in ("f", "p", "t"):
@@ -199,7 +208,7 @@ def _score(inside: list[Module], axis: str, measured: Measured | None) -> Tensor
         return measured.inner[reader.name]
     score = torch.ones(1, dtype=torch.double) if reader is None else reader.weight.norm(dim=0)
     for m in inside:
-        for part in m.weight.chunk(len(m.writes)) if set(m.writes) == {axis} and m.weight.ndim == 2 else ():
+        for part in m.weight.chunk(len(m.writes)) if set(m.writes) == {axis} and not m.is_norm else ():
             score = score * part.norm(dim=1)
     return score
 

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,23 +17,17 @@ __all__ = ["Measured", "measure"]
 
 @dataclass
 class Measured:
-    """Sums over the real tokens of the calibration batches.
+    """Sums over the real tokens of the calibration batches."""
 
-    ``moment`` is the sum of ``x x^T`` over the states ``x`` of the residual stream, ``residual`` that of ``|x|``, and
-    ``inner`` the mean of ``|x|`` of what a module reads or writes, by its name.
-    """
-
-    moment: Tensor
-    residual: Tensor
-    inner: dict[str, Tensor] = field(default_factory=dict)
+    moment: Tensor  # of x x^T over the states x of the residual stream
+    residual: Tensor  # of |x|
+    inner: dict[str, Tensor]  # by module: the mean of |x| of what it reads or writes
 
 
 def measure(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], reads: list[str], writes: list[str]
 ) -> Measured:
-    """Run the model on the batches in eval mode, and sum up its states and what the named modules read and write.
-
-    The model is left as it was.
+    """Run the model on the batches, and sum up its states and what the named modules read and write.
 
     Raises:
         ModelError: there is no batch, or the model has no single stack of layers.

@@ -34,7 +34,7 @@ def changed_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreT
     config = copy.deepcopy(config)
     for key, value in changes.items():
         try:
-            if known := hasattr(config, key):
+            if known := hasattr(config, key) and not callable(getattr(config, key)):
                 setattr(config, key, value)
         except Exception as error:  # whatever the config's own checks raise
             raise ModelError(f"{type(config).__name__} doesn't take {key}={value!r}: {error}") from error
@@ -81,14 +81,10 @@ def origin(stack: str, layers: list[int]) -> Callable[[str], str]:
 
 def pick_weights(weights: Mapping[str, Tensor], stack: str, layers: list[int]) -> dict[str, Tensor]:
     """Return the weights of these layers, and those outside the stack, under the student's names."""
-    inside = re.compile(re.escape(stack) + r"\.(\d+)\.(.*)")
-    picked: dict[str, Tensor] = {}
-    for name, value in weights.items():
-        match = inside.fullmatch(name)
-        places = [name] if match is None else [
-            f"{stack}.{place}.{match[2]}" for place, layer in enumerate(layers) if layer == int(match[1]) + 1
-        ]  # fmt: skip
-        picked |= dict.fromkeys(places, value)
+    picked = {name: value for name, value in weights.items() if not name.startswith(f"{stack}.")}
+    for place, layer in enumerate(layers):
+        old = f"{stack}.{layer - 1}."
+        picked |= {f"{stack}.{place}.{n.removeprefix(old)}": v for n, v in weights.items() if n.startswith(old)}
     return picked
 
 
@@ -98,7 +94,8 @@ def scale_queries(
     """Keep the scores of attention that divides them by another number in its new place, or with smaller heads."""
     theirs = dict(teacher.named_modules())
     for name, mine in student.named_modules():
-        if (query := _query(mine)) is None or mine.scaling == (was := theirs[name_in_teacher(name)].scaling):
+        was = getattr(theirs.get(name_in_teacher(name)), "scaling", None)
+        if (query := _query(mine)) is None or was in (None, mine.scaling):
             continue
         layer = getattr(mine, query)
         for key in [f"{name}.{query}.{part}" for part, _ in layer.named_parameters()]:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ildistil.errors import ModelError
 from ildistil.students.axes import FAMILIES, LAYER_NORM, ROTARY, Heads, Module, inner_axes, modules_of, top
-from ildistil.students.calibration import Measured, measure
+from ildistil.students.calibration import measure
 
 __all__ = ["Width", "narrowed"]
 
@@ -35,13 +35,7 @@ _NORM_BEFORE = dict.fromkeys(
 def narrowed(
     model: PreTrainedModel, student: PreTrainedModel, width: Width, batches: Iterable[Mapping[str, Any]] | None = None
 ) -> dict[str, Tensor]:
-    """Return the model's weights in the student's widths, under the model's names.
-
-    Args:
-        model: where the weights come from. It is left as it was.
-        student: a model of the same class with the wanted widths; its weights are not read.
-        width: ``"importance"`` keeps the most important dimensions, ``"pca"`` rotates the residual stream first.
-        batches: calibration batches.
+    """Return the model's weights in the widths of a student of its class, under the model's names.
 
     Raises:
         ModelError: the family or a module is not understood, or the widths can't be reached.
@@ -57,16 +51,22 @@ def narrowed(
     modules, others = modules_of(model), modules_of(student)
     heads = Heads.of(model.config, student.config)
     _check_embeddings(modules, others)
+    old, new = model.config.hidden_size, student.config.hidden_size
+    if new > old:
+        raise ModelError(f"The student's hidden_size is {new}, the teacher's {old}: it can't grow.")
     measured = None
     if batches is not None:
         shrinking = ("q", "k", "qkv") if heads.size != heads.new_size else ()
         reads = [m.name for m in modules if m.reads in ("c", "f", "p", "t")]
         measured = measure(model, batches, reads, [m.name for m in modules if m.writes in shrinking])
     norms = _norms_before(modules, _NORM_BEFORE.get(family, {}) if width == "pca" else {})
-    bare = {norm.name for norm in norms.values()}
-    size, centred = student.config.hidden_size, family in LAYER_NORM
-    basis = _basis(modules, measured, width, size, centred, norms_last=family not in _NORM_BEFORE, bare=bare)
-    factor = 1.0 if measured is None or size == len(basis) else _norm_factor(measured.moment, basis, centred)
+    bare, centred = {norm.name for norm in norms.values()}, family in LAYER_NORM
+    if measured is not None and width == "pca":
+        basis = principal_basis(measured.moment, new, centred, _works_on_dimensions(modules, bare))
+    else:
+        score = _written(modules, family not in _NORM_BEFORE) if measured is None else measured.residual
+        basis = torch.eye(old, dtype=torch.double)[:, top(score, new)]
+    factor = 1.0 if measured is None or new == old else _norm_factor(measured.moment, basis, centred)
     axes = inner_axes(modules, others, heads, measured)
     weights = {name: value.detach() for name, value in model.state_dict().items()}
     for m in modules:
@@ -96,27 +96,10 @@ def _norms_before(modules: list[Module], readers: Mapping[str, str]) -> dict[str
     return found
 
 
-def _basis(
-    modules: list[Module],
-    measured: Measured | None,
-    width: Width,
-    size: int,
-    centred: bool,
-    norms_last: bool,
-    bare: set[str],
-) -> Tensor:
-    """Return the basis of the student's residual stream, ``(width, size)``."""
-    writers = [m for m in modules if "r" in (m.writes, m.reads) and m.weight.ndim == 2]
-    total = next(m.weight.shape[0] if m.writes == "r" else m.weight.shape[1] for m in writers)
-    if size > total:
-        raise ModelError(f"The student's hidden_size is {size}, the teacher's {total}: it can't grow.")
-    if measured is not None and width == "pca":
-        # Gains that stay, and the activation of a head whose decoder is tied, act on one dimension each.
-        gains = [m.weight for m in modules if m.writes == "r" and m.weight.ndim == 1 and m.name not in bare]
-        aligned = any(m.writes == m.reads == "r" for m in modules) or any((g != g[0]).any() for g in gains)
-        return principal_basis(measured.moment, size, centred, aligned)
-    score = _written(modules, norms_last) if measured is None else measured.residual
-    return torch.eye(total, dtype=torch.double)[:, top(score, size)]
+def _works_on_dimensions(modules: list[Module], bare: set[str]) -> bool:
+    """Whether gains that stay, or the activation of a head whose decoder is tied, act on single dimensions."""
+    gains = [m.weight for m in modules if m.writes == "r" and m.is_norm and m.name not in bare]
+    return any(m.writes == m.reads == "r" for m in modules) or any(bool((g != g[0]).any()) for g in gains)
 
 
 def _norm_factor(moment: Tensor, basis: Tensor, centred: bool) -> float:
@@ -172,7 +155,7 @@ def _written(modules: list[Module], norms_last: bool) -> Tensor:
     """
     squares = []
     for m in modules:
-        if m.writes == "r" and (m.weight.ndim == 1) == norms_last:
+        if m.writes == "r" and m.is_norm == norms_last:
             squares.append(m.weight.square() if norms_last else m.weight.square().sum(1))
             squares += [] if m.bias is None else [m.bias.square()]
         elif isinstance(m.module, nn.Embedding) and m.reads == "r" and not norms_last:
@@ -188,7 +171,7 @@ def _narrow(
     if norm is not None:
         bias = bias if bias is None or norm.bias is None else bias + weight @ norm.bias
         weight = weight * norm.weight * factor
-    if weight.ndim == 2:
+    if not m.is_norm:
         narrow = _cut(_cut(weight, m.writes, m.block, axes, basis).T, m.reads, m.block, axes, basis).T
         narrow = narrow.T if isinstance(m.module, Conv1D) else narrow
     elif m.writes == "r":
