@@ -13,6 +13,7 @@ from ildistil.errors import ModelError
 from ildistil.students.layers import (
     PER_LAYER,
     changed_config,
+    check_between,
     check_places,
     origin,
     pick_weights,
@@ -57,9 +58,11 @@ def init_student(
         the layers as ``init_layers``, which the mapping ``FromInit`` reads.
 
     Raises:
-        ModelError: a layer is out of range; there are neither layers nor config; the config's labels or vocabulary
-            are not the teacher's; shapes differ from those of the copied layers; ``width`` does not know the family
-            or can't reach the widths; or the source's architecture, vocabulary, depth or shapes are not the teacher's.
+        ModelError: a layer is out of range, or would compute something else in its new place; there are neither layers
+            nor config; the config's labels or vocabulary are not the teacher's; transformers can't build the student by
+            its config, or load it again; shapes differ from those of the copied layers; ``width`` does not know the
+            family or can't reach the widths; or the source's architecture, vocabulary, depth or shapes are not the
+            teacher's.
 
     >>> from transformers import BertConfig, BertModel
     >>> tiny = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 11}
@@ -98,7 +101,7 @@ def _check_width(width: str, config: object) -> None:
 
 
 def _merged(teacher: PreTrainedModel, source: PreTrainedModel) -> PreTrainedModel:
-    """Give a model of the teacher's class with the source's weights, and the teacher's where the source has none."""
+    """Return a model of the teacher's class with the source's weights, and the teacher's where the source has none."""
     if not isinstance(source, PreTrainedModel) or type(source.config) is not type(teacher.config):
         got = type(source).__name__
         raise ModelError(f"source must be of the teacher's architecture, {type(teacher).__name__}; got a {got}.")
@@ -128,7 +131,7 @@ def _merged(teacher: PreTrainedModel, source: PreTrainedModel) -> PreTrainedMode
 
 
 def _ties(weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Give, for each name, all names of the same tensor: embeddings and the decoder that is tied to them."""
+    """Return, for each name, all names of the same tensor: embeddings and the decoder that is tied to them."""
     names: dict[tuple[int, torch.Size], list[str]] = {}
     for name, value in weights.items():
         names.setdefault((value.data_ptr(), value.shape), []).append(name)
@@ -137,12 +140,16 @@ def _ties(weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
 
 def _depth(teacher: PreTrainedModel) -> int:
     if not find_layers(teacher):
-        raise ModelError(
-            f"{type(teacher).__name__} has no single stack of layers to choose from. Make the student with config=... "
-            "or build it yourself."
-        )
+        raise ModelError(_no_stack(teacher))
     depth: int = teacher.config.get_text_config().num_hidden_layers
     return depth
+
+
+def _no_stack(teacher: PreTrainedModel) -> str:
+    return (
+        f"{type(teacher).__name__} has no single stack of layers to choose from, whose number is in its config. Make "
+        "the student with config=... or build it yourself."
+    )
 
 
 def _random(teacher: PreTrainedModel, config: PreTrainedConfig | Mapping[str, Any] | None) -> PreTrainedModel:
@@ -179,6 +186,7 @@ def _from_layers(
     shared = len(stack) != _depth(teacher)  # ALBERT: few modules run L times
     if shared:
         _check_groups(len(stack), _depth(teacher), layers)
+    check_between(teacher.config, layers)
     config = changed_config(picked_config(teacher.config, layers), changes)
     config.init_layers = list(layers)
     if config.get_text_config().num_hidden_layers != len(layers):
@@ -189,6 +197,8 @@ def _from_layers(
         student = _built(teacher, config)
         with torch.device("meta"):
             whole = _built(teacher, same)
+    if not shared and len(dict(student.named_modules()).get(path, ())) != len(layers):
+        raise ModelError(_no_stack(teacher))
     name_in_teacher = str if shared else origin(path, layers)
     check_places(student, whole, path, name_in_teacher)
     weights = dict(teacher.state_dict()) if width is None else narrowed(teacher, student, width, batches)

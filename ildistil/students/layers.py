@@ -11,11 +11,20 @@ from transformers.pytorch_utils import Conv1D
 
 from ildistil.errors import ModelError
 
-__all__ = ["PER_LAYER", "changed_config", "check_places", "origin", "pick_weights", "picked_config", "scale_queries"]
+__all__ = [
+    "PER_LAYER",
+    "changed_config",
+    "check_between",
+    "check_places",
+    "origin",
+    "pick_weights",
+    "picked_config",
+    "scale_queries",
+]
 
 # Settings with a value, or an index, for each layer; and how many layers at the start are of one kind.
 PER_LAYER = re.compile(
-    r".*(layer|block_ind|attn_ind|attention_window|indexer_types|sliding_windows|sparsity_pattern).*"
+    r".*(layer|(block|attn|visual)_ind|attention_window|indexer_types|sliding_windows|sparsity_pattern).*"
 )
 _FIRST = {"first_k_dense_replace", "num_dense_layers"}
 # What an attention module calls its projection of the queries, in the order they are looked for.
@@ -23,6 +32,9 @@ _QUERIES = ("q_attn", "c_attn", "query", "q_lin", "q_proj")
 # What is a layer's own: its number, and chance (stochastic depth, BigBird's random blocks).
 _OWN = re.compile(r"layer_?(idx|id|index|number)|seed|.*drop.*")
 _SCALAR = (bool, int, float, str, type(None))
+# In these something that is no layer runs between two of them: DeBERTa-v2's convolution after the first.
+_AFTER_FIRST = {"deberta-v2", "sew-d"}
+_BETWEEN = re.compile(r"eomt.*|seggpt|granite_speech.*|minicpm.*_vision")
 
 
 def changed_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
@@ -73,9 +85,21 @@ def picked_config(config: PreTrainedConfig, layers: list[int]) -> PreTrainedConf
     return config
 
 
+def check_between(config: PreTrainedConfig, layers: list[int]) -> None:
+    """Refuse layers around something that runs between them, and whose place is not theirs."""
+    text = config.get_text_config()
+    after_first = text.model_type in _AFTER_FIRST and bool(getattr(text, "conv_kernel_size", 0)) and layers[0] != 1
+    if after_first or (_BETWEEN.fullmatch(text.model_type) and layers != [*range(1, text.num_hidden_layers + 1)]):
+        raise ModelError(
+            f"In {text.model_type} something that is no layer runs between the layers, and would run elsewhere in the "
+            f"student. {'Keep layer 1 as the first' if after_first else 'Keep all layers'}, or start from random "
+            "weights (layers=None)."
+        )
+
+
 def origin(stack: str, layers: list[int]) -> Callable[[str], str]:
     """Return the function from a name in the student to that in the teacher; ``stack`` is the path of the layers."""
-    inside = re.compile(re.escape(stack) + r"\.(\d+)(?=\.|$)")
+    inside = re.compile("^" + re.escape(stack) + r"\.(\d+)(?=\.|$)")
     return lambda name: inside.sub(lambda match: f"{stack}.{layers[int(match[1])] - 1}", name)
 
 
@@ -127,8 +151,8 @@ def check_places(
     Raises:
         ModelError: a module of a layer is of another kind, or has another setting, than in its old place.
     """
-    theirs = dict(whole.named_modules())
-    for name, mine in student.named_modules():
+    theirs = dict(whole.named_modules(remove_duplicate=False))
+    for name, mine in student.named_modules(remove_duplicate=False):
         old = name_in_teacher(name)
         inside = name.startswith(f"{stack}.") and not _OWN.fullmatch(name.rpartition(".")[2])
         if inside and (what := _difference(mine, theirs.get(old), moved=old != name)):
