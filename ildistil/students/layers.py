@@ -164,7 +164,7 @@ def check_places(
 
 
 def _difference(mine: nn.Module, was: nn.Module | None, moved: bool) -> str:
-    """Say how a module differs from the one whose weights it takes."""
+    """Describe how a module differs from the one whose weights it takes."""
     if was is None or type(mine).__name__ != type(was).__name__:
         return f"it is a {type(mine).__name__}, and was {'nothing' if was is None else f'a {type(was).__name__}'}"
     query, own = _query(mine), vars(was)

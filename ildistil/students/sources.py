@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
@@ -147,7 +147,7 @@ class StudentOptions:
             raise ModelError("A student with a path is that model as it is: leave out width and source, or the path.")
         if source.tokenizer is not None:
             _check_tokenizers(self.path, source.tokenizer)
-        head = next((h for h in _AUTO if type(teacher) is _class(h, teacher.config)), None)
+        head = next((h for h in _AUTO if isinstance(teacher, _classes(h, teacher.config))), None)
         if head is None:
             raise ModelError(
                 f"A student with a path gets the teacher's head, which is one of {', '.join(_AUTO)}; the teacher is a "
@@ -196,15 +196,14 @@ def load(
     if own := {"dtype", "torch_dtype"} & {*(config or ())}:
         raise ModelError(f"{own.pop()} is no value of a config, but an option beside it: dtype={dtype!r}.")
     settings = changed_config(_config(path), config or {})
-    cls = None if head not in _AUTO else _class(head, settings)
-    if cls is None or dtype not in ("float32", "bfloat16", "float16"):
-        heads = ", ".join(h for h in _AUTO if _class(h, settings) is not None)
+    heads = [h for h in _AUTO if _classes(h, settings)]
+    if head not in heads or dtype not in get_args(Dtype):
         raise ModelError(
             f"The model {path!r} can't be loaded with head={head!r} and dtype={dtype!r}. A {settings.model_type} has "
-            f"the heads {heads}; the precisions are float32, bfloat16 and float16."
+            f"the heads {', '.join(heads)}; the precisions are {', '.join(get_args(Dtype))}."
         )
     try:
-        model, info = cls.from_pretrained(
+        model, info = getattr(transformers, _AUTO[head]).from_pretrained(
             path, config=settings, dtype=getattr(torch, dtype), weights_only=True, trust_remote_code=False,
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
@@ -220,13 +219,13 @@ def load(
             f"{name} has the shape {tuple(saved)} in the checkpoint {path!r}, and {tuple(wanted)} by its config. Leave "
             "out of config=... what changes shapes; a head for other labels needs a checkpoint without one."
         )
-    body = f"{model.base_model_prefix}."
-    missing = sorted(n for n in info["missing_keys"] if not new_head or (n.startswith(body) and "pooler" not in n))
-    if missing:
-        what = "weights of its layers" if any(n.startswith(body) and "pooler" not in n for n in missing) else "its head"
+    body = "" if head == "none" else f"{model.base_model_prefix}."
+    layers = sorted(n for n in info["missing_keys"] if n.startswith(body) and "pooler" not in n)
+    if missing := layers if new_head else sorted(info["missing_keys"]):
         raise ModelError(
-            f"The checkpoint {path!r} has no weights for {', '.join(missing[:4])}: {what} would be random. Fine-tune "
-            "it on the task first (ildistil finetune), or choose the head it was saved with."
+            f"The checkpoint {path!r} has no weights for {', '.join(missing[:4])}: "
+            f"{'weights of its layers' if layers else 'its head'} would be random. Fine-tune it on the task first "
+            "(ildistil finetune), or choose the head it was saved with."
         )
     return model
 
@@ -249,11 +248,10 @@ def _config(path: str) -> PreTrainedConfig:
         ) from error
 
 
-def _class(head: Head, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The model class of a config with a head; ``None`` where there is none."""
-    found: Any = getattr(transformers, _AUTO[head])._model_mapping.get(type(config), None)
-    cls: type[PreTrainedModel] | None = found[0] if isinstance(found, tuple) else found
-    return cls
+def _classes(head: Head, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
+    """The model classes of a config with a head; usually one."""
+    found: Any = getattr(transformers, _AUTO[head])._model_mapping.get(type(config), ())
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _without_random_weights(path: str) -> PreTrainedModel:
@@ -280,10 +278,10 @@ def _check_tokenizers(student: str, teacher: str) -> None:
 
 
 def _vocabulary(path: str) -> dict[str, int]:
-    files = [p.name for p in Path(path).glob("*") if re.search(r"token|vocab|merges|\.model$", p.name)]
+    files = [p.name for p in Path(path).glob("*")]
+    if files and not any(re.search(r"token|vocab|merges|\.model$", name) for name in files):
+        raise ModelError(f"The folder {path!r} has no tokenizer. Save it beside the model.")
     try:
-        if Path(path).is_dir() and not files:  # transformers would make one of five words
-            raise FileNotFoundError("the folder has no file of a tokenizer.")
         vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(path, trust_remote_code=False).get_vocab()
     except Exception as error:  # whatever the readers of files raise
         raise ModelError(f"The tokenizer of {path!r} can't be loaded. Save it beside the model: {error}") from error
