@@ -255,7 +255,9 @@ def test_stored_targets(
         capsys, *precompute, "--model.teacher.path=./three", "--model.targets=others"
     )
     with monkeypatch.context() as context:
-        context.setattr("ildistil.cli.precompute", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        context.setattr(
+            "ildistil.commands.precompute.precompute", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(SystemExit):
             cli.main([*precompute, *steps])
     assert "Interrupted: 12 rows are stored. The same command goes on" in capsys.readouterr().out
