@@ -15,7 +15,7 @@ from ildistil.teachers import StoredTeacher
 from ildistil.teachers.layout import Dtype
 from ildistil.training.distiller import Distiller
 
-__all__ = ["DistillingRun", "make_distiller", "open_targets"]
+__all__ = ["DistillingRun", "make_distiller"]
 
 
 def make_distiller(
@@ -42,7 +42,7 @@ def make_distiller(
     """
     tokenizer = tokenizer or teacher.tokenizer
     if targets is not None:
-        stored, model = open_targets(teacher, targets, targets_dtype, with_weights=student.copies_weights)
+        stored, model = _stored_teacher(teacher, targets, targets_dtype, with_weights=student.copies_weights)
         return Distiller(student.make(model, teacher), stored, tokenizer=tokenizer, **options)
     if targets_dtype is not None:
         raise ConfigError(
@@ -53,22 +53,13 @@ def make_distiller(
     return Distiller(student.make(loaded, teacher), loaded, tokenizer=tokenizer, **options)
 
 
-def open_targets(
+def _stored_teacher(
     source: ModelSource, folder: str, dtype: Dtype | None, *, with_weights: bool
 ) -> tuple[StoredTeacher, PreTrainedModel]:
     """Return the stored teacher, and the teacher or its skeleton to make a student by.
 
     The teacher is loaded where its weights are wanted, where they can't be told from their files, and where nothing is
     stored yet; else when a row turns out to be missing.
-
-    Args:
-        source: Where the teacher comes from.
-        folder: Folder of the targets.
-        dtype: Their precision, if one was chosen.
-        with_weights: Whether the student starts from weights of the teacher.
-
-    Raises:
-        TargetsError: The targets are of another teacher, or in another precision.
     """
     digest = source.digest()
     stored = StoredTeacher(folder, source.load, dtype=dtype, source=digest)
@@ -89,13 +80,13 @@ class DistillingRun(Run):
 
     usage = "[--preset NAME] [--config FILE] [options]"
 
-    def __init__(self, command: str, arguments: Sequence[str], description: str | None, model: Any = None) -> None:
-        super().__init__(command, model or make_distiller, _with_preset(arguments), description)
+    def __init__(self, command: str, arguments: Sequence[str], description: str | None) -> None:
+        super().__init__(command, make_distiller, _with_preset(arguments), description)
 
     def add_objectives(self, parser: LightningArgumentParser) -> None:
         """Add the objectives by name."""
         parser.add_argument(
-            "--objectives", type=dict[str, Objective] | None, default=None, metavar="NAMED_OBJECTIVES",
+            "--objectives", type=dict[str, Objective] | None, default=None, metavar="OBJECTIVES",
             help="The terms of the loss: a name for each, and its class_path and init_args.",
         )  # fmt: skip
 

@@ -134,19 +134,15 @@ def suggestion(message: str, known: set[str]) -> str:
     return ""
 
 
-def with_flags(arguments: Sequence[str], *flags: str) -> list[str]:
-    """Return arguments in which a switch without a value is on.
+def with_flags(words: Sequence[str], *flags: str) -> list[str]:
+    """Return words in which a switch without a value is on.
 
     >>> with_flags(["--estimate", "--overwrite", "false"], "estimate", "overwrite")
     ['--estimate=true', '--overwrite', 'false']
     """
-    following = [*arguments[1:], ""]
     bare = {f"--{flag}" for flag in flags}
-    valued = ("true", "false")
-    return [
-        f"{word}=true" if word in bare and after not in valued else word
-        for word, after in zip(arguments, following, strict=False)
-    ]
+    pairs = zip(words, [*words, ""][1:], strict=True)
+    return [f"{word}=true" if word in bare and after not in ("true", "false") else word for word, after in pairs]
 
 
 def call(function: Callable[..., None], command: str, arguments: Sequence[str], *flags: str) -> None:

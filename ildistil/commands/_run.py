@@ -13,8 +13,9 @@ import torch
 import transformers
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 
 import ildistil.data  # so that a YAML file can name Glue and TextData  # noqa: F401
 from ildistil.commands._config import ConfigFile
@@ -29,8 +30,7 @@ from ildistil.training.monitor import Throughput
 __all__ = ["Run", "lightning_errors"]
 
 _EPILOG = """\
-'--objectives.help HiddenMSE', '--data.help TextData' and the like show the options of one class.
-All options of Lightning's Trainer can be given; its documentation says more of them."""
+'--data.help TextData' shows the options of one class; the other options that end in .help do the same."""
 
 
 @contextmanager
@@ -95,7 +95,7 @@ class Run(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser."""
         parser = Parser(**kwargs)
-        help = "A YAML file with any of the options below; of several, a later one wins."
+        help = "A YAML file with any of the options below; of several, the later wins."
         parser.add_argument("-c", "--config", action=ConfigFile, metavar="FILE", help=help)
         return parser
 
@@ -156,22 +156,22 @@ class Run(LightningCLI):
             self.save_config_callback = None  # it would write to the working folder
         else:
             callbacks.append(LearningRateMonitor("step"))
-        keeps = self.trains and not config.fast_dev_run and config.enable_checkpointing is not False
-        if keeps and not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
-            callbacks += self._checkpoints()
+        if not self.trains:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+            kwargs["enable_checkpointing"] = False
+        elif not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+            keeps = not config.fast_dev_run and config.enable_checkpointing is not False
+            callbacks += self._checkpoints() if keeps else []
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _checkpoints(self) -> list[ModelCheckpoint]:
         """Keep the best student and the last; the last one alone where nothing is measured."""
         task = task_of(self.datamodule)
+        options: list[dict[str, Any]] = [{"filename": "last"}]
         names = task.validation_names if self.config_init.trainer.limit_val_batches != 0 else []
-        if not names or task.primary_metric is None:
-            options: list[dict[str, Any]] = [{"filename": "last"}]
-        else:
+        if names and task.primary_metric is not None:
             monitor = f"{names[0]}/{task.primary_metric}"
-            best: dict[str, Any] = {"monitor": monitor, "mode": task.primary_mode, "filename": "best"}
-            # With stages the best is watched for in the last one only.
-            options = [best, {"filename": "last"}] if self.model.stages else [best | {"save_last": True}]
+            options.insert(0, {"monitor": monitor, "mode": task.primary_mode, "filename": "best"})
         made = [ModelCheckpoint(enable_version_counter=False, **each) for each in options]
         if (path := self.config.ckpt_path) is not None:
             # A run that goes on keeps its folder of checkpoints, and so what was best before.
@@ -188,6 +188,8 @@ class Run(LightningCLI):
         Raises:
             IldistilError: The configuration turns out to be wrong.
         """
+        if not self.trains and self.config.ckpt_path is None:
+            rank_zero_info("Without --ckpt_path this is the student as it starts, before any training.")
         with lightning_errors():
             return method(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path, weights_only=True)
 

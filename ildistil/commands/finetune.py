@@ -41,7 +41,7 @@ class _Finetune(Run):
     trains = True
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let the head have the data's labels."""
+        """Link the labels of the head to the data."""
         parser.link_arguments("data", "model.labels", compute_fn=_labels, apply_on="instantiate")
 
     def objectives(self) -> dict[str, Objective]:
