@@ -322,7 +322,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     description = tmp_path / "targets.json"
     said = json.loads(description.read_text())
     description.write_text(json.dumps(said | {"format": 0}))
-    with pytest.raises(TargetsError, match="in format 0; this version of ildistil reads format 2"):
+    with pytest.raises(TargetsError, match="in format 0; this version of ildistil reads format 3"):
         StoredTeacher(tmp_path)
     description.write_text("{")
     with pytest.raises(TargetsError, match="damaged"):
