@@ -372,7 +372,7 @@ def test_an_interrupted_precompute_goes_on(tmp_path: Path) -> None:
     student, teacher = models()
     terms, seen = [objectives.HiddenMSE()], []
     with pytest.raises(KeyboardInterrupt):
-        precompute(StoredTeacher(tmp_path, Interrupted(teacher, 6)), terms, student, batches())
+        precompute(StoredTeacher(tmp_path, Interrupted(teacher, 2 + 6)), terms, student, batches())
     assert (
         len(StoredTeacher(tmp_path).store) == 6
     )  # three batches: one run was for the estimate, two to see that padding isn't read
@@ -598,7 +598,7 @@ def test_a_language_models_logits_are_not_made_in_the_precision_of_the_run(tmp_p
 def test_a_run_that_breaks_off_leaves_what_it_made(tmp_path: Path) -> None:
     teacher = models()[1]
     with pytest.raises(MemoryError):
-        fit(StoredTeacher(tmp_path, Interrupted(teacher, 6, MemoryError)), Watch(teacher), loader(rows=16))
+        fit(StoredTeacher(tmp_path, Interrupted(teacher, 2 + 6, MemoryError)), Watch(teacher), loader(rows=16))
     assert len(StoredTeacher(tmp_path).store) == 12  # three batches, after three runs to see what there is to store
 
 
