@@ -30,7 +30,7 @@ OURS = frozenset({"row_id", TARGETS})  # what no model is given
 
 
 def separate_configs(student: nn.Module, teacher: nn.Module) -> None:
-    """Give the student copies of all configs it shares with the teacher.
+    """Replace all configs that the student shares with the teacher by copies.
 
     Switching the attention implementation writes to the config, so a shared one would switch both models.
     """

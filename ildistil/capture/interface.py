@@ -51,7 +51,7 @@ _bound: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 @contextmanager
 def recording(recorder: AttentionRecorder) -> Iterator[None]:
-    """Let attention functions record into this recorder."""
+    """Direct attention functions to this recorder."""
     global _active
     _active = recorder
     try:
