@@ -29,8 +29,7 @@ class _Ramp(Schedule):
     until: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_weights(self, self.start, self.end)
-        _check_span(self, self.begin, self.until)
+        _check(self, (self.start, self.end), self.begin, self.until)
 
     def __str__(self) -> str:
         return f"{type(self).__name__} {self.start:g} to {self.end:g}{_span(self.begin, self.until)}"
@@ -108,8 +107,7 @@ class Window(Schedule):
     until: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_weights(self, self.weight)
-        _check_span(self, self.begin, self.until)
+        _check(self, (self.weight,), self.begin, self.until)
 
     def __str__(self) -> str:
         return f"Window {self.weight:g}{_span(self.begin, self.until)}"
@@ -124,21 +122,11 @@ def _span(begin: float, until: float) -> str:
     return "" if (begin, until) == (0, 1) else f" in {begin:.4g}-{until:.4g}"
 
 
-def _check_weights(schedule: Schedule, *weights: float) -> None:
-    if not all(_is_number(w) and w >= 0 for w in weights) or not any(weights):
-        raise ConfigError(
-            f"{type(schedule).__name__}: weights must be finite numbers, not negative, and not all 0; got "
-            f"{', '.join(map(repr, weights))}."
-        )
-
-
-def _check_span(schedule: Schedule, begin: float, until: float) -> None:
-    if not (_is_number(begin) and _is_number(until) and 0 <= begin < until <= 1):
-        raise ConfigError(
-            f"{type(schedule).__name__}: begin and until are shares of the training, 0 <= begin < until <= 1; got "
-            f"{begin!r} and {until!r}."
-        )
-
-
-def _is_number(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+def _check(schedule: Schedule, weights: tuple[float, ...], begin: float, until: float) -> None:
+    numbers: tuple[object, ...] = (*weights, begin, until)
+    if wrong := [number for number in numbers if isinstance(number, bool) or not isinstance(number, Real)]:
+        raise ConfigError(f"{type(schedule).__name__}: weights and shares must be numbers, got {wrong[0]!r}.")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+        raise ConfigError(f"{schedule}: weights must be finite, not negative, and not all 0.")
+    if not 0 <= begin < until <= 1:
+        raise ConfigError(f"{schedule}: begin and until are shares of the training, 0 <= begin < until <= 1.")

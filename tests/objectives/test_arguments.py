@@ -204,12 +204,12 @@ def test_gradients_hold_over_the_whole_range_of_temperatures(temperature: float,
         lambda: objectives.AttentionDIST(over="words"),  # type: ignore[arg-type]
         lambda: schedules.Linear("1", 0.0),  # type: ignore[arg-type]
         lambda: schedules.Linear(True, 0.0),
-        lambda: schedules.Linear(1.0, 0.0, begin=math.nan),
+        lambda: schedules.Linear(1.0, -1.0, begin="half"),  # type: ignore[arg-type]
         lambda: schedules.Window(0.5, until="1"),  # type: ignore[arg-type]
     ],
 )
 def test_a_setting_out_of_range_is_refused(refuse: Callable[[], object]) -> None:
-    with pytest.raises(ConfigError, match=r"(must be|are) .*(got|not all 0)"):
+    with pytest.raises(ConfigError, match=r"must be .*, got"):
         refuse()
 
 
