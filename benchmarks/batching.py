@@ -28,7 +28,7 @@ def epochs(arguments: argparse.Namespace) -> dict[str, list[Batch]]:
 
     def epoch(**options: object) -> list[Batch]:
         common = {"path": arguments.data, "max_length": arguments.length, "limit_train": arguments.rows, "seed": 0}
-        data = Glue(arguments.task, arguments.teacher, **common, **options)
+        data = Glue(arguments.task, tokenizer=arguments.teacher, **common, **options)
         data.prepare_data()
         data.setup("fit")
         return list(data.train_dataloader())

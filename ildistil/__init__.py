@@ -2,7 +2,7 @@
 
 from ildistil import functional, mappings, objectives, presets, schedules
 from ildistil.engine import Balance, Distillation
-from ildistil.stages import Stage
+from ildistil.stages import Stage, Step
 from ildistil.students import init_student
 from ildistil.training import Distiller
 
@@ -12,6 +12,7 @@ __all__ = [
     "Distillation",
     "Distiller",
     "Stage",
+    "Step",
     "functional",
     "init_student",
     "mappings",

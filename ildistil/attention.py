@@ -1,13 +1,15 @@
-"""What attention scores are made of, which of them count, and the scores as whole maps."""
+"""What an attention is made of: its scores, which of them count, and its values; and the scores as whole maps."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ildistil.errors import CaptureError
 from ildistil.functional.reduction import widened
 
-__all__ = ["Masks", "Scores", "allowed_map", "real_tokens", "score_map", "seen", "zeroed"]
+__all__ = ["Attention", "Masks", "Scores", "allowed_map", "real_tokens", "score_map", "visible", "zeroed"]
 
 
 class Scores(NamedTuple):
@@ -70,12 +72,12 @@ class Masks(NamedTuple):
 
 
 def zeroed(vectors: Tensor, mask: Tensor | None) -> Tensor:
-    """Put zeros for padding, which may hold anything: 0 times NaN is NaN."""
+    """Return vectors with zeros for padding, which may hold anything: 0 times NaN is NaN."""
     return vectors if mask is None else torch.where(mask[:, None, :, None], vectors, 0)
 
 
 def score_map(parts: Scores, masks: Masks) -> Tensor:
-    """Give all scores, ``(batch, heads, queries, keys)``, at least in float32; padding gives some finite number."""
+    """Return all scores, ``(batch, heads, queries, keys)``, at least in float32; those of padding are finite."""
     query, key, scale, bias, softcap = parts.full_precision()
     with torch.autocast(query.device.type, enabled=False):
         key = zeroed(key, masks.key_mask)
@@ -87,8 +89,8 @@ def score_map(parts: Scores, masks: Masks) -> Tensor:
         return scores if bias is None else scores + bias
 
 
-def seen(masks: Masks, rows: slice, columns: slice, device: torch.device) -> Tensor | None:
-    """Tell which keys at these positions the queries at these look at, whether real or not: boolean, two dimensions.
+def visible(masks: Masks, rows: slice, columns: slice, device: torch.device) -> Tensor | None:
+    """Return which keys at these positions the queries at these look at, real or not: boolean ``(queries, keys)``.
 
     ``None`` if causality and window leave out none.
     """
@@ -103,9 +105,9 @@ def seen(masks: Masks, rows: slice, columns: slice, device: torch.device) -> Ten
 
 
 def allowed_map(query: Tensor, key: Tensor, masks: Masks) -> Tensor:
-    """Tell which keys a query may attend to: boolean, ``(batch, 1, queries, keys)``."""
+    """Return which keys a query may attend to: boolean, ``(batch, 1, queries, keys)``."""
     queries, keys = query.shape[2], key.shape[2]
-    allowed = seen(masks, slice(0, queries), slice(0, keys), query.device)
+    allowed = visible(masks, slice(0, queries), slice(0, keys), query.device)
     if allowed is None:
         allowed = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
     allowed = allowed.expand(len(query), 1, queries, keys)
@@ -113,7 +115,82 @@ def allowed_map(query: Tensor, key: Tensor, masks: Masks) -> Tensor:
 
 
 def real_tokens(mask: Tensor | None, vectors: Tensor) -> Tensor:
-    """Tell which tokens of the vectors are real, given the mask if there is any: boolean, ``(batch, tokens)``."""
+    """Return which tokens of the vectors are real, given the mask if there is any: boolean, ``(batch, tokens)``."""
     if mask is not None:
         return mask
     return torch.ones(len(vectors), vectors.shape[2], dtype=torch.bool, device=vectors.device)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of one layer, in one form whatever the model and its implementation.
+
+    Attributes:
+        raw: what the scores are made of, also where the model makes them otherwise; see :attr:`scores`.
+        masks: which of them count.
+        value: ``(batch, value heads, keys, size)``; fewer heads than the queries' are shared by consecutive ones.
+        unknown: why the model's scores are not known, though its queries, keys and values are; ``None`` if they are.
+    """
+
+    raw: Scores
+    masks: Masks
+    value: Tensor
+    unknown: str | None = None
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads."""
+        return self.raw.heads
+
+    @property
+    def query(self) -> Tensor:
+        """Queries, ``(batch, heads, queries, size)``."""
+        return self.raw.query
+
+    @property
+    def key(self) -> Tensor:
+        """Keys, ``(batch, key heads, keys, size)``."""
+        return self.raw.key
+
+    @property
+    def scores(self) -> Scores:
+        """What the scores are made of.
+
+        Raises:
+            CaptureError: the model makes its scores otherwise.
+        """
+        if self.unknown is not None:
+            raise CaptureError(
+                f"The scores of this attention aren't known: {self.unknown}. Use RelationKL, which compares queries, "
+                "keys and values, or a hidden-state objective."
+            )
+        return self.raw
+
+    def vectors(self, part: str) -> Tensor:
+        """Return the vectors of every head as they are, padding included: ``(batch, heads, tokens, size)``.
+
+        Args:
+            part: ``"q"``, ``"k"`` or ``"v"``; keys and values that heads share (grouped-query attention) are repeated.
+        """
+        vectors = {"q": self.query, "k": self.key, "v": self.value}[part]
+        groups = self.heads // vectors.shape[1]
+        return vectors if groups == 1 else vectors.repeat_interleave(groups, dim=1)
+
+    def score_map(self) -> Tensor:
+        """Return the scores before the softmax, ``(batch, heads, queries, keys)``, at least in float32.
+
+        ``softcap * tanh(q k^T scale / softcap) + bias``, without masks: see :meth:`allowed_map`.
+
+        Raises:
+            CaptureError: the model makes its scores otherwise.
+        """
+        return score_map(self.scores, self.masks)
+
+    def allowed_map(self) -> Tensor:
+        """Return which keys a query may attend to: boolean, ``(batch, 1, queries, keys)``."""
+        return allowed_map(self.query, self.key, self.masks)
+
+    def real(self, part: str = "q") -> Tensor:
+        """Return which tokens of queries, keys or values are real: boolean, ``(batch, tokens)``."""
+        mask = self.masks.query_mask if part == "q" else self.masks.key_mask
+        return real_tokens(mask, self.query if part == "q" else self.key)

@@ -102,8 +102,8 @@ def _stored_teacher(
     """
     digest = source.digest()
     stored = StoredTeacher(folder, source.load, dtype=dtype, source=digest)
-    if isinstance(stored.live, PreTrainedModel):
-        return stored, stored.live
+    if isinstance(stored.model, PreTrainedModel):
+        return stored, stored.model
     known = digest is not None and digest == stored.facts.source
     skeleton = stored.skeleton() if known and not with_weights else None
     if skeleton is not None:
@@ -148,6 +148,7 @@ class _Parser(LightningArgumentParser):
         parsers = [self, *(p for a in self._actions for p in (getattr(a, "_name_parser_map", None) or {}).values())]
         options = [option.lstrip("-") for p in parsers for action in p._actions for option in action.option_strings]
         words = {part for option in options for part in option.split(".")}
+        words |= set(inspect.signature(ildistil.data.LoadingOptions).parameters)
         for base in (Objective, LayerMapping, Schedule, ModelSource, L.LightningDataModule, L.Callback, Logger):
             for cls in _subclasses(base):
                 words |= {cls.__name__, *inspect.signature(cls).parameters}

@@ -14,6 +14,7 @@ __all__ = [
     "KernelError",
     "MissingFileError",
     "ModelError",
+    "ModelRunError",
     "NotFiniteError",
     "ObjectiveError",
     "TargetsError",
@@ -42,6 +43,10 @@ class ModelError(IldistilError, ValueError):
 
 class CaptureError(IldistilError, RuntimeError):
     """A model did not give what was wanted of it."""
+
+
+class ModelRunError(CaptureError):
+    """A model's own forward failed on a batch."""
 
 
 class KernelError(IldistilError, RuntimeError):

@@ -40,15 +40,19 @@ class LayerMapping(ABC):
     draws: ClassVar[bool] = False  # anew at every step
 
     def at(self, step: int) -> "LayerMapping":
-        """Give the rule for an optimiser step; itself unless it draws layers."""
+        """Return the rule for an optimiser step; itself unless it draws layers."""
         return self
+
+    def drawable(self, student: int, teacher: int) -> Pairs:
+        """Return every pair that some step may draw; of models of these depths, all pairs by default."""
+        return [(s, t) for s in range(1, student + 1) for t in range(1, teacher + 1)]
 
     @abstractmethod
     def __call__(self, student: int, teacher: int) -> Pairs:
-        """Give the pairs for a student of depth ``student`` and a teacher of depth ``teacher``."""
+        """Return the pairs for a student of depth ``student`` and a teacher of depth ``teacher``."""
 
     def pairs(self, student: Depth, teacher: Depth, lowest: int = 1) -> Pairs:
-        """Give the checked pairs for two models, negative numbers resolved.
+        """Return the checked pairs for two models, negative numbers resolved.
 
         Args:
             student: info of the student.
@@ -71,7 +75,7 @@ class LayerMapping(ABC):
         return pairs
 
     def raw_pairs(self, student: Depth, teacher: Depth) -> Pairs:
-        """Give the unchecked pairs; override where depths alone don't decide."""
+        """Return the unchecked pairs; override where depths alone don't decide."""
         return self(student.depth, teacher.depth)
 
 
@@ -97,7 +101,7 @@ class Uniform(LayerMapping):
     """
 
     def __call__(self, student: int, teacher: int) -> Pairs:
-        """Give one pair for each student layer."""
+        """Return one pair for each student layer."""
         return [(i, -(-i * teacher // student)) for i in range(1, student + 1)]
 
 
@@ -119,7 +123,7 @@ class Last(LayerMapping):
         _check_count(self.count, "Last")
 
     def __call__(self, student: int, teacher: int) -> Pairs:
-        """Give ``count`` pairs."""
+        """Return ``count`` pairs."""
         return [(student - k, teacher - k) for k in reversed(range(self.count))]
 
 
@@ -138,7 +142,7 @@ class First(LayerMapping):
             _check_count(self.count, "First")
 
     def __call__(self, student: int, teacher: int) -> Pairs:
-        """Give ``count`` pairs."""
+        """Return ``count`` pairs."""
         return [(i, i) for i in range(1, (self.count or student) + 1)]
 
 
@@ -168,7 +172,7 @@ class Skip(LayerMapping):
             raise ConfigError(f"Skip: every must be at least 1, got {self.every}.")
 
     def __call__(self, student: int, teacher: int) -> Pairs:
-        """Give one pair for each student layer but the last."""
+        """Return one pair for each student layer but the last."""
         every = self.every or max(1, teacher // student)
         return [(i, every * i) for i in range(1, student) if every * i <= teacher]
 
@@ -184,7 +188,7 @@ class UniformConsecutive(LayerMapping):
     """
 
     def __call__(self, student: int, teacher: int) -> Pairs:
-        """Give one pair for each teacher layer."""
+        """Return one pair for each teacher layer."""
         return [(i, t) for i, block in enumerate(_blocks(student, teacher), start=1) for t in block]
 
 
@@ -197,7 +201,7 @@ class UniformLast(LayerMapping):
     """
 
     def __call__(self, student: int, teacher: int) -> Pairs:
-        """Give one pair for each student layer, and one for the last of both."""
+        """Return one pair for each student layer, and one for the last of both."""
         pairs = [(i, block[0]) for i, block in enumerate(_blocks(student, teacher), start=1)]
         last = (student, teacher)
         return pairs if last in pairs else [*pairs, last]
@@ -218,7 +222,7 @@ class All(LayerMapping):
     """
 
     def __call__(self, student: int, teacher: int) -> Pairs:
-        """Give all pairs."""
+        """Return all pairs."""
         return [(s, t) for s in range(1, student + 1) for t in range(1, teacher + 1)]
 
 
@@ -241,7 +245,7 @@ class Explicit(LayerMapping):
             )
 
     def __call__(self, student: int, teacher: int) -> Pairs:
-        """Give the pairs as they were listed."""
+        """Return the pairs as they were listed."""
         return [(s, t) for s, t in self.layers]
 
 
@@ -285,11 +289,15 @@ class Random(LayerMapping):
     draws: ClassVar[bool] = True
 
     def at(self, step: int) -> LayerMapping:
-        """Give the draw of a step."""
+        """Return the draw of a step."""
         return replace(self, step=step)
 
+    def drawable(self, student: int, teacher: int) -> Pairs:
+        """Return the pairs that leave enough teacher layers before and behind."""
+        return [(s, t) for s in range(1, student + 1) for t in range(s, teacher - student + s + 1)]
+
     def __call__(self, student: int, teacher: int) -> Pairs:
-        """Give one pair for each student layer."""
+        """Return one pair for each student layer."""
         if student > teacher:
             raise ConfigError(f"Random: the student has {student} layers, the teacher only {teacher} to draw from.")
         drawn = random.Random(f"{self.seed} {self.step}").sample(range(1, teacher + 1), student)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ildistil.errors import ConfigError
 
-__all__ = ["Place", "Stage", "Timeline"]
+__all__ = ["Place", "Stage", "Step", "Timeline", "check_names"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,21 @@ class Stage:
             )
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ConfigError(f"A stage's learning_rate must be > 0, got {self.learning_rate}.")
+
+
+class Step(NamedTuple):
+    """The optimiser step that a batch belongs to.
+
+    Attributes:
+        number: number of the step, the same in all processes and after resuming, for terms that draw something anew at
+            every step; ``None`` if nobody says it.
+        progress: how far the training, or its stage, is, from 0 to 1, for weights that are schedules.
+        only: names of the terms that take part; ``None`` for all.
+    """
+
+    number: int | None = None
+    progress: float | None = None
+    only: Collection[str] | None = None
 
 
 class Place(NamedTuple):
@@ -64,33 +79,34 @@ class Timeline:
         self._lengths: list[float] = [int(steps) * stage.epochs // epochs for stage in stages] or [steps]
 
     def place(self, step: int) -> Place:
-        """Find a step."""
+        """Return where a step is."""
         for number, length in enumerate(self._lengths[:-1]):
             if step < length:
                 return Place(number, step, length)
             step -= int(length)
         return Place(len(self._lengths) - 1, step, self._lengths[-1])
 
+    def step(self, number: int) -> Step:
+        """Return an optimiser step, with its progress and the names of the active terms."""
+        place = self.place(number)
+        return Step(number, place.progress, self.stages[place.stage].objectives if self.stages else None)
+
     def starts_anew(self, step: int) -> bool:
-        """Tell whether a stage other than the first starts with a step."""
+        """Return whether a stage other than the first starts with a step."""
         place = self.place(step)
         return place.stage > 0 and place.step == 0
 
     def is_last(self, step: int) -> bool:
-        """Tell whether a step belongs to the last stage."""
+        """Return whether a step belongs to the last stage."""
         return self.place(step).stage == len(self._lengths) - 1
 
     def parts(self) -> list[tuple[Collection[str] | None, float]]:
-        """Give the names of the terms of each stage (``None``: all) and the number of its steps."""
+        """Return the names of the terms of each stage (``None``: all) and the number of its steps."""
         names: list[Collection[str] | None] = [stage.objectives for stage in self.stages]
         return list(zip(names or [None], self._lengths, strict=True))
 
-    def names(self, step: int) -> Collection[str] | None:
-        """Give the names of the terms of a step's stage; ``None`` for all."""
-        return self.stages[self.place(step).stage].objectives if self.stages else None
-
     def factor(self, peak: float, shape: Callable[[int, float], float]) -> Callable[[int], float]:
-        """Give the learning rate at a step as a factor of ``peak``; ``shape(step, steps)`` is that of one stage."""
+        """Return the learning rate at a step as a factor of ``peak``; ``shape(step, steps)`` is that of one stage."""
 
         def at(step: int) -> float:
             place = self.place(step)
@@ -100,7 +116,7 @@ class Timeline:
         return at
 
 
-def check(stages: Sequence[Stage], objectives: Mapping[str, object]) -> None:
+def check_names(stages: Sequence[Stage], objectives: Mapping[str, object]) -> None:
     """Compare the names in the stages with the objectives there are.
 
     Raises:

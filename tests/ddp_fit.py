@@ -44,7 +44,7 @@ def main(folder: str) -> None:
 
 
 def stored(folder: Path) -> dict[str, Any]:
-    """Train by a teacher that runs, and by one whose targets are stored along the way, in another order each epoch."""
+    """Train by a teacher that runs, and by one whose targets are stored first, read in another order each epoch."""
     found: dict[str, Any] = {"runs": 0}
 
     def count(*_: Any) -> None:

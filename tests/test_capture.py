@@ -60,7 +60,7 @@ def test_attention_is_what_the_model_attends_with(family: str, monkeypatch: pyte
     assert sorted(seen.attention) == [1, 2, 3, 4]
     for layer, output in enumerate(outputs, start=1):
         attention = seen.attention[layer]
-        weights = attention.scores().masked_fill(~attention.allowed(), -1e9).softmax(-1)
+        weights = attention.score_map().masked_fill(~attention.allowed_map(), -1e9).softmax(-1)
         value = attention.value.repeat_interleave(attention.heads // attention.value.shape[1], dim=1)
         expected = (weights @ value).transpose(1, 2).reshape(output.shape)
         torch.testing.assert_close(expected[seen.mask], output[seen.mask], rtol=1e-4, atol=1e-5)
@@ -105,8 +105,8 @@ OUTSIDE: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def assert_probabilities(seen: Attention, expected: torch.Tensor) -> None:
-    weights = seen.scores().masked_fill(~seen.allowed(), -1e9).softmax(-1)
-    real = seen.real_queries()
+    weights = seen.score_map().masked_fill(~seen.allowed_map(), -1e9).softmax(-1)
+    real = seen.real()
     assert weights.shape == expected.shape
     assert weights.std() > 0.01
     torch.testing.assert_close(weights.transpose(1, 2)[real], expected.transpose(1, 2)[real], rtol=1e-5, atol=1e-7)
@@ -149,7 +149,7 @@ def test_values_outside_the_interface_are_those_of_the_model(family: str) -> Non
     with torch.no_grad():
         seen = Capture(model, ALL)({k: v for k, v in tiny.batch().items() if k in ("input_ids", "attention_mask")})
     for record, context in zip(seen.attention.values(), contexts, strict=True):
-        weights = record.scores().masked_fill(~record.allowed(), -1e9).softmax(-1)
+        weights = record.score_map().masked_fill(~record.allowed_map(), -1e9).softmax(-1)
         expected = (weights @ record.value).transpose(1, 2).flatten(2)
         torch.testing.assert_close(expected[seen.mask], context[seen.mask], rtol=1e-5, atol=1e-7)
 
@@ -326,8 +326,8 @@ def test_only_wanted_layers_are_kept() -> None:
 def test_only_parts_that_are_read_are_kept() -> None:
     model = tiny.bert(4).eval()
     whole = Capture(model, {Tap("attention", 3)})(tiny.batch()).attention[3]
-    seen = Capture(model, {Tap("attention", 3): "qk", Tap("attention", 4): "v"}, "teacher")(tiny.batch())
-    assert torch.equal(seen.attention[3].scores(), whole.scores())
+    seen = Capture(model, {Tap("attention", 3, parts="qk"), Tap("attention", 4, parts="v")}, "teacher")(tiny.batch())
+    assert torch.equal(seen.attention[3].score_map(), whole.score_map())
     for unread in (seen.attention[3].value, seen.attention[4].query, seen.attention[4].key):
         assert unread.shape == whole.query.shape
         assert unread.isnan().all()

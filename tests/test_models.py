@@ -24,6 +24,7 @@ from ildistil.capture.taps import STACKS
 from ildistil.engine.synthetic import synthetic_batch
 from ildistil.errors import CaptureError, ObjectiveError
 from ildistil.objectives import Objective
+from ildistil.stages import Step
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 START, END = "<!-- made by tests/test_models.py -->", "<!-- end of what is made -->"
@@ -148,7 +149,7 @@ def batch_for(student: nn.Module) -> dict[str, Tensor]:
 
 def outcome(engine: Distillation, objective: type[Objective], stack: str | None) -> str:
     """Train one step: "" if it works, else the message of the refusal."""
-    student, teacher = engine.student, engine.teacher
+    student, teacher = engine.student, getattr(engine.teacher, "model", None)
     assert teacher is not None
     takes_stack = "stack" in inspect.signature(objective).parameters
     student.zero_grad()
@@ -156,8 +157,8 @@ def outcome(engine: Distillation, objective: type[Objective], stack: str | None)
         engine.set_objectives([objective(**{"stack": stack} if stack and takes_stack else {})])
         batch = batch_for(student)
         engine.dry_run(batch)
-        engine(batch, step=0)  # a memory bank knows nothing in the first step
-        term = engine(batch, step=1).total
+        engine(batch, Step(0))  # a memory bank knows nothing in the first step
+        term = engine(batch, Step(1)).total
     except (ObjectiveError, CaptureError) as refusal:
         return str(refusal) or "a refusal without a word"
     term.backward()

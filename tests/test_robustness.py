@@ -16,8 +16,9 @@ import tiny
 from ildistil import Distillation, Distiller, cli, init_student, mappings, objectives
 from ildistil.capture import Capture, Tap
 from ildistil.engine.synthetic import synthetic_batch
-from ildistil.errors import CaptureError, ObjectiveError
+from ildistil.errors import CaptureError, ModelRunError, ObjectiveError
 from ildistil.objectives import Objective
+from ildistil.stages import Step
 from test_distiller import loader, pair, trainer
 
 # Streams and samplers
@@ -310,3 +311,61 @@ def test_predicting_two_sets_writes_two_files(tmp_path: Path, monkeypatch: pytes
     ])  # fmt: skip
     written = sorted(p.name for p in Path("runs/predict").rglob("*.tsv"))
     assert written == ["predictions_val.tsv", "predictions_val_mismatched.tsv"]
+
+# What is whose fault
+
+
+class Buggy(Objective):
+    """Has a bug, which is its author's to see."""
+
+    taps = ("logits",)
+
+    def loss(self, student: Any, teacher: Any, batch: Any) -> Any:
+        return student.logits.sum() + batch["no such key"]
+
+
+def test_a_bug_in_an_objective_is_no_refusal() -> None:
+    with pytest.raises(KeyError, match="no such key"):
+        trainer(Buggy()).fit(Distiller(*pair()), loader())
+
+
+def test_a_model_that_fails_is_named_with_its_batch() -> None:
+    engine = Distillation(*pair(), [objectives.LogitsKL()])
+    batch = tiny.batch()
+    batch["input_ids"][0, 0] = 10**6
+    with pytest.raises(ModelRunError, match=r"The teacher BertFor\w+ failed on a batch of .*\(3, 7\).*: IndexError: "):
+        engine(batch)
+    assert engine(tiny.batch()).total.isfinite()  # nothing of the failed run is left
+
+
+def test_an_objective_reads_no_more_than_it_says() -> None:
+    class Twice(objectives.HiddenMSE):
+        def pair_loss(self, pair: Any, student: Any, teacher: Any) -> Any:
+            teacher.hidden.take(pair[1])
+            return super().pair_loss(pair, student, teacher)
+
+    with pytest.raises(CaptureError, match=r"hidden\[2\] is read more often than the objectives' reads\(\) name it"):
+        Distillation(*pair(), [Twice()])(tiny.batch())
+
+
+def test_a_count_without_a_unit_is_refused() -> None:
+    class Plain(objectives.LogitsKL):
+        def count(self, student: Any, batch: Any) -> Any:
+            return student.mask.sum()
+
+    with pytest.raises(ObjectiveError, match=r"count\(\) of plain must return a Count, .*; got a Tensor"):
+        Distillation(*pair(), [Plain()])(tiny.batch())
+
+
+def test_a_step_begins_once_for_a_batch() -> None:
+    begun: list[int | None] = []
+
+    class Watch(objectives.LogitsKL):
+        def begin(self, step: Step) -> None:
+            begun.append(step.number)
+
+    run = trainer(Watch(), max_epochs=1)
+    run.fit(Distiller(*pair()), loader(rows=8))
+    steps = run.global_step
+    assert begun[-steps:] == list(range(steps))
+    assert begun[:-steps] == [0, 0]  # the dry runs

@@ -41,10 +41,10 @@ from ildistil import Distillation, Distiller, Stage, mappings, objectives
 from ildistil.capture import Tap
 from ildistil.errors import ObjectiveError, TargetsError
 from ildistil.objectives import Objective
-from ildistil.teachers import StoredTeacher, estimate, precompute
+from ildistil.stages import Step
+from ildistil.teachers import Estimate, StoredTeacher, estimate, precompute
 from ildistil.teachers.rows import Rows
 from ildistil.teachers.store import Store
-from ildistil.teachers.stored_capture import StoredCapture
 from ildistil.training.plan import describe
 from table import CASES
 from test_distiller import loader, trainer
@@ -70,7 +70,7 @@ def step(
     """The terms and the gradients by parameter name, always from the same student and projections."""
     torch.manual_seed(3)
     engine = Distillation(models()[0], teacher, terms)
-    found = engine(batch, step=0)
+    found = engine(batch, Step(0))
     found.total.backward()
     gradients = {n: p.grad for n, p in engine.named_parameters() if p.grad is not None}
     return {n: v.detach() for n, v in found.values.items()}, gradients
@@ -124,12 +124,12 @@ def test_the_same_losses_and_gradients_as_with_the_teacher(name: str, everything
 
 @pytest.mark.parametrize("name", ["AttentionKL", "AttentionMSE", "AttentionDIST", "RelationKL-heads", "QKVMSE"])
 def test_no_more_is_read_than_an_objective_says(name: str, tmp_path: Path) -> None:
-    """What isn't among its attention_parts isn't stored, and would make its loss not a number."""
+    """What isn't among the vectors it reads isn't stored, and would make its loss not a number."""
     batch, term = tiny.batch(LENGTHS), CASES[name].make()
     teacher = stored(tmp_path, [term], dtype="float32")
     header = teacher.store.header
     assert header is not None
-    assert "".join(sorted({column.part for column in header.layout.columns})) == "".join(sorted(term.attention_parts))
+    assert "".join(sorted({column.part for column in header.layout.columns})) == "".join(sorted(term.vectors))
     assert_same(step([CASES[name].make()], teacher, batch), step([CASES[name].make()], models()[1], batch), 1e-6)
 
 
@@ -190,8 +190,6 @@ def test_teachers_that_read_their_padding_are_refused(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         with pytest.raises(TargetsError, match=r"makes of a row depends on its padding: hidden\[1\]"):
             precompute(StoredTeacher(folder, teacher), [objectives.HiddenMSE()], teacher, [ids])
-        with pytest.raises(TargetsError, match="depends on its padding"):  # along the way, without a trial
-            Distillation(copy.deepcopy(teacher), StoredTeacher(folder, teacher), [objectives.HiddenMSE()])(ids)
         assert not list(tmp_path.glob(f"{number}/*"))
         bare = {"input_ids": ids["input_ids"].clamp(min=3)}
         precompute(StoredTeacher(folder, teacher), [objectives.HiddenMSE()], teacher, [bare])
@@ -266,20 +264,20 @@ def test_a_folder_that_another_run_began_meanwhile_is_looked_at(tmp_path: Path) 
     precompute(StoredTeacher(tmp_path, teacher), terms, student, [batch])
     for _ in range(2):  # what was refused once isn't taken the second time
         with pytest.raises(TargetsError, match="targets are of another teacher"):
-            other.refresh()
+            other.store.refresh()
         with pytest.raises(TargetsError, match="are in float16, not in bfloat16"):
-            narrow.flush()
+            narrow.open([Tap("hidden", 2)])
     header = same.store.header
-    same.refresh()
+    same.store.refresh()
     assert (header, len(same.store)) == (None, 4)
     made = same.store.header
     assert made is not None
-    engine = Distillation(student, StoredTeacher(tmp_path / "other", teacher), [objectives.AttentionKL()])
-    engine.attach()
+    empty = StoredTeacher(tmp_path / "other", teacher)
+    with pytest.raises(TargetsError, match="No targets are stored in .*other yet. Make them before the training"):
+        Distillation(student, empty, [objectives.AttentionKL()])
     precompute(StoredTeacher(tmp_path / "other", teacher), terms, student, [batch])
-    engine.teacher.refresh()
     with pytest.raises(TargetsError, match=r"have no attention\[2\]\.k, .* which the objectives want"):
-        engine(batch)
+        Distillation(student, empty, [objectives.AttentionKL()])
     late = Store(tmp_path / "late")
     Store(tmp_path / "late").create(made)
     for _ in range(2):
@@ -324,7 +322,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     description = tmp_path / "targets.json"
     said = json.loads(description.read_text())
     description.write_text(json.dumps(said | {"format": 0}))
-    with pytest.raises(TargetsError, match="in format 0; this version of ildistil reads format 1"):
+    with pytest.raises(TargetsError, match="in format 0; this version of ildistil reads format 2"):
         StoredTeacher(tmp_path)
     description.write_text("{")
     with pytest.raises(TargetsError, match="damaged"):
@@ -407,10 +405,9 @@ def test_the_estimate_is_what_gets_written(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     with pytest.raises(TargetsError, match=r"need 0.06 MB more, and 0.00 MB are free on the disk.*map fewer layers"):
         precompute(StoredTeacher(tmp_path / "b", teacher), terms, student, data)
-    along = StoredTeacher(tmp_path / "c", teacher)
-    Distillation(student, along, terms)(data[0])
+    monkeypatch.setattr(Estimate, "check_space", lambda self: None)  # it was filled since
     with pytest.raises(TargetsError, match=r"The disk of .* is full: 0 MB are free"):
-        along.flush()
+        precompute(StoredTeacher(tmp_path / "c", teacher), terms, student, data)
 
 
 def test_the_estimate_of_batches_of_other_widths_without_a_mask(tmp_path: Path) -> None:
@@ -461,7 +458,7 @@ def test_module_paths(tmp_path: Path) -> None:
 
 
 class Liar(objectives.AttentionOutputMSE):
-    attention_parts = "qk"
+    vectors = "qk"
 
 
 def test_who_reads_more_than_is_stored_has_no_loss(tmp_path: Path) -> None:
@@ -545,23 +542,32 @@ def fit(teacher: nn.Module, watch: Watch, data: Any, **options: Any) -> Distille
     return module
 
 
-def test_targets_made_along_the_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_fit_stores_what_is_missing_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = loader(rows=16)
     live, teacher = Watch(models()[1]), models()[1]
     fit(models()[1], live, data, max_epochs=3)
     watch = Watch(teacher)
     with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
         module = fit(StoredTeacher(tmp_path, teacher, dtype="float32"), watch, data, max_epochs=3)
-    assert (
-        watch.runs == 1 + 2 + 1 + 4
-    )  # a dry run, does it read padding, the other dry run, and one epoch of four batches
+    assert watch.runs == 1 + 2 + 4  # for the layout, does it read padding, and every row once in four batches
     assert watch.losses == pytest.approx(live.losses, rel=1e-5)
-    assert f"stored: 0 rows in {tmp_path}, others are made along the way" in caplog.text
+    assert "rows    16 different ones, of which 0 are stored" in caplog.text
+    assert f"stored: 16 rows in {tmp_path}" in caplog.text
     assert len(module.teacher.store) == 16
-    watch = Watch(teacher)
-    fit(StoredTeacher(tmp_path), watch, data, max_epochs=3)
-    assert watch.runs == 0
-    assert watch.losses == pytest.approx(live.losses, rel=1e-5)
+    for again in (StoredTeacher(tmp_path), StoredTeacher(tmp_path, lambda: teacher)):
+        watch = Watch(teacher)
+        fit(again, watch, data, max_epochs=3)
+        assert watch.runs == 0
+        assert watch.losses == pytest.approx(live.losses, rel=1e-5)
+
+
+def test_fit_adds_rows_that_are_new(tmp_path: Path) -> None:
+    data = DataLoader(rows_of(tiny.batch((5,) * 10)), 4, shuffle=True, drop_last=True)
+    fit(StoredTeacher(tmp_path, models()[1]), Watch(nn.Identity()), data, max_epochs=1)
+    assert len(StoredTeacher(tmp_path).store) == 10  # those that an epoch leaves out too
+    more = DataLoader(rows_of(tiny.batch((5,) * 4, seed=9)), 2)
+    fit(StoredTeacher(tmp_path, models()[1]), Watch(nn.Identity()), more, max_epochs=1)
+    assert len(StoredTeacher(tmp_path).store) == 14
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -581,11 +587,8 @@ def test_a_language_models_logits_are_not_made_in_the_precision_of_the_run(tmp_p
     teacher, student = (masked_language_model(seed) for seed in (1, 2))
     precompute(StoredTeacher(tmp_path / "before", teacher, dtype="float32"), [objectives.LogitsKL()], student, data)
     along = StoredTeacher(tmp_path / "along", teacher, dtype="float32")
-    engine = Distillation(student, along, [objectives.LogitsKL()])
-    for batch in data:
-        with torch.autocast("cpu", torch.bfloat16):
-            engine(batch)
-    along.flush()
+    with torch.autocast("cpu", torch.bfloat16):
+        precompute(along, [objectives.LogitsKL()], student, data)
     for batch in data:
         before, after = (values(StoredTeacher(tmp_path / name), batch)["logits"] for name in ("before", "along"))
         torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
@@ -595,10 +598,10 @@ def test_a_run_that_breaks_off_leaves_what_it_made(tmp_path: Path) -> None:
     teacher = models()[1]
     with pytest.raises(MemoryError):
         fit(StoredTeacher(tmp_path, Interrupted(teacher, 6, MemoryError)), Watch(teacher), loader(rows=16))
-    assert len(StoredTeacher(tmp_path).store) == 8
+    assert len(StoredTeacher(tmp_path).store) == 12  # three batches, after three runs to see what there is to store
 
 
-def test_rows_that_are_new_in_each_epoch_are_warned_of(tmp_path: Path) -> None:
+def test_rows_that_are_other_ones_in_each_epoch_are_refused(tmp_path: Path) -> None:
     class New(Dataset[Any]):
         def __len__(self) -> int:
             return 4
@@ -606,18 +609,8 @@ def test_rows_that_are_new_in_each_epoch_are_warned_of(tmp_path: Path) -> None:
         def __getitem__(self, row: int) -> dict[str, Tensor]:
             return {k: v[0] for k, v in tiny.batch((5,), seed=int(torch.randint(10**6, ()))).items()}
 
-    with pytest.warns(UserWarning, match="4 rows of this epoch were not stored, though it wasn't the first"):
+    with pytest.raises(TargetsError, match="Batches that are other ones in each epoch .* can't be stored"):
         fit(StoredTeacher(tmp_path, models()[1]), Watch(nn.Identity()), DataLoader(New(), 2))
-
-
-def test_a_few_rows_that_an_epoch_left_out_are_not_warned_of(tmp_path: Path) -> None:
-    one = tiny.batch((5,) * 10)
-    data = DataLoader(rows_of(one), 4, shuffle=True, drop_last=True)
-    teacher = StoredTeacher(tmp_path, models()[1])
-    fit(teacher, Watch(nn.Identity()), data)  # warnings are errors
-    assert len(teacher.store) > 8, "the second epoch has made rows"
-    first = fit(StoredTeacher(tmp_path / "two", models()[1]), Watch(nn.Identity()), loader(rows=4), max_epochs=1)
-    fit(first.teacher, Watch(nn.Identity()), DataLoader(rows_of(tiny.batch((5,) * 4, seed=9)), 2), max_epochs=1)
 
 
 def test_what_a_sampler_leaves_out_need_not_be_stored(tmp_path: Path) -> None:
@@ -679,14 +672,14 @@ def test_targets_are_read_before_a_batch_moves_and_only_what_a_stage_wants(
 ) -> None:
     data, read = loader(rows=8), []
     teacher = stored(tmp_path, selected(), list(data))
-    original = StoredCapture.read
+    original = StoredTeacher._read
 
-    def reading(self: StoredCapture, batch: Any, wanted: frozenset[Tap]) -> Any:
-        found = original(self, batch, wanted)
+    def reading(self: StoredTeacher, batch: Any, taps: Iterable[Tap]) -> Any:
+        found = original(self, batch, taps)
         read.append({column.split("[")[0] for column in found.values})
         return found
 
-    monkeypatch.setattr(StoredCapture, "read", reading)
+    monkeypatch.setattr(StoredTeacher, "_read", reading)
     stages = [Stage(["attention_kl", "hidden_mse"], 1), Stage(["logits_kl", "task_loss"], 1)]
     fit(teacher, Watch(nn.Identity()), data, stages=stages, max_epochs=2)
     assert read == [{"attention", "hidden", "logits"}, *2 * [{"attention", "hidden"}], *2 * [{"logits"}]]

@@ -7,15 +7,18 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import tiny
-from ildistil import Balance, Distillation, Distiller, Stage, mappings, objectives
+from exact import masked_models, masked_rows
+from ildistil import Balance, Distillation, Distiller, Stage, init_student, mappings, objectives
 from ildistil.capture import Capture
 from ildistil.errors import ObjectiveError
 from ildistil.objectives import Objective
 from ildistil.schedules import Cosine, Linear, Schedule, Window
+from ildistil.stages import Step
 from test_distiller import loader, pair, trainer
 
 STAGES = [Stage(["hidden_mse"], epochs=2), Stage(["logits_kl", "task_loss"], epochs=2, learning_rate=2e-4)]
@@ -99,10 +102,10 @@ def test_a_term_of_weight_zero_costs_nothing(monkeypatch: pytest.MonkeyPatch) ->
     spy = Spy(weight=Window(until=0.5))
     engine = Distillation(student, teacher, [spy, objectives.TaskLoss(), objectives.LogitsKL(weight=0)])
     batch = tiny.batch()
-    assert sorted(engine(batch, progress=0.0).values) == ["spy", "task_loss"]
+    assert sorted(engine(batch, Step(progress=0.0)).values) == ["spy", "task_loss"]
     assert runs == [("teacher", ["hidden[2]", "hidden[4]"]), ("student", ["hidden[1]", "hidden[2]", "loss"])]
     runs.clear()
-    terms = engine(batch, progress=0.5)
+    terms = engine(batch, Step(progress=0.5))
     assert list(terms.values) == ["task_loss"]
     assert runs == [("student", ["loss"])]
     assert Spy.calls == 1
@@ -156,7 +159,7 @@ def test_schedules_are_told_in_short() -> None:
 
 def test_drawn_layers_change_with_the_step_and_only_they_are_compared() -> None:
     engine = Distillation(*pair(), [objectives.HiddenMSE(mapping=mappings.Random(seed=3))])
-    values = [engine(tiny.batch(), step=i).total.item() for i in (0, 1, 2, 3, 0)]
+    values = [engine(tiny.batch(), Step(i)).total.item() for i in (0, 1, 2, 3, 0)]
     assert len(set(values)) > 1
     assert values[0] == values[-1]
     with pytest.raises(ObjectiveError, match="draws its layers anew at every step"):
@@ -292,10 +295,10 @@ def test_a_stream_without_a_known_length() -> None:
 
 def test_terms_that_take_part_are_named_in_a_list() -> None:
     engine = Distillation(*pair(), staged())
-    assert list(engine(tiny.batch(), only=["task_loss"]).values) == ["task_loss"]
+    assert list(engine(tiny.batch(), Step(only=["task_loss"])).values) == ["task_loss"]
     for only in ("task_loss", ["task"]):
         with pytest.raises(ObjectiveError, match="only names some of the objectives"):
-            engine(tiny.batch(), only=only)
+            engine(tiny.batch(), Step(only=only))
 
 
 def test_a_weight_may_be_raised_from_zero() -> None:
@@ -328,7 +331,7 @@ def test_unlabelled_rows_leave_the_other_terms_exact_under_accumulation() -> Non
 def test_balanced_terms_have_their_shares(by: Any) -> None:
     terms = [objectives.HiddenMSE(weight=3.0), objectives.LogitsKL(weight=1.0)]
     engine = Distillation(*pair(), terms, balance=Balance(by))
-    found = engine(tiny.batch(), step=0)
+    found = engine(tiny.batch(), Step(0))
     plain = {"hidden_mse": 3.0 * found.values["hidden_mse"], "logits_kl": found.values["logits_kl"]}
     if by == "magnitude":
         assert float(found.shares()["hidden_mse"]) == pytest.approx(0.75)
@@ -411,13 +414,13 @@ def test_the_bank_is_untouched_by_dry_runs_and_within_a_step() -> None:
     term = objectives.CLSContrast(negatives=5, size=8)
     engine = Distillation(*pair(), [term])
     batch = tiny.batch()
-    engine(batch, step=0)
-    engine(batch, step=1)
+    engine(batch, Step(0))
+    engine(batch, Step(1))
     before = copy.deepcopy(term._bank["student"])
     engine.dry_run(batch)
     assert torch.equal(term._bank["student"], before)
-    first = engine(batch, step=2).total
-    assert torch.equal(engine(batch, step=2).total, first)
+    first = engine(batch, Step(2)).total
+    assert torch.equal(engine(batch, Step(2)).total, first)
 
 
 def test_the_bank_moves_by_its_momentum() -> None:
@@ -440,7 +443,7 @@ def test_the_bank_draws_other_texts_at_every_step_and_grows_with_texts_not_ids()
     engine = Distillation(*pair(), [term])
     batch = tiny.batch((4,) * 12) | {"row_id": torch.arange(12) * 10**12}
     for step in range(3):
-        engine(batch, step=step)
+        engine(batch, Step(step))
     assert term.state_dict()["student"].shape == (12, 8)
     drawn = {tuple(term._others(0, torch.Generator().manual_seed(seed)).tolist()) for seed in range(20)}
     assert len(drawn) > 3
@@ -461,7 +464,7 @@ def test_the_bank_is_of_one_pair_of_models() -> None:
     term = objectives.CLSContrast(size=8)
     engine = Distillation(*pair(), [term])
     for step in range(2):
-        engine(tiny.batch(), step=step)
+        engine(tiny.batch(), Step(step))
     engine.release()
     assert len(term.state_dict()["row_ids"]) == 0
 
@@ -471,7 +474,7 @@ def test_a_batch_that_the_bank_cannot_use_is_refused(missing: str, message: str)
     engine = Distillation(*pair(), [objectives.CLSContrast()])
     batch = {key: value for key, value in tiny.batch().items() if key != missing}
     with pytest.raises(ObjectiveError, match=message):
-        engine(batch, step=0)
+        engine(batch, Step(0))
 
 
 # Language models
@@ -499,7 +502,7 @@ def test_next_token_logits_count_the_targets_only() -> None:
                 p, q = torch.softmax(t[b, i] / 1.5, 0), torch.softmax(s[b, i] / 1.5, 0)
                 values.append(1.5**2 * (p * (p / q).log()).sum())
     torch.testing.assert_close(term.total, torch.stack(values).mean())
-    assert int(term.counts["logits_kl"]) == len(values)
+    assert int(term.counts["logits_kl"].number) == len(values)
 
 
 # Widths and heads that differ
@@ -551,3 +554,50 @@ def test_widths_that_differ_need_a_projection(objective: str) -> None:
     engine = Distillation(tiny.bert(2, width=16), tiny.bert(4), [make()])
     engine(tiny.batch()).total.backward()
     assert len(engine.projections)
+
+
+class Weights(L.Callback):
+    """The weights that training starts each epoch with."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Tensor]] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.seen.append({n: p.detach().clone() for n, p in module.named_parameters()})
+
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")
+def test_averaged_weights_are_those_of_the_projections_too() -> None:
+    teacher, weights = tiny.bert(4), Weights()
+    average = StochasticWeightAveraging(1e-2, swa_epoch_start=1, annealing_epochs=1)
+    module = Distiller(init_student(teacher, layers=[1, 2]), teacher)
+    terms = [objectives.HiddenMSE(projection="always"), objectives.LogitsKL()]
+    trainer(average, weights, *terms, max_epochs=4).fit(module, loader(rows=8))
+    for name, found in module.named_parameters():
+        mean = sum(seen[name] for seen in weights.seen) / 4  # Lightning counts epochs from 1 here
+        torch.testing.assert_close(found, mean, msg=name)
+    assert average._average_model.teacher.model is teacher
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_accumulated_batches_of_unequal_counts_resume_bit_equal(tmp_path: Path) -> None:
+    """The averages behind a window's weights are in the checkpoint."""
+
+    def fit(epochs: int, path: Path | None = None) -> Distiller:
+        student, teacher = masked_models()
+        keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        terms = [objectives.LogitsKL(), objectives.HiddenMSE()]
+        module = Distiller(student.float(), teacher.float(), schedule="constant", warmup=0.0)
+        data = DataLoader(masked_rows(), 2, shuffle=False)
+        trainer(keep, *terms, max_epochs=epochs, accumulate_grad_batches=2, enable_checkpointing=True).fit(
+            module, data, ckpt_path=path, weights_only=True
+        )
+        return module
+
+    whole = fit(3)
+    (tmp_path / "epoch=0.ckpt").rename(tmp_path / "first.ckpt")
+    window = torch.load(tmp_path / "first.ckpt", weights_only=True)["ildistil"]["window"]
+    assert {name: batches for name, (_, batches) in window.items()} == {"": 5, "hidden_mse": 5, "logits_kl": 5}
+    resumed = fit(3, tmp_path / "first.ckpt")
+    for (name, mine), theirs in zip(resumed.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name

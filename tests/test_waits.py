@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ildistil
 import tiny
 from ildistil import Distillation, Distiller, kernels, objectives
+from ildistil.stages import Step
 from ildistil.training.monitor import Throughput
 from table import CASES
 from test_distiller import every_kind, loader, pair, trainer
@@ -77,18 +78,18 @@ def test_what_waits_is_seen() -> None:
     assert waits.found == []  # not ours
     term = objectives.CLSContrast(negatives=2, size=8)
     engine = Distillation(*pair(), [term])
-    engine(tiny.batch(), step=0)
+    engine(tiny.batch(), Step(0))
     with Waits() as waits:
-        engine(tiny.batch(), step=1)
+        engine(tiny.batch(), Step(1))
     assert waits.found
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in LOOKING])
 def test_no_term_waits(name: str) -> None:
     engine = Distillation(*pair(), [CASES[name].make()])
-    engine(tiny.batch(), step=0)  # the first step checks the masks
+    engine(tiny.batch(), Step(0))  # the first step checks the masks
     with Waits() as waits:
-        terms = engine(tiny.batch(), step=1)
+        terms = engine(tiny.batch(), Step(1))
         terms.total.backward()
         terms.logs("train")
     assert waits.found == []

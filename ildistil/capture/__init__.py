@@ -15,11 +15,13 @@ any final norm of the model), ``attention[i]`` belongs to layer ``i``. An encode
 ``encoder``, ``decoder`` and ``cross`` (the decoder's attention to the encoder), each with layers of its own.
 """
 
-from ildistil.capture.attention import Attention
+from ildistil.attention import Attention
+from ildistil.capture.activations import Activations, Layers
 from ildistil.capture.head import LazyLogits
+from ildistil.capture.info import ModelInfo, find_layers, find_stacks, unwrapped
 from ildistil.capture.inputs import model_inputs, separate_configs
-from ildistil.capture.run import Activations, Capture, Layers
-from ildistil.capture.taps import ModelInfo, Tap, find_layers, find_stacks, unwrapped
+from ildistil.capture.run import Capture
+from ildistil.capture.taps import Role, Tap, merged
 
 __all__ = [
     "Activations",
@@ -28,9 +30,11 @@ __all__ = [
     "Layers",
     "LazyLogits",
     "ModelInfo",
+    "Role",
     "Tap",
     "find_layers",
     "find_stacks",
+    "merged",
     "model_inputs",
     "separate_configs",
     "unwrapped",

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -13,12 +12,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ildistil.attention import Masks, Scores, allowed_map, real_tokens, score_map, zeroed
-from ildistil.errors import CaptureError
-
 __all__ = [
     "PREFIX",
-    "Attention",
     "Notebook",
     "divert",
     "give_back",
@@ -31,89 +26,6 @@ __all__ = [
 PREFIX = "ildistil_"
 
 
-@dataclass(frozen=True)
-class Attention:
-    """The attention of one layer, in one form whatever the model and its implementation.
-
-    ``query`` is ``(batch, heads, queries, head size)``; ``key`` and ``value`` may have fewer heads (grouped-query
-    attention). ``key_mask`` and ``query_mask`` are boolean ``(batch, tokens)``, ``None`` when nothing is padded;
-    ``window`` is the number of positions a query reaches to each side it may look at, itself included. ``no_scores``
-    is the reason why the model's scores aren't known, though its queries, keys and values are.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scale: float
-    causal: bool = False
-    window: int | None = None
-    softcap: float | None = None
-    bias: Tensor | None = None
-    key_mask: Tensor | None = None
-    query_mask: Tensor | None = None
-    mask_as_passed: Tensor | None = None  # kept only for the check in a dry run
-    no_scores: str | None = None
-
-    @property
-    def heads(self) -> int:
-        """Number of query heads."""
-        return self.query.shape[1]
-
-    @property
-    def masks(self) -> Masks:
-        """Which scores count."""
-        return Masks(self.query_mask, self.key_mask, self.causal, self.window)
-
-    def score_parts(self) -> Scores:
-        """Give what the scores are made of.
-
-        Raises:
-            CaptureError: the model makes its scores otherwise.
-        """
-        if self.no_scores is not None:
-            raise CaptureError(
-                f"The scores of this attention aren't known: {self.no_scores}. Use RelationKL, which compares queries, "
-                "keys and values, or a hidden-state objective."
-            )
-        return Scores(self.query, self.key, self.scale, self.bias, self.softcap)
-
-    def per_head(self, part: str) -> Tensor:
-        """Give the vectors of every head, ``(batch, heads, tokens, size)``, with zeros for padding.
-
-        Args:
-            part: ``"q"``, ``"k"`` or ``"v"``; keys and values that heads share (grouped-query attention) are repeated.
-        """
-        return zeroed(self.unmasked(part), self.query_mask if part == "q" else self.key_mask)
-
-    def unmasked(self, part: str) -> Tensor:
-        """Give the vectors of every head as they are, padding included; see :meth:`per_head`."""
-        vectors = {"q": self.query, "k": self.key, "v": self.value}[part]
-        groups = self.heads // vectors.shape[1]
-        return vectors if groups == 1 else vectors.repeat_interleave(groups, dim=1)
-
-    def scores(self) -> Tensor:
-        """Give the scores before the softmax, ``(batch, heads, queries, keys)``, at least in float32.
-
-        ``softcap * tanh(q k^T scale / softcap) + bias``, without masks: see :meth:`allowed`.
-
-        Raises:
-            CaptureError: the model makes its scores otherwise.
-        """
-        return score_map(self.score_parts(), self.masks)
-
-    def allowed(self) -> Tensor:
-        """Tell which keys a query may attend to: boolean, ``(batch, 1, queries, keys)``."""
-        return allowed_map(self.query, self.key, self.masks)
-
-    def real_queries(self) -> Tensor:
-        """Tell which queries are real tokens: boolean, ``(batch, queries)``."""
-        return real_tokens(self.query_mask, self.query)
-
-    def real_keys(self) -> Tensor:
-        """Tell which keys are real tokens: boolean, ``(batch, keys)``."""
-        return real_tokens(self.key_mask, self.key)
-
-
 def unread(vectors: Tensor) -> Tensor:
     """Give what stands for vectors that nobody reads: not a number, so that who does has no finite loss."""
     return vectors.new_full((), torch.nan).expand(vectors.shape)
@@ -124,7 +36,7 @@ class Notebook(Protocol):
 
     def note_attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None,
-        kwargs: dict[str, Any], no_scores: str | None = None,
+        kwargs: dict[str, Any], unknown: str | None = None,
     ) -> None:  # fmt: skip
         """Note the attention of the layer that runs."""
 

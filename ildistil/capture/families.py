@@ -57,7 +57,7 @@ def _deberta(module: Any, parts: Parts) -> dict[str, Any]:
     value = value + _heads(module.v_bias[None, None], module)
     mixed = "its heads are mixed after the product (talking_head)" if module.head_logits_proj is not None else None
     scale = (query.shape[-1] * (1 + len(module.pos_att_type))) ** -0.5
-    return {"query": query, "key": key, "value": value, "scale": scale, "no_scores": mixed}
+    return {"query": query, "key": key, "value": value, "scale": scale, "unknown": mixed}
 
 
 def _deberta_v2(module: Any, parts: Parts) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _note_attention(
     if mask is not None and not mask.is_floating_point():
         mask = mask.bool()
     more = {"position_bias": bias}
-    book.note_attention(module, query, read["key"], read["value"], mask, read["scale"], more, read.get("no_scores"))
+    book.note_attention(module, query, read["key"], read["value"], mask, read["scale"], more, read.get("unknown"))
 
 
 def _argument(name: str, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ildistil.capture.taps import is_classifier
+from ildistil.capture.info import is_classifier
 from ildistil.errors import CaptureError
 
 __all__ = [

@@ -1,12 +1,13 @@
 """The records of one model's runs."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from ildistil.capture.attention import Attention, unread
+from ildistil.attention import Attention, Masks, Scores
+from ildistil.capture.attention import unread
 from ildistil.capture.taps import Tap
 from ildistil.errors import CaptureError
 
@@ -29,9 +30,8 @@ class StopForward(BaseException):
 class Recorder:
     """The records of one model's runs. Plain tuples, ints, dicts and a flag, which torch.compile can trace through."""
 
-    def __init__(self, wanted: Mapping[Tap, str]) -> None:
+    def __init__(self, wanted: Iterable[Tap]) -> None:
         self.want(wanted)
-        self.read = {(tap.stack, tap.layer): parts for tap, parts in wanted.items() if tap.name == "attention"}
         self.paths: set[str] = set()
         self.active = self.verify = self.stops = False
         self.stack: str | None = None
@@ -41,6 +41,7 @@ class Recorder:
         self.masks: PaddingMasks = {}
         self.hidden: dict[Key, Tensor] = {}
         self.attention: dict[Key, Attention] = {}
+        self.masks_passed: dict[Key, Tensor] = {}
         self.modules: dict[str, Any] = {}
         self.parts: dict[str, Tensor] = {}
         self.head_states: Tensor | None = None
@@ -49,7 +50,7 @@ class Recorder:
         """Note what the next run is to record."""
         layered = [tap for tap in wanted if tap.layer is not None]
         self.wanted_hidden = {(tap.stack, tap.layer) for tap in layered if tap.name == "hidden"}
-        self.wanted_attention = {(tap.stack, tap.layer) for tap in layered if tap.name == "attention"}
+        self.wanted_attention = {(tap.stack, tap.layer): tap.parts for tap in layered if tap.name == "attention"}
         self.wanted_names = {tap.name for tap in wanted}
         self.wants_head = bool({"logits", "loss"} & self.wanted_names)
 
@@ -69,7 +70,7 @@ class Recorder:
     def stop(self) -> None:
         """End a run; the records go with it."""
         self.active, self.layer, self.calls, self.masks = False, 0, 0, {}
-        self.hidden, self.attention, self.modules, self.parts = {}, {}, {}, {}
+        self.hidden, self.attention, self.masks_passed, self.modules, self.parts = {}, {}, {}, {}, {}
         self.head_states = None
 
     def hook_layer(self, layer: nn.Module, stack: str | None, number: int | None) -> list[Any]:
@@ -137,7 +138,7 @@ class Recorder:
 
     def note_attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None,
-        kwargs: dict[str, Any], no_scores: str | None = None,
+        kwargs: dict[str, Any], unknown: str | None = None,
     ) -> None:  # fmt: skip
         """Note the attention of the layer that runs; the second one of a decoder's layer looks at the encoder."""
         if not self.active:
@@ -149,28 +150,21 @@ class Recorder:
             return
         if place in self.attention:
             raise CaptureError(f"Layer {self.layer} runs several attentions; only self-attention is understood.")
-        unknown = [name for name, v in kwargs.items() if v is not None and v is not False and name not in _HARMLESS]
-        if unknown:
+        strange = [name for name, v in kwargs.items() if v is not None and v is not False and name not in _HARMLESS]
+        if strange:
             raise CaptureError(
-                f"{type(module).__name__} passes {unknown} to its attention, which may change the scores and is not "
+                f"{type(module).__name__} passes {strange} to its attention, which may change the scores and is not "
                 "understood. Use hidden-state objectives for this model."
             )
         causal = kwargs.get("is_causal")
         query_mask, key_mask = self.masks[stack]
-        vectors = {"q": query, "k": key, "v": value}
-        kept = {part: x if part in self.read[place] else unread(x) for part, x in vectors.items()}
-        self.attention[place] = Attention(
-            query=kept["q"],
-            key=kept["k"],
-            value=kept["v"],
-            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            causal=bool(getattr(module, "is_causal", False) if causal is None else causal),
-            window=kwargs.get("sliding_window"),
-            softcap=kwargs.get("softcap"),
-            bias=kwargs.get("position_bias"),
-            key_mask=key_mask,
-            query_mask=query_mask,
-            mask_as_passed=mask if self.verify else None,
-            no_scores=no_scores,
-        )
+        parts = self.wanted_attention[place]
+        kept = {part: x if part in parts else unread(x) for part, x in zip("qkv", (query, key, value), strict=True)}
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        raw = Scores(kept["q"], kept["k"], scale, kwargs.get("position_bias"), kwargs.get("softcap"))
+        causal = bool(getattr(module, "is_causal", False) if causal is None else causal)
+        masks = Masks(query_mask, key_mask, causal, kwargs.get("sliding_window"))
+        self.attention[place] = Attention(raw, masks, kept["v"], unknown)
+        if self.verify and mask is not None:
+            self.masks_passed[place] = mask
         self._stop_if_enough()

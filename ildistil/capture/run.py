@@ -1,129 +1,27 @@
-"""The run of one model, and what it gave."""
+"""The runs of one model."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import PreTrainedModel
 
+from ildistil.attention import Attention
 from ildistil.capture import families
-from ildistil.capture.attention import Attention, divert, give_back, goes_through_interface, note_into
+from ildistil.capture.activations import Activations, Layers
+from ildistil.capture.attention import divert, give_back, goes_through_interface, note_into
 from ildistil.capture.head import LazyLogits, agrees, is_token_labels, output_layer
+from ildistil.capture.info import ModelInfo, find_stacks, unwrapped
 from ildistil.capture.inputs import decoder_mask, full_mask, model_inputs, token_mask, without_labels
 from ildistil.capture.recorder import Key, PaddingMasks, Recorder, StopForward
-from ildistil.capture.taps import ModelInfo, Role, Tap, check_stack, find_stacks, unwrapped
-from ildistil.errors import CaptureError
+from ildistil.capture.taps import Role, Tap, merged
+from ildistil.errors import CaptureError, IldistilError, ModelRunError
 
-__all__ = ["Activations", "Capture", "Layers"]
-
-T = TypeVar("T")
-
-
-class Layers(Mapping[int, T]):
-    """What was recorded per layer, by layer number; negative numbers count from the last layer of the model.
-
-    >>> states = Layers({0: "embedding", 3: "last"}, depth=3, what="hidden")
-    >>> states[-1]
-    'last'
-    """
-
-    def __init__(self, records: dict[int, T], depth: int, what: str) -> None:
-        self._records, self._depth, self._what = records, depth, what
-        self._spare: set[int] = set()
-
-    def last_reader(self, layer: int) -> None:
-        """Note that whoever reads this layer from now on is the last to do so, and may release it."""
-        self._spare.add(layer)
-
-    def release(self, layer: int) -> None:
-        """Let go of a record whose reader is done with it, if it was the last: its memory serves what comes next."""
-        if layer in self._spare:
-            self._records.pop(layer, None)
-
-    def __getitem__(self, layer: int) -> T:
-        number = layer + self._depth + 1 if layer < 0 else layer
-        try:
-            return self._records[number]
-        except KeyError:
-            raise CaptureError(
-                f"{self._what}[{layer}] was not captured; captured: {sorted(self._records) or 'nothing'}. "
-                f"Name it in the objective's taps (taps = ('{self._what}',) captures every layer)."
-            ) from None
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(sorted(self._records))
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-
-@dataclass(frozen=True)
-class Activations:
-    """What one captured run gave.
-
-    ``mask`` is boolean ``(batch, tokens)``, true where a token is real; ``modules`` holds outputs by module path. Of
-    an encoder-decoder, hidden states and attention are in its ``stacks``, see :meth:`stack`, and ``mask`` is the
-    decoder's, to which the logits belong. ``output`` is ``None`` where the run stopped when all that was wanted was
-    there; a language model's logits are then not made yet, see ``lazy_logits``.
-    """
-
-    hidden: Layers[Tensor]
-    attention: Layers[Attention]
-    mask: Tensor
-    output: Any
-    modules: dict[str, Any] = field(default_factory=dict)
-    stacks: Mapping[str, "Activations"] = field(default_factory=dict)
-    lazy_logits: LazyLogits | None = None
-
-    @cached_property
-    def logits(self) -> Tensor:
-        """The model's logits."""
-        return _from_output(self.output, "logits") if self.lazy_logits is None else self.lazy_logits.all()
-
-    @property
-    def loss(self) -> Tensor:
-        """The model's own supervised loss."""
-        return _from_output(self.output, "loss") if self.lazy_logits is None else self.lazy_logits.loss()
-
-    def layers(self, tap: Tap) -> "Layers[Tensor] | Layers[Attention]":
-        """Give the layers that a tap belongs to."""
-        stack = self.stack(tap.stack)
-        return stack.hidden if tap.name == "hidden" else stack.attention
-
-    def stack(self, name: str | None) -> "Activations":
-        """Give what one stack of layers gave, with the same output and modules.
-
-        Args:
-            name: ``"encoder"``, ``"decoder"`` or ``"cross"``; ``None`` for the one stack of other models.
-
-        Raises:
-            CaptureError: the model has several stacks and none is named, or it has none of this name.
-        """
-        check_stack("model", self.stacks, name)
-        return self if name is None else self.stacks[name]
-
-
-def _from_output(output: Any, name: str) -> Tensor:
-    if output is None:
-        raise CaptureError(
-            f"Nobody asked for the model's {name}, so its run stopped before. Name {name!r} in the objective's taps."
-        )
-    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-    if value is None and name == "logits" and isinstance(output, Tensor):
-        value = output
-    if not isinstance(value, Tensor):
-        remedy = (
-            "Give the batch 'labels' and use a model with a head that computes a loss"
-            if name == "loss"
-            else "Use a model with a head, such as AutoModelForSequenceClassification"
-        )
-        raise CaptureError(f"The model's output ({type(output).__name__}) has no {name!r}. {remedy}.")
-    return value
+__all__ = ["Capture"]
 
 
 class Capture:
@@ -132,8 +30,7 @@ class Capture:
     Args:
         model: any module; for the ``attention`` tap a transformers model that uses ``AttentionInterface``, or one of
             the families that are read otherwise (MPNet, DeBERTa).
-        wanted: the taps to record; with the parts that are read of each attention, any of queries, keys and values
-            (``"qkv"``), where the others need not be kept.
+        wanted: the taps that may be recorded.
         role: ``"student"`` or ``"teacher"``, for messages, and because a teacher gets no labels.
 
     Raises:
@@ -148,11 +45,12 @@ class Capture:
     the output or a module is wanted, where the model was compiled by somebody else (see :meth:`compile`) or is sharded.
     """
 
-    def __init__(self, model: nn.Module, wanted: Iterable[Tap] | Mapping[Tap, str], role: Role = "student") -> None:
+    def __init__(self, model: nn.Module, wanted: Iterable[Tap], role: Role = "student") -> None:
         self.model, self.role = model, role
-        self.sizes = ModelInfo.of(model)
-        self.wanted = frozenset(wanted)
-        self._recorder = Recorder(wanted if isinstance(wanted, Mapping) else dict.fromkeys(self.wanted, "qkv"))
+        self.info = ModelInfo.of(model)
+        self.wanted = merged(wanted)
+        self._verified: set[Tap] = set()
+        self._recorder = Recorder(self.wanted)
         self._layers: dict[str | None, list[nn.Module]] = {}
         self._handles: list[Any] = []
         self._previous_attention: str | None = None
@@ -168,19 +66,28 @@ class Capture:
             raise
 
     def __call__(
-        self, batch: Mapping[str, Any], *, wanted: frozenset[Tap] | None = None, verify: bool = False
+        self, batch: Mapping[str, Any], *, wanted: Iterable[Tap] | None = None, verify: bool = False
     ) -> Activations:
         """Run the model on a batch.
+
+        The first run of a tap checks its attention mask, for those who never make a dry run.
 
         Args:
             batch: a mapping; what the model's ``forward`` does not name is left out.
             wanted: the taps to record this time, some of those the capture was made for; ``None``: all of them.
-            verify: also check that the masks the model passed to its attention are those that were understood.
+            verify: check that the masks the model passes to its attention are those that were understood, in any case.
 
         Raises:
             CaptureError: something wanted did not arrive, or the capture was not made for it.
         """
-        wanted = self._of_this_run(wanted)
+        taps = self._of_this_run(wanted)
+        verify = verify or not taps <= self._verified
+        self._verified |= taps
+        # As plain code, or a compiled model would be compiled once more for it.
+        with torch.compiler.set_stance("force_eager") if verify and self.is_compiled else nullcontext():
+            return self._recorded(batch, taps, verify)
+
+    def _recorded(self, batch: Mapping[str, Any], wanted: frozenset[Tap], verify: bool) -> Activations:
         self._refuse_reentrant_checkpointing()
         recorder, masks, inputs = self._recorder, self._masks(batch), self.inputs(batch, wanted)
         stops = not verify and self._may_stop(wanted, batch)
@@ -189,15 +96,19 @@ class Capture:
             # A checkpointed layer that is left halfway must be recomputed whole: torch doesn't know where it ended.
             with note_into(recorder), set_checkpoint_early_stop(False) if stops else nullcontext():
                 output = self._run(inputs)
+        except (IldistilError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a model raises: it is not ours, and the batch may be made up
+            raise self._failed(inputs, error) from error
+        else:
             hidden, attention, modules = dict(recorder.hidden), dict(recorder.attention), dict(recorder.modules)
-            states = recorder.head_states
+            states, masks_passed = recorder.head_states, dict(recorder.masks_passed)
         finally:
             recorder.stop()
         self._check_complete(wanted, hidden, attention, modules, stopped=output is None)
         lazy_logits = self._lazy_logits(states, batch)
-        if verify:
-            for place, record in attention.items():
-                self._check_mask(place, record)
+        for place, mask in masks_passed.items():
+            self._check_mask(place, attention[place], mask)
         # A first batch may have had no label: then a later one tells.
         unknown = {"logits", "loss"} & {tap.name for tap in wanted} - self._agrees.keys()
         if lazy_logits is not None and output is not None and (verify or (unknown and not self.is_compiled)):
@@ -223,6 +134,12 @@ class Capture:
         except StopForward:
             return None
 
+    def _failed(self, inputs: Mapping[str, Any], error: Exception) -> ModelRunError:
+        shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in inputs.items()}
+        return ModelRunError(
+            f"The {self.role} {self.info.name} failed on a batch of {shapes}: {type(error).__name__}: {error}"
+        )
+
     def _may_stop(self, wanted: frozenset[Tap], batch: Mapping[str, Any]) -> bool:
         """Tell whether everything wanted is recorded on the way, and nothing needs the model's end."""
         for tap in wanted:
@@ -243,7 +160,7 @@ class Capture:
         labels, device = batch.get("labels"), states.device.type
         fitting = is_token_labels(labels) and labels.shape == states.shape[:-1]
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return LazyLogits(states, self._output_layer, labels if fitting else None, self.sizes.next_token, autocast)
+        return LazyLogits(states, self._output_layer, labels if fitting else None, self.info.next_token, autocast)
 
     def inputs(self, batch: Mapping[str, Any], wanted: frozenset[Tap] | None = None) -> dict[str, Any]:
         """Select what the model's ``forward`` knows; labels only where the model's own loss is wanted."""
@@ -262,15 +179,16 @@ class Capture:
             give_back(model, self._previous_attention)
             self._previous_attention = None
 
-    def _of_this_run(self, wanted: frozenset[Tap] | None) -> frozenset[Tap]:
+    def _of_this_run(self, wanted: Iterable[Tap] | None) -> frozenset[Tap]:
         if wanted is None:
             return self.wanted
-        if unknown := sorted(str(tap) for tap in wanted - self.wanted):
+        taps, known = merged(wanted), {tap.place: set(tap.parts) for tap in self.wanted}
+        if unknown := sorted(str(tap) for tap in taps if tap.place not in known or set(tap.parts) - known[tap.place]):
             raise CaptureError(
                 f"The capture of the {self.role} was not made for {', '.join(unknown)}; it was made for "
                 f"{', '.join(sorted(map(str, self.wanted))) or 'nothing'}. Name all taps when it is made."
             )
-        return wanted
+        return taps
 
     def _attach(self) -> None:
         model, recorder = unwrapped(self.model), self._recorder
@@ -292,7 +210,7 @@ class Capture:
         for path in {tap.name for tap in self.wanted} - {"hidden", "attention", "logits", "loss"}:
             if path not in modules:
                 raise CaptureError(
-                    f"The {self.role} {self.sizes.name} has no module {path!r}. A tap is 'hidden', 'attention', "
+                    f"The {self.role} {self.info.name} has no module {path!r}. A tap is 'hidden', 'attention', "
                     f"'logits', 'loss' or a module's path; at the top are {[n for n, _ in model.named_children()]}."
                 )
             self._handles.append(modules[path].register_forward_hook(recorder.module_hook(path)))
@@ -301,7 +219,7 @@ class Capture:
         """Find the stacks, and check that every wanted layer belongs to one."""
         for tap in self.wanted:
             if tap.layer is not None:
-                self.sizes.stack(tap.stack)
+                self.info.stack(tap.stack)
             if tap.name == "hidden" and tap.stack == "cross":
                 raise CaptureError(
                     "The stack 'cross' has attention only. The decoder's hidden states come from stack='decoder'."
@@ -309,7 +227,7 @@ class Capture:
         stacks = find_stacks(model)
         if not all(stacks.values()):
             raise CaptureError(
-                f"The {self.role} {self.sizes.name} has no single stack of layers to number 1..L. Tap its modules by "
+                f"The {self.role} {self.info.name} has no single stack of layers to number 1..L. Tap its modules by "
                 "their paths instead."
             )
         return stacks
@@ -322,7 +240,7 @@ class Capture:
         handles = families.attach(layers, self._recorder)
         if not handles:
             raise CaptureError(
-                f"The attention of the {self.role} {self.sizes.name} can't be captured: it does not go through "
+                f"The attention of the {self.role} {self.info.name} can't be captured: it does not go through "
                 "transformers' AttentionInterface, nor is it of a family that is read otherwise (MPNet, DeBERTa). Use "
                 "hidden-state objectives, or tap its modules by path."
             )
@@ -340,7 +258,7 @@ class Capture:
     def _masks(self, batch: Mapping[str, Any]) -> PaddingMasks:
         """Give the real queries and the real keys of every stack."""
         tokens = token_mask(batch)
-        if not self.sizes.stacks:
+        if not self.info.stacks:
             return {None: (tokens, tokens)}
         decoder = decoder_mask(unwrapped(self.model), batch)
         # The model hides no key of its decoder unless it is told: padding comes last there, behind causality.
@@ -356,16 +274,18 @@ class Capture:
         stopped: bool,
     ) -> None:
         recorder = self._recorder
-        for stack in set() if stopped else {stack for stack, _ in recorder.wanted_hidden | recorder.wanted_attention}:
+        for stack in (
+            set() if stopped else {stack for stack, _ in recorder.wanted_hidden | recorder.wanted_attention.keys()}
+        ):
             layers, depth = recorder.layers_run["decoder" if stack == "cross" else stack], self._depth(stack)
             if layers != depth:
                 where = "" if stack is None else f" (stack {stack!r})"
                 raise CaptureError(
-                    f"The {self.role} {self.sizes.name} ran {layers} layers, its depth is {depth}{where}. "
+                    f"The {self.role} {self.info.name} ran {layers} layers, its depth is {depth}{where}. "
                     "Switch off whatever skips layers (layerdrop, early exit)."
                 )
         missing = [Tap("hidden", k, stack) for stack, k in recorder.wanted_hidden - hidden.keys()]
-        missing += [Tap("attention", k, stack) for stack, k in recorder.wanted_attention - attention.keys()]
+        missing += [Tap("attention", k, stack) for stack, k in recorder.wanted_attention.keys() - attention.keys()]
         missing += [t for t in wanted if t.name in recorder.paths and t.name not in modules]
         if missing:
             remedy = (
@@ -375,24 +295,24 @@ class Capture:
                 else "Check that its forward really runs this module."
             )
             names = ", ".join(sorted(map(str, missing)))
-            raise CaptureError(f"The {self.role} {self.sizes.name} did not give {names}. {remedy}")
+            raise CaptureError(f"The {self.role} {self.info.name} did not give {names}. {remedy}")
 
-    def _check_mask(self, place: Key, record: Attention) -> None:
-        passed = record.mask_as_passed
-        if passed is None or passed.ndim != 4:
-            return  # nothing is masked, or a flash kernel got the two-dimensional mask itself
-        understood = record.allowed() & record.real_queries()[:, None, :, None]
+    def _check_mask(self, place: Key, record: Attention, passed: Tensor) -> None:
+        if passed.ndim != 4:
+            return  # a flash kernel got the two-dimensional mask itself
+        real, masks = record.real()[:, None, :, None], record.masks
+        understood = record.allowed_map() & real
         passed = passed if passed.dtype == torch.bool else passed > torch.finfo(passed.dtype).min / 2
-        if not torch.equal(understood, (passed & record.real_queries()[:, None, :, None]).expand_as(understood)):
+        if not torch.equal(understood, (passed & real).expand_as(understood)):
             raise CaptureError(
-                f"{Tap('attention', place[1], place[0])} of the {self.role} {self.sizes.name} uses a mask that is not "
-                f"its padding mask{', causality' if record.causal else ''}{' and window' if record.window else ''}. "
+                f"{Tap('attention', place[1], place[0])} of the {self.role} {self.info.name} uses a mask that is not "
+                f"its padding mask{', causality' if masks.causal else ''}{' and window' if masks.window else ''}. "
                 "Attention objectives would compare maps the model never makes; use hidden-state objectives for this "
                 "model."
             )
 
     def _depth(self, stack: str | None) -> int:
-        return self.sizes.stack(stack).depth
+        return self.info.stack(stack).depth
 
     def _activations(
         self,
@@ -409,7 +329,7 @@ class Capture:
             states = {layer: state for (of, layer), state in hidden.items() if of == stack}
             records = {layer: record for (of, layer), record in attention.items() if of == stack}
             if mask is None:
-                mask = full_mask(batch, states.values(), (record.real_queries() for record in records.values()))
+                mask = full_mask(batch, states.values(), (record.real() for record in records.values()))
             prefix, depth = "" if stack is None else f"{stack}.", self._depth(stack)
             stacks[stack] = Activations(
                 Layers(states, depth, f"{prefix}hidden"),

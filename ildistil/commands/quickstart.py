@@ -28,11 +28,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchmetrics import MetricCollection
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
 from ildistil.errors import ConfigError
-from ildistil.metrics import metric_collection
 from ildistil.objectives import AttentionKL, LogitsKL, Objective, TaskLoss
 from ildistil.students.initialise import init_student
 from ildistil.tables import table
@@ -99,19 +97,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class BagOfThings(L.LightningDataModule):
-    """The generated task as a data module.
+    """The generated task as a data module; see :class:`ildistil.data.Task` for what it declares.
 
     Args:
-        train_rows: number of training examples.
-        seed: of the examples and their order.
-        batch_size: rows of a batch.
+        train_rows: Number of training examples.
+        seed: Seed of the examples and their order.
+        batch_size: Rows per batch.
     """
 
-    label_names = LABELS
-    num_labels = len(LABELS)
-    regression = False
     task_name = "bag of things"
-    validation_names = ("val",)
+    label_names = LABELS
     primary_metric = "accuracy"
     max_length = 48
 
@@ -122,17 +117,13 @@ class BagOfThings(L.LightningDataModule):
         self.train = self._rows(make_examples(train_rows, seed))
         self.validation = self._rows(make_examples(VALIDATION_ROWS, seed, held_out=True))
 
-    def metrics(self) -> MetricCollection:
-        """Accuracy."""
-        return metric_collection(("accuracy",), self.num_labels)
-
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled by the seed."""
+        """Return the training examples, shuffled by the seed."""
         order = torch.Generator().manual_seed(self.seed)
         return DataLoader(self.train, self.batch_size, shuffle=True, generator=order, collate_fn=self._collate)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """In order."""
+        """Return the validation examples, in order."""
         return DataLoader(self.validation, 256, collate_fn=self._collate)  # type: ignore[arg-type]
 
     def _rows(self, examples: list[Example]) -> list[dict[str, Any]]:

@@ -10,35 +10,41 @@ from typing import Any
 
 import datasets
 
+from ildistil.data.files import expanded
 from ildistil.errors import DataError, MissingFileError
 
 # Part of every key; to be raised when the same input would be stored in another way.
-CACHE_VERSION = 1
-
-
-def cache_folder(cache_dir: str | None) -> Path:
-    """Return the folder of the cache: the argument, else ``$ILDISTIL_CACHE``, else ``~/.cache/ildistil``."""
-    return Path(cache_dir or os.environ.get("ILDISTIL_CACHE") or "~/.cache/ildistil").expanduser()
+CACHE_VERSION = 2
 
 
 def cache_entry(cache_dir: str | None, **made_of: Any) -> Path:
-    """Return the folder of one entry; its name is a hash of everything that the entry is made of."""
+    """Return the folder of one entry; its name is a hash of everything that the entry is made of.
+
+    The cache is ``cache_dir``, else ``$ILDISTIL_CACHE``, else ``~/.cache/ildistil``.
+    """
+    folder = expanded(cache_dir or os.environ.get("ILDISTIL_CACHE") or "~/.cache/ildistil")
     content = json.dumps({"version": CACHE_VERSION} | made_of, sort_keys=True)
-    return cache_folder(cache_dir) / "tokenized" / hashlib.sha256(content.encode()).hexdigest()[:32]
+    return folder / "tokenized" / hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def store(rows: datasets.Dataset, entry: Path) -> None:
     """Write an entry as Arrow files; it appears at once and complete, or not at all.
 
     The rename is atomic. Where another process was faster, its entry is kept: both were made of the same.
+
+    Raises:
+        DataError: The folder can't be written to.
     """
     draft = entry.with_name(f".{entry.name}-{uuid.uuid4().hex}")
     try:
         rows.save_to_disk(draft)
         draft.rename(entry)
-    except OSError:
+    except OSError as error:
         if not entry.is_dir():
-            raise
+            raise DataError(
+                f"The tokenised data can't be written to {entry.parent}: {error.strerror or error}. Free space there, "
+                "or set cache_dir or $ILDISTIL_CACHE to another folder."
+            ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -58,5 +64,5 @@ def load(entry: Path) -> datasets.Dataset:
         return datasets.load_from_disk(entry)
     except Exception as error:  # pyarrow, json or datasets: whatever a damaged file makes them raise
         raise DataError(
-            f"The tokenised data in {entry} is damaged ({error}). Delete this folder and run again."
+            f"The tokenised data in {entry} is damaged ({error}). Delete this folder, run again."
         ) from error

@@ -5,14 +5,18 @@ import difflib
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
-from ildistil.errors import DataError, MissingFileError
+from ildistil.errors import DataError, IldistilError, MissingFileError
 
 #: Column name -> the values, one per row, in the file's order.
 Table = dict[str, list[Any]]
@@ -21,8 +25,28 @@ Table = dict[str, list[Any]]
 ROWS_FROM_ZERO = "rows count from 0, the header not counted"
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of a split come from: its name in messages, all columns, and a hash of the content."""
+
+    where: str
+    read: Callable[[], Table]
+    fingerprint: Callable[[], str]
+
+
+def file_source(path: str | os.PathLike[str]) -> Source:
+    """Return the source of a split that is one file, for `read_table`."""
+    file = expanded(path)
+    return Source(str(file), partial(read_table, file), partial(file_digest, file))
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with ``~`` replaced; unlike `Path.expanduser`, leave the name of an unknown user as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def read_table(path: Path) -> Table:
-    """Read one file into columns; the ending of its name says the format.
+    """Read one file into columns; the ending of its name decides the format.
 
     TSV is UTF-8 with a header and **no quoting**: a quote character is ordinary text, and neither a tab nor a line
     break can occur inside a field. CSV follows the usual quoting rules. JSON is a list of objects, or an object a line.
@@ -32,29 +56,21 @@ def read_table(path: Path) -> Table:
 
     Raises:
         MissingFileError: There is no such file.
-        DataError: The ending is unknown, the file is empty, or a row does not fit the header.
+        DataError: The ending is unknown, the file is unreadable, damaged or empty, or a row does not fit the header.
     """
-    check_file(path)
-    try:
-        table = READERS[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+    with reading(path):
+        table = READERS[_ending(path)](path)
     if not table or not next(iter(table.values())):
         raise DataError(f"{path} is empty: it holds no row of data. Give a file with a header and at least one row.")
     return table
 
 
-def check_file(path: Path) -> None:
-    """Refuse a file that does not exist or cannot be read.
-
-    Raises:
-        MissingFileError: There is no such file.
-        DataError: Its ending is unknown.
-    """
-    if path.suffix.lower() not in READERS:
-        raise DataError(f"{path}: unknown file ending {path.suffix!r}. Use one of {', '.join(READERS)}.")
-    if not path.is_file():
-        raise MissingFileError(f"{path} does not exist. {files_near(path.parent)}")
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's content, after its ending, which decides how the content is read."""
+    with reading(path):
+        ending = _ending(path)
+        with path.open("rb") as file:
+            return f"{ending}:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def find_table(folder: Path, stem: str) -> Path | None:
@@ -63,7 +79,8 @@ def find_table(folder: Path, stem: str) -> Path | None:
     Raises:
         DataError: Several tables have this stem, or only a file with an unknown ending has it.
     """
-    candidates = sorted(p for p in folder.glob(f"{stem}.*") if p.is_file())
+    with reading(folder):
+        candidates = sorted(p for p in folder.glob(f"{stem}.*") if p.is_file())
     known = [p for p in candidates if p.suffix.lower() in READERS]
     if len(known) > 1:
         names = ", ".join(p.name for p in known)
@@ -80,25 +97,54 @@ def table_column(table: Table, name: str, where: str) -> list[Any]:
         DataError: There is none of this name; the message lists those there are.
     """
     if name not in table:
-        close = difflib.get_close_matches(name, table, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise DataError(f"{where} has no column {name!r}.{hint} Its columns: {', '.join(map(repr, table))}.")
+        raise DataError(f"{where} has no column {name!r}.{similar(name, table)} Its columns: {quoted(table)}.")
     return table[name]
 
 
+def similar(word: str, known: Iterable[str]) -> str:
+    """Return a sentence with the known word that is closest to a wrong one, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def quoted(words: Iterable[str]) -> str:
+    """Return words as messages list them."""
+    return ", ".join(map(repr, words))
+
+
 def files_near(folder: Path) -> str:
-    """Say which files and folders there are, for messages about a missing one."""
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
-    found = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir() if not p.name.startswith("."))
+    """Return a sentence on which files and folders there are, for messages about a missing one."""
+    with reading(folder):
+        while not folder.is_dir() and folder != folder.parent:
+            folder = folder.parent
+        found = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir() if not p.name.startswith("."))
     listed = ", ".join(found[:20]) + (" ..." if len(found) > 20 else "")
     return f"{folder} holds: {listed or 'nothing'}."
 
 
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _ending(path: Path) -> str:
+    """Return the ending of a file that can be read; refuse one that does not exist, or has another ending."""
+    ending = path.suffix.lower()
+    if ending not in READERS:
+        raise DataError(f"{path}: unknown file ending {path.suffix!r}. Use one of {', '.join(READERS)}.")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, not a file. {files_near(path)} Name one of them.")
+    if not path.is_file():
+        raise MissingFileError(f"{path} does not exist. {files_near(path.parent)}")
+    return ending
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the operating system and the decoder refuse into a `DataError`."""
+    try:
+        yield
+    except IldistilError:
+        raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}. Check its permissions and disk.") from error
 
 
 def _tsv(path: Path) -> Table:
@@ -112,49 +158,53 @@ def _csv(path: Path) -> Table:
     try:
         return _columns(path, list(csv.reader(io.StringIO(_text(path), newline=""), strict=True)))
     except csv.Error as error:
-        raise DataError(
-            f"{path} is not well-formed CSV: {error}. Check the quotes, or use TSV or JSON lines."
-        ) from error
+        raise DataError(f"{path} is not well-formed CSV: {error}. Check its quotes, or use JSON lines.") from error
 
 
 def _columns(path: Path, rows: Iterable[list[str]]) -> Table:
     """Turn rows of fields into columns; the first row is the header."""
-    iterator: Iterator[list[str]] = iter(rows)
+    iterator = iter(rows)
     header = next(iterator, [])
-    if len(set(header)) < len(header):
-        raise DataError(f"{path}: the header names a column twice: {header}. Give every column its own name.")
-    table: Table = {name: [] for name in header}
+    columns: list[list[str]] = [[] for _ in header]
     for number, row in enumerate(iterator):
         if len(row) != len(header):
             raise DataError(
                 f"{path}: row {number} ({ROWS_FROM_ZERO}) has {len(row)} fields, the header has {len(header)} "
                 f"({', '.join(header)}). Its start: {str(row)[:80]}. Remove extra separators or add what is missing."
             )
-        for column, value in zip(table.values(), row, strict=True):
+        for column, value in zip(columns, row, strict=True):
             column.append(value)
-    return table
+    return _table(path, header, columns)
+
+
+def _table(path: Path, header: Sequence[str], columns: Iterable[list[Any]]) -> Table:
+    if len(set(header)) < len(header):
+        raise DataError(f"{path}: the header names a column twice: {header}. Give every column its own name.")
+    return dict(zip(header, columns, strict=True))
 
 
 def _json(path: Path) -> Table:
     text = _text(path)
-    if not text.lstrip().startswith("["):
-        return _json_lines(path)
-    try:
-        return _records(path, json.loads(text))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not valid JSON: {error}.") from error
+    return _records(path, _parsed(text, str(path))) if text.lstrip().startswith("[") else _json_lines(path)
 
 
 def _json_lines(path: Path) -> Table:
-    records = []
-    for number, line in enumerate(_text(path).removesuffix("\n").split("\n")):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number + 1}: not valid JSON: {error}. Write one object a line.") from error
-    return _records(path, records)
+    lines = enumerate(_text(path).removesuffix("\n").split("\n"), start=1)
+    return _records(path, [_parsed(line, f"{path}, line {number}") for number, line in lines if line.strip()])
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:  # numbers of more digits than Python reads are ValueErrors
+        raise DataError(f"{where}: not valid JSON: {error}. Write a list of objects, or one object a line.") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"an object has a key twice: {quoted(name for name, _ in pairs)}")
+    return found
 
 
 def _records(path: Path, records: list[Any]) -> Table:
@@ -168,10 +218,12 @@ def _records(path: Path, records: list[Any]) -> Table:
 
 def _parquet(path: Path) -> Table:
     try:
-        table: Table = pyarrow.parquet.read_table(path).to_pydict()
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not a Parquet file: {error}") from error
-    return table
+        with pyarrow.parquet.ParquetFile(path) as file:  # read_table() adds columns for folders named "key=value"
+            table = file.read()
+        columns = [column.to_pylist() for column in table.columns]
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise DataError(f"{path} is not a Parquet file that can be read here: {error}") from error
+    return _table(path, table.column_names, columns)
 
 
 def _text(path: Path) -> str:

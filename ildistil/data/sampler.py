@@ -32,13 +32,13 @@ class EpochSampler(DistributedSampler[int]):
     Args:
         rows: Number of rows.
         num_replicas: Number of processes that share the rows.
-        rank: Number of this process.
+        rank: Number of this process, from 0.
         shuffle: Shuffle; otherwise the rows come in the file's order.
         seed: Seed of the order, not negative.
         evaluation: Repeat nothing and ignore the epoch.
 
     Raises:
-        DataError: The seed is negative, or the rank does not exist.
+        DataError: There is no row, the seed is negative, or the rank does not exist.
 
     >>> sampler = EpochSampler(5, shuffle=False, num_replicas=2, rank=1)
     >>> list(sampler), list(EpochSampler(5, shuffle=False, num_replicas=2, rank=1, evaluation=True))
@@ -46,16 +46,13 @@ class EpochSampler(DistributedSampler[int]):
     """
 
     def __init__(
-        self,
-        rows: int,
-        num_replicas: int = 1,
-        rank: int = 0,
-        shuffle: bool = True,
-        seed: int = 0,
+        self, rows: int, num_replicas: int = 1, rank: int = 0, shuffle: bool = True, seed: int = 0,
         evaluation: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if seed < 0:
             raise DataError(f"The seed of the order of rows is {seed}; it must not be negative.")
+        if rows < 1 or not 0 <= rank < num_replicas:
+            raise DataError(f"There is no share {rank} of {rows} rows among {num_replicas} processes, counted from 0.")
         # The base class only asks a data set for its length.
         super().__init__(range(rows), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.rows = rows
@@ -90,10 +87,8 @@ class LengthGroupedSampler(EpochSampler):
     Args:
         lengths: Number of tokens of every row.
         batch_size: Rows per batch and rank; must be the data loader's.
-        num_replicas: Number of processes that share the rows.
-        rank: Number of this process.
-        seed: Seed of the order, not negative.
-        evaluation: Repeat nothing and ignore the epoch.
+
+    The other arguments, and what is raised, are those of `EpochSampler`.
 
     >>> lengths = [3, 9, 3, 9, 3, 9, 3]
     >>> [lengths[row] for row in LengthGroupedSampler(lengths, batch_size=3)]
@@ -101,14 +96,9 @@ class LengthGroupedSampler(EpochSampler):
     """
 
     def __init__(
-        self,
-        lengths: Sequence[int] | torch.Tensor,
-        batch_size: int,
-        num_replicas: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-        evaluation: bool = False,
-    ) -> None:
+        self, lengths: Sequence[int] | torch.Tensor, batch_size: int, num_replicas: int = 1, rank: int = 0,
+        seed: int = 0, evaluation: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(len(lengths), num_replicas, rank, seed=seed, evaluation=evaluation)
         self.lengths = torch.as_tensor(lengths)
         self.global_batch = batch_size * num_replicas
@@ -146,9 +136,8 @@ class TokenBudgetSampler(EpochSampler):
     Args:
         lengths: Number of tokens of every row.
         tokens_per_batch: The most tokens of a batch and rank: its rows times the longest of them.
-        num_replicas: Number of processes that share the rows.
-        rank: Number of this process.
-        seed: Seed of the order, not negative.
+
+    The other arguments are those of `EpochSampler`.
 
     Raises:
         DataError: A row is longer than ``tokens_per_batch``, or see `EpochSampler`.
@@ -160,13 +149,9 @@ class TokenBudgetSampler(EpochSampler):
     """
 
     def __init__(
-        self,
-        lengths: Sequence[int] | torch.Tensor,
-        tokens_per_batch: int,
-        num_replicas: int = 1,
-        rank: int = 0,
+        self, lengths: Sequence[int] | torch.Tensor, tokens_per_batch: int, num_replicas: int = 1, rank: int = 0,
         seed: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(len(lengths), num_replicas, rank, seed=seed)
         self.lengths = torch.as_tensor(lengths)
         longest = int(self.lengths.max())

@@ -1,20 +1,19 @@
 """The user's own files."""
 
 from functools import cached_property
-from pathlib import Path
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from ildistil.data.files import table_column
+from ildistil.data.files import Source, file_source, table_column
+from ildistil.data.labelled import LabelledText
 from ildistil.data.labels import derive_label_names
-from ildistil.data.module import FileSource, Source, TextDataModule
+from ildistil.data.loading import LoadingOptions
 from ildistil.errors import DataError
 
 
-class TextData(TextDataModule):
+class TextData(LabelledText):
     """Texts or pairs of texts from the user's own TSV (no quoting), CSV, JSON, JSON lines or Parquet files.
 
-    See `TextDataModule` for batches, cache and order.
+    See `LabelledText` for what a batch holds.
 
     Args:
         train_file: File to train on.
@@ -25,23 +24,14 @@ class TextData(TextDataModule):
         label_column: Column of the labels: words, or numbers from 0.
         label_names: The classes in the order of their indices; None takes the train file's labels, sorted.
         regression: The labels are numbers on a scale.
-        name: What the task is called in logs and tables.
-        tokenizer: A folder, a hub name or a loaded tokenizer; None takes that of the model the Trainer runs.
-        batch_size: Rows per batch and process in training; None is 32.
-        tokens_per_batch: Instead of ``batch_size``: tokens per batch and process in training, padding included.
-        eval_batch_size: Rows per batch and process otherwise; None is ``batch_size``.
-        max_length: Rows are cut to this many tokens.
-        group_by_length: Batches hold rows of similar length.
-        seed: Seed of the order and of the rows ``limit_train`` keeps; None is that of ``seed_everything``, else 0.
-        num_workers: Worker processes per data loader.
-        cache_dir: Folder of the cache; None is ``$ILDISTIL_CACHE`` or ``~/.cache/ildistil``.
-        limit_train: Train on this many rows, drawn at random with the seed.
+        name: Name of the task in logs and tables.
+        loading: The options of `LoadingOptions`, by name: ``tokenizer``, ``batch_size`` ...
 
     Raises:
-        DataError: No file is given, label names go with a regression or occur twice, a number is not positive, or
-            ``tokens_per_batch`` is given together with ``batch_size`` or without ``group_by_length``.
+        DataError: No file is given, a column is named twice, label names go with a regression, occur twice or are no
+            list of strings, or see `LoadingOptions`.
 
-    >>> TextData(train_file="reviews.csv", text_column="review", label_names=["bad", "good"]).num_labels
+    >>> TextData(train_file="reviews.csv", text_column="review", label_names=["bad", "good"], batch_size=8).num_labels
     2
     """
 
@@ -58,59 +48,38 @@ class TextData(TextDataModule):
         label_names: list[str] | None = None,
         regression: bool = False,
         name: str = "text",
-        tokenizer: str | PreTrainedTokenizerBase | None = None,
-        batch_size: int | None = None,
-        tokens_per_batch: int | None = None,
-        eval_batch_size: int | None = None,
-        max_length: int = 128,
-        group_by_length: bool = True,
-        seed: int | None = None,
-        num_workers: int = 0,
-        cache_dir: str | None = None,
-        limit_train: int | None = None,
+        **loading: Any,
     ) -> None:
+        _check_label_names(label_names, regression)
         super().__init__(
-            tokenizer,
-            batch_size,
-            tokens_per_batch,
-            eval_batch_size,
-            max_length,
-            group_by_length,
-            seed,
-            num_workers,
-            cache_dir,
-            limit_train,
+            LoadingOptions(**loading),
+            task_name=name,
+            text_columns=[text_column] if text_pair_column is None else [text_column, text_pair_column],
+            label_column=label_column,
+            label_names=None if regression else label_names or [],
+            metric_names=("pearson", "spearman") if regression else ("accuracy", "f1"),
         )
         self.files = {"train": train_file, "validation": validation_file, "test": test_file}
         if not any(self.files.values()):
             raise DataError("TextData needs a file: set train_file, validation_file or test_file.")
-        _check_label_names(label_names, regression)
-        self.task_name = name
-        self.regression = regression
-        self.text_columns = (text_column,) if text_pair_column is None else (text_column, text_pair_column)
-        self.label_column = label_column
-        self.metric_names = ("pearson", "spearman") if regression else ("accuracy", "f1")
-        self._given_names = label_names
 
     @property
     def label_names(self) -> list[str] | None:
-        """The classes in the order of their indices; the train file is read for them unless they were given."""
-        if self.regression:
-            return None
-        return list(self._given_names or self._derived_names)
+        """Names of the classes in the order of their indices; read from the train file unless they were given."""
+        return super().label_names if self.regression or self._label_names else list(self._derived_names)
 
     @cached_property
     def _derived_names(self) -> list[str]:
         if self.files["train"] is None:
             raise DataError("Without a train_file the classes are unknown: set label_names, in the model's order.")
-        source = FileSource(Path(self.files["train"]).expanduser())
+        source = file_source(self.files["train"])
         values = table_column(source.read(), self.label_column, source.where)
         return derive_label_names(values, f"{source.where}, column {self.label_column!r}")
 
     def sources(self, kind: str) -> dict[str, Source]:
         """Return the file of a kind ("train", "validation", "test") by its name; empty if there is none."""
         file = self.files[kind]
-        return {} if file is None else {kind: FileSource(Path(file).expanduser())}
+        return {} if file is None else {kind: file_source(file)}
 
     def missing(self, kind: str) -> str:
         """Return the message for a kind that is needed and has no file."""
@@ -119,9 +88,9 @@ class TextData(TextDataModule):
 
 
 def _check_label_names(names: list[str] | None, regression: bool) -> None:
-    if names is None:
-        return
-    if regression:
+    if names is not None and regression:
         raise DataError("A regression has no classes: remove label_names, or set regression: false.")
-    if len(names) < 2 or len(set(names)) < len(names):
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names or []):
+        raise DataError(f"label_names is {names!r}; it must be a list of strings, such as ['0', '1'].")
+    if names is not None and len(set(names)) < max(2, len(names)):
         raise DataError(f"label_names is {names}; name at least two classes, each once.")

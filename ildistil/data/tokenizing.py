@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -13,7 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ildistil.data.files import ROWS_FROM_ZERO
+from ildistil.data.files import ROWS_FROM_ZERO, expanded
 from ildistil.errors import DataError, MissingFileError
 
 # Tokenizers without a limit state 1e30 or similar.
@@ -24,17 +23,18 @@ def load_tokenizer(source: str | PreTrainedTokenizerBase) -> PreTrainedTokenizer
     """Return the tokenizer of a local folder or of a model on the hub; a loaded one is returned as it is.
 
     Raises:
-        MissingFileError: The folder does not exist, or the hub has no such tokenizer or cannot be reached.
+        MissingFileError: The folder does not exist, or neither it nor the hub has a tokenizer that can be loaded.
     """
     if not isinstance(source, str):
         return source
-    path = Path(source).expanduser()
+    path = expanded(source)
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_local and not path.is_dir():
         raise MissingFileError(f"The tokenizer folder {source} does not exist. Name one that does, or a hub model.")
     try:
-        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else source)
-    except (OSError, ValueError) as error:
+        # Without the last argument a folder with code of its own makes transformers ask on the terminal.
+        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else source, trust_remote_code=False)
+    except Exception as error:  # many libraries deep: connections, missing packages, damaged files of any format
         raise MissingFileError(
             f"No tokenizer could be loaded from {source!r}: {error}\nName a folder that save_pretrained wrote, a model "
             "of the hub (which needs a network the first time), or pass a loaded tokenizer."
@@ -45,19 +45,23 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int, pair: b
     """Refuse a tokenizer that cannot make batches of this length.
 
     Raises:
-        DataError: There is no padding token, or ``max_length`` is more than the model takes or leaves no room.
+        DataError: It has no words, or no padding token, or ``max_length`` exceeds the model's limit or leaves no room.
     """
+    name, words = tokenizer.name_or_path, {word.strip("▁") for word in tokenizer.get_vocab()}
+    if words <= {"", *tokenizer.all_special_tokens}:
+        raise DataError(
+            f"The tokenizer {name!r} knows no words, only special tokens: transformers makes such a one of a folder "
+            "without tokenizer files. Save the right one there with tokenizer.save_pretrained(folder), or name another."
+        )
     if tokenizer.pad_token_id is None:
         raise DataError(
-            f"The tokenizer {tokenizer.name_or_path!r} has no padding token, which batches need. Set one, for example "
+            f"The tokenizer {name!r} has no padding token, which batches need. Set one, for example "
             "tokenizer.pad_token = tokenizer.eos_token (and model.config.pad_token_id likewise), and pass it "
             "or the folder that tokenizer.save_pretrained(...) wrote."
         )
     limit = tokenizer.model_max_length
     if limit < LARGEST_SANE_LENGTH and max_length > limit:
-        raise DataError(
-            f"max_length is {max_length}, but the tokenizer's model takes {limit} tokens. Lower max_length."
-        )
+        raise DataError(f"max_length is {max_length}, but the tokenizer's model takes {limit} tokens. Lower it.")
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length <= special:
         raise DataError(f"max_length is {max_length}, but every row has {special} special tokens. Raise max_length.")
@@ -95,7 +99,7 @@ def tokenize(
         labels: Class indices (stored as int64) or numbers (float32), or None.
         tokenizer: The tokenizer.
         max_length: Longer rows are cut, the longer text of a pair first.
-        where: What messages call these rows.
+        where: Name of these rows in messages.
 
     Raises:
         DataError: A row has no token at all.
@@ -150,7 +154,7 @@ class Collate:
         """Return ``input_ids``, ``attention_mask``, ``row_id``; ``token_type_ids`` and ``labels`` if there are any.
 
         Args:
-            rows: A list of rows, or the columns of several, as a `datasets.Dataset` gives them for a list of numbers.
+            rows: A list of rows, or the columns of several, as a `datasets.Dataset` returns for a list of numbers.
         """
         columns = rows if isinstance(rows, Mapping) else {name: [row[name] for row in rows] for name in rows[0]}
         tokens = {name: columns[name] for name in ("input_ids", "token_type_ids") if name in columns}

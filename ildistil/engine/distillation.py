@@ -1,114 +1,38 @@
 """The engine: one teacher run, one student run, all objectives. A plain ``nn.Module`` that needs no Trainer."""
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from ildistil import distributed
-from ildistil.capture import Activations, Capture, Layers, ModelInfo, Tap, model_inputs, separate_configs, unwrapped
-from ildistil.capture.inputs import TARGETS
+from ildistil.capture import Activations, Capture, Layers, ModelInfo, Role, Tap, model_inputs, unwrapped
+from ildistil.engine import checks
 from ildistil.engine.balance import Balance
+from ildistil.engine.dry_run import DryRun, check_terms, without_trace
+from ildistil.engine.reach import Reach
 from ildistil.engine.synthetic import synthetic_batch
-from ildistil.errors import ModelError, ObjectiveError
-from ildistil.objectives.base import Objective
-from ildistil.schedules import Schedule
-from ildistil.teachers.layout import wanted_targets
-from ildistil.teachers.stored import StoredTeacher
-from ildistil.teachers.stored_capture import StoredCapture
+from ildistil.engine.terms import Terms
+from ildistil.errors import ObjectiveError
+from ildistil.objectives import Count, Objective
+from ildistil.stages import Step
+from ildistil.teachers import LiveTeacher, Teacher
 
-__all__ = ["Distillation", "DryRun", "TermCheck", "Terms"]
+__all__ = ["Distillation"]
 
 _NOTHING = Activations(Layers({}, 0, "hidden"), Layers({}, 0, "attention"), torch.empty(0, 0, dtype=torch.bool), None)
 
-_NO_OBJECTIVE = (
-    "There is no objective. Give at least one, such as objectives.LogitsKL(): as a callback of the Trainer, in a YAML "
-    "file under 'objectives:', or to Distillation(...)."
-)
-
-
-@dataclass
-class Terms:
-    """The terms of one step.
-
-    ``values`` are unweighted, ``total`` is ``sum(weight * value)``; ``counts`` says how many examples each value is a
-    mean of, or how many target tokens for those named in ``of_tokens``; ``gradients`` holds the share of each term's
-    gradient norm, where these are balanced. Not frozen: Fabric converts what a module returns.
-    """
-
-    values: dict[str, Tensor]
-    weights: dict[str, float | Tensor]
-    counts: dict[str, Tensor]
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    of_tokens: frozenset[str] = frozenset()
-
-    @cached_property
-    def total(self) -> Tensor:
-        """The weighted sum, to call ``backward()`` on."""
-        return self.sum({})
-
-    def sum(self, factors: Mapping[str, Tensor]) -> Tensor:
-        """Give ``sum(factor * weight * value)``; a factor that isn't given is 1."""
-        weighted = [self.weights[name] * value * factors.get(name, 1.0) for name, value in self.values.items()]
-        return sum(weighted[1:], start=weighted[0])
-
-    def count_values(self) -> Tensor:
-        """Stack the counts in the terms' order, at least in float32."""
-        dtypes = {name: torch.promote_types(value.dtype, torch.float32) for name, value in self.values.items()}
-        return torch.stack([self.counts[name].to(dtype) for name, dtype in dtypes.items()])
-
-    def common_count(self) -> Tensor:
-        """Give what the whole is a mean of: examples, or target tokens where no term counts examples."""
-        counts = dict(zip(self.values, self.count_values(), strict=True))
-        examples = [count for name, count in counts.items() if name not in self.of_tokens]
-        return torch.stack(examples or list(counts.values())).max()
-
-    def shares(self) -> dict[str, Tensor]:
-        """Give each term's share of the total: ``|weight * value| / sum``; detached."""
-        sizes = {name: (self.weights[name] * value.detach()).abs() for name, value in self.values.items()}
-        whole = torch.stack(list(sizes.values())).sum().clamp(min=torch.finfo(torch.float32).tiny)
-        return {name: size / whole for name, size in sizes.items()}
-
-    def logs(self, prefix: str) -> dict[str, Tensor]:
-        """Give what to log: the total, every term unweighted, and with several terms their shares; detached."""
-        logs = {f"{prefix}/loss": self.total.detach()}
-        logs |= {f"{prefix}/{name}": value.detach() for name, value in self.values.items()}
-        if len(self.values) > 1:
-            logs |= {f"{prefix}/share/{name}": share for name, share in self.shares().items()}
-            logs |= {f"{prefix}/gradient_share/{name}": share for name, share in self.gradients.items()}
-        return logs
-
-
-@dataclass(frozen=True)
-class TermCheck:
-    """What a dry run found of one term: its value and the norm of its gradient."""
-
-    value: float
-    gradient: float
-
-
-@dataclass(frozen=True)
-class DryRun:
-    """What a dry run found: each term, and the parameters no term reaches."""
-
-    terms: dict[str, TermCheck]
-    unreached: list[nn.Parameter] = field(repr=False, default_factory=list)
-
 
 class Distillation(nn.Module):
-    """Runs a frozen teacher and a student on a batch and gives the objectives' terms.
+    """Runs a frozen teacher and a student on a batch and computes the objectives' terms.
 
     Args:
         student: the model to train; trainable parameters of this module are its own and the objectives' projections.
         teacher: the frozen model, or ``None`` if no objective needs one. It is switched to eval mode and its
             parameters' gradients off; it is not a registered child, so it is in no checkpoint, optimiser or DDP
-            bucket, but moves along with ``.to(...)``. A :class:`~ildistil.teachers.StoredTeacher` takes its place.
+            bucket, but moves along with ``.to(...)``. Or any :class:`~ildistil.teachers.Teacher`, such as a
+            :class:`~ildistil.teachers.StoredTeacher`.
         objectives: the terms; several, with different names. May be set later by :meth:`set_objectives`.
         balance: what makes weights mean shares of the total; by default they are plain factors.
 
@@ -131,62 +55,57 @@ class Distillation(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | Teacher | None = None,
         objectives: Iterable[Objective] | Mapping[str, Objective] = (),
         balance: Balance | None = None,
     ) -> None:
         super().__init__()
-        if teacher is not None:
-            _check_two_models(student, teacher)
-            separate_configs(unwrapped(student), unwrapped(teacher))
-            teacher.requires_grad_(False).eval()
+        self.teacher: Teacher | None = LiveTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
+        if self.teacher is not None:
+            self.teacher.accept(student)
+            checks.check_models(ModelInfo.of(student), self.teacher.info)
         # from_pretrained returns eval mode, and Lightning keeps the mode it finds: start as this module is, in train.
         self.student = student.train(self.training)
-        self._teacher = (teacher,)  # inside a tuple it is no registered child
         self.projections = nn.ModuleDict()
         self.objectives: dict[str, Objective] = {}
-        self._student_capture: Capture | None = None
-        self._teacher_capture: Capture | StoredCapture | None = None
-        self._positions: int | None = None
-        self._verified: set[tuple[str, Tap]] = set()
-        self._reach: dict[str, set[int]] = {}
-        self._attached: list[nn.Parameter] = []
-        self._step: int | None = None
-        self._compile_options: dict[str, Any] | None = None
         self.balance = copy.deepcopy(balance)  # it holds what it measured of these models
+        self._capture: Capture | None = None
         self._hooked: frozenset[str] = frozenset()
+        self._positions: int | None = None
+        self._step, self._begun = Step(), False
+        self._reach = Reach()
+        self._compile_options: dict[str, Any] | None = None
         if objectives:
             self.set_objectives(objectives)
-
-    @property
-    def teacher(self) -> nn.Module | None:
-        """The frozen teacher."""
-        return self._teacher[0]
 
     def set_objectives(self, objectives: Iterable[Objective] | Mapping[str, Objective]) -> None:
         """Set the terms: check them, make their projections, and prepare the capture. Nothing is run.
 
         Calling it again with the same objects changes nothing, so that projections keep what they learned.
+
+        Raises:
+            ObjectiveError: a term can't work with these models.
+            CaptureError: a model can't give what a term reads.
         """
-        named = _named(objectives)
+        named = checks.named_objectives(objectives)
         if named == self.objectives:
             return
         self.release()
         student = ModelInfo.of(self.student)
-        teacher = student if self.teacher is None else ModelInfo.of(self.teacher)
-        self._positions = min((s.positions for s in (student, teacher) if s.positions is not None), default=None)
+        teacher = student if self.teacher is None else self.teacher.info
+        self._positions = min((i.positions for i in (student, teacher) if i.positions is not None), default=None)
         for name, objective in named.items():
             if objective.needs_teacher and self.teacher is None:
                 raise ObjectiveError(f"{name} ({type(objective).__name__}) needs a teacher, and there is none.")
-            objective.claim(self)
+            objective.bind(self)
             objective.projections = nn.ModuleDict()
             objective.build(student, teacher)
-            _check_learned_parts(objective)
+            checks.check_learned_parts(objective)
         reference = next(self.student.parameters(), torch.empty(0))
         self.projections = nn.ModuleDict(
             {name: objective.projections for name, objective in named.items() if len(objective.projections)}
         ).to(reference.device, reference.dtype)
-        self.objectives, self._reach = named, {}
+        self.objectives, self._reach = named, Reach()
         try:
             self.attach()
         except BaseException:
@@ -196,167 +115,161 @@ class Distillation(nn.Module):
     def attach(self) -> None:
         """Put the hooks on both models; done by :meth:`set_objectives`, and again by a step after :meth:`detach`."""
         self.detach()
-        self._hooked = frozenset(name for name, o in self.objectives.items() if o.weight != 0)
-        used = [self.objectives[name] for name in self._hooked]
-        sizes = ModelInfo.of(self.student)
-        wanted = {tap for o in used for tap in o.student_wants(sizes)}
-        self._student_capture = Capture(self.student, wanted, "student")
+        used = {name: o for name, o in self.objectives.items() if o.weight != 0}
+        info = ModelInfo.of(self.student)
+        self._capture = Capture(self.student, [tap for o in used.values() for tap in o.may_read("student", info)])
         if self.teacher is not None:
-            sizes = ModelInfo.of(self.teacher)
-            targets = wanted_targets(used, sizes)
-            if targets and isinstance(self.teacher, StoredTeacher):
-                self._teacher_capture = StoredCapture(self.teacher, targets)
-            else:
-                self._teacher_capture = Capture(self.teacher, targets, "teacher") if targets else None
-        self._compile_captures()
-        self._verified = set()
+            info = self.teacher.info
+            wanted = [tap for o in used.values() if o.needs_teacher for tap in o.may_read("teacher", info)]
+            if wanted:
+                self.teacher.open(wanted)
+        self._hooked = frozenset(used)
+        if self._compile_options is not None:
+            self.compile(**self._compile_options)
 
     def compile(self, **options: Any) -> None:
         """Compile the runs of both models, with the options of ``torch.compile``; the losses stay as they are."""
         self._compile_options = options
-        self._compile_captures()
-
-    def _compile_captures(self) -> None:
-        if self._compile_options is not None:
-            for capture in (self._student_capture, self._teacher_capture):
-                if isinstance(capture, Capture):
-                    capture.compile(**self._compile_options)
+        if self._capture is not None:
+            self._capture.compile(**options)
+        if self.teacher is not None:
+            self.teacher.compile(**options)
 
     def detach(self) -> None:
         """Take the hooks off both models, and give them their plain attention back; objectives and projections stay."""
-        for capture in (self._student_capture, self._teacher_capture):
-            if capture is not None:
-                capture.close()
-        self._student_capture = self._teacher_capture = None
+        if self._capture is not None:
+            self._capture.close()
+        if self.teacher is not None:
+            self.teacher.close()
+        self._capture, self._hooked = None, frozenset()
 
     def release(self) -> None:
         """Take the hooks off both models and forget the objectives."""
         self.detach()
         for objective in self.objectives.values():
-            objective.claim(None)
+            objective.bind(None)
         self.projections, self.objectives = nn.ModuleDict(), {}
 
-    def forward(
-        self,
-        batch: Mapping[str, Any],
-        *,
-        step: int | None = None,
-        progress: float | None = None,
-        only: Collection[str] | None = None,
-        verify: bool = False,
-    ) -> Terms:
-        """Run both models on a batch and give the terms whose weight is not 0.
+    def prefetch(self, batch: Any, step: Step = Step()) -> Any:  # noqa: B008
+        """Begin the step of a batch, and return the batch with whatever the teacher reads for it on the CPU.
+
+        Optional: :meth:`forward` does both by itself, on the batch's device.
+
+        Args:
+            batch: the batch, best still on the CPU.
+            step: the step it belongs to.
+        """
+        if not isinstance(batch, Mapping):
+            return batch
+        active = self._begin(step)
+        self._begun = True
+        wanted = self._reads("teacher", active)
+        if self.teacher is None or not wanted:
+            return batch
+        if not active.keys() <= self._hooked:
+            self.attach()
+        return self.teacher.prefetch(batch, wanted)
+
+    def forward(self, batch: Mapping[str, Any], step: Step = Step(), *, verify: bool = False) -> Terms:  # noqa: B008
+        """Run both models on a batch and compute the terms whose weight is not 0.
 
         Args:
             batch: a mapping; each model gets the keys its ``forward`` names.
-            step: number of the optimiser step, for objectives that draw something anew at every step.
-            progress: how far training is, from 0 to 1, for weights that are schedules.
-            only: names of the terms that take part; by default all do.
-            verify: also check the attention masks, as a dry run does.
+            step: the optimiser step it belongs to; with its number for objectives that draw something anew at every
+                step, with its progress for weights that are schedules.
+            verify: check the attention masks once more, as a dry run does.
+
+        Returns:
+            The terms; call ``backward()`` on their ``total``.
+
+        Raises:
+            ObjectiveError: there are no objectives, all have weight 0, or one can't work with this batch.
+            CaptureError: a model did not give what was wanted of it.
+            DataError: the batch is longer than the models' positions.
         """
         if not self.objectives:
-            raise ObjectiveError(_NO_OBJECTIVE)
-        if not isinstance(batch, Mapping):
-            raise ObjectiveError(
-                f"A batch must be a mapping of names to tensors, such as {{'input_ids': ..., 'labels': ...}}; got a "
-                f"{type(batch).__name__}. Let the collate function give a dict."
-            )
-        _check_length(batch, self._positions)
-        weights = self.weights_at(progress, only)
+            raise ObjectiveError(checks.NO_OBJECTIVE)
+        checks.check_batch(batch, self._positions)
+        begun, self._begun = self._begun and self._step == step, False
+        active = self._chosen(step) if begun else self._begin(step)
+        weights = self.weights_at(step)
         if not weights:
-            raise ObjectiveError(_no_weight(progress))
-        active = {name: self.objectives[name] for name in weights}
-        for objective in active.values():
-            objective.begin(step)
-        self._step = step
+            raise ObjectiveError(checks.no_weight(step.progress))
         values, counts = self._run(batch, active, verify)
-        values = self._attach_unreached(values)
+        values = self._reach.attach(values, self.parameters())
         if self.training:
             for objective in active.values():
                 objective.remember()
-        of_tokens = frozenset(name for name, objective in active.items() if objective.counts_tokens)
         if self.balance is None:
-            return Terms(values, dict(weights), counts, of_tokens=of_tokens)
+            return Terms(values, dict(weights), counts)
         trained = [p for p in self.student.parameters() if p.requires_grad]
         measuring = self.training and torch.is_grad_enabled()
-        balanced = self.balance.weights(values, weights, trained, step, measuring)
-        return Terms(values, dict(balanced), counts, self.balance.gradient_shares(balanced), of_tokens)
+        balanced = self.balance.weights(values, weights, trained, step.number, measuring)
+        return Terms(values, dict(balanced), counts, self.balance.gradient_shares(balanced))
 
-    def weights_at(self, progress: float | None, only: Collection[str] | None = None) -> dict[str, float]:
-        """Give the weights that are not 0 at a progress of training, by name.
+    def weights_at(self, step: Step) -> dict[str, float]:
+        """Return the weights that are not 0 at a step, by name.
 
-        Args:
-            progress: from 0 to 1; ``None`` is fine where no weight is a schedule.
-            only: names of the terms that take part; by default all do.
+        Raises:
+            ObjectiveError: a weight is a schedule and the step has no progress, or it names unknown objectives.
         """
+        only = step.only
         if only is not None and (isinstance(only, str) or not set(only) <= self.objectives.keys()):
             raise ObjectiveError(f"only names some of the objectives {list(self.objectives)}, in a list; got {only!r}.")
         chosen = {n: o for n, o in self.objectives.items() if only is None or n in only}
-        weights = {name: objective.weight_at(progress) for name, objective in chosen.items()}
+        weights = {name: objective.weight_at(step.progress) for name, objective in chosen.items()}
         return {name: weight for name, weight in weights.items() if weight > 0}
+
+    def _chosen(self, step: Step) -> dict[str, Objective]:
+        return {name: self.objectives[name] for name in self.weights_at(step)}
+
+    def _begin(self, step: Step) -> dict[str, Objective]:
+        active = self._chosen(step)
+        for objective in active.values():
+            objective.begin(step)
+        self._step = step
+        return active
+
+    def _reads(self, role: Role, active: Mapping[str, Objective]) -> list[Tap]:
+        if role == "student":
+            info = ModelInfo.of(self.student) if self._capture is None else self._capture.info
+            return [tap for o in active.values() for tap in o.reads(role, info)]
+        if self.teacher is None:
+            return []
+        return [tap for o in active.values() if o.needs_teacher for tap in o.reads(role, self.teacher.info)]
 
     def _run(
         self, batch: Mapping[str, Any], active: Mapping[str, Objective], verify: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Run both models, recording what the active terms want, and give their values and counts."""
-        if self._student_capture is None or not active.keys() <= self._hooked:
+    ) -> tuple[dict[str, Tensor], dict[str, Count]]:
+        """Run both models, recording what the active terms read, and return their values and counts."""
+        if self._capture is None or not active.keys() <= self._hooked:
             self.attach()  # for the first time, after detach(), or because somebody raised a weight from 0
-        assert self._student_capture is not None
-        teacher, targets = _NOTHING, dict[str, set[Tap]]()
-        needing = {name: o for name, o in active.items() if o.needs_teacher}
-        if self._teacher_capture is not None and needing:
-            if self._teacher_capture.model.training:
-                self._teacher_capture.model.eval()  # somebody switched it since; it must never drop out
-            targets = {name: o.teacher_wants(self._teacher_capture.sizes) for name, o in needing.items()}
-            with torch.no_grad(), _own_precision(self._teacher_capture.model):
-                teacher = self._captured(self._teacher_capture, targets.values(), batch, verify)
-        sizes = self._student_capture.sizes
-        wants = [o.student_wants(sizes) for o in active.values()]
-        student = self._captured(self._student_capture, wants, batch, verify)
+        assert self._capture is not None
+        teacher, wanted = _NOTHING, self._reads("teacher", active)
+        if self.teacher is not None and wanted:
+            teacher = self.teacher(batch, wanted, verify=verify)
+            teacher.expect(wanted)
+        wanted = self._reads("student", active)
+        student = self._capture(batch, wanted=wanted, verify=verify)
+        student.expect(wanted)
         values, counts = {}, {}
-        readers = {tap: name for name, wanted in targets.items() for tap in wanted}  # the last one of each
         for name, objective in active.items():
-            for tap in targets.get(name, ()):
-                if readers[tap] == name and tap.layer is not None:
-                    teacher.layers(tap).last_reader(tap.layer)
             values[name] = objective.loss(student, teacher, batch)
             if values[name].ndim:
                 raise ObjectiveError(f"The loss of {name} must be a scalar, got the shape {tuple(values[name].shape)}.")
             with torch.no_grad():
                 one = torch.ones((), device=values[name].device)  # the same in all processes: the whole batch's already
-                counts[name] = one if objective.batch_coupled else objective.count(student, batch)
+                counts[name] = Count(one) if objective.batch_coupled else objective.count(student, batch)
+            if not isinstance(counts[name], Count):
+                raise ObjectiveError(
+                    f"count() of {name} must return a Count, such as Count(number, 'tokens'); got a "
+                    f"{type(counts[name]).__name__}."
+                )
         return values, counts
-
-    def _captured(
-        self, capture: Capture | StoredCapture, wants: Iterable[set[Tap]], batch: Mapping[str, Any], verify: bool
-    ) -> Activations:
-        wanted = frozenset[Tap]().union(*wants)
-        # The first step checks the masks too, for those who never make a dry run; as plain code, or a compiled model
-        # would be compiled once more for it.
-        seen = {(capture.role, tap) for tap in wanted}
-        verify = verify or not seen <= self._verified
-        self._verified |= seen
-        with torch.compiler.set_stance("force_eager") if verify and capture.is_compiled else nullcontext():
-            return capture(batch, wanted=wanted, verify=verify)
-
-    def _attach_unreached(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Let every trainable parameter take part in the backward pass, which DDP waits for.
-
-        Parameters that the active terms don't reach get gradients of zero; :meth:`drop_zero_gradients` removes them.
-        """
-        self._attached = []
-        if distributed.world_size() == 1 or not self._reach or not torch.is_grad_enabled():
-            return values
-        reached = set().union(*(self._reach.get(name, set()) for name in values))
-        self._attached = [p for p in self.parameters() if p.requires_grad and id(p) not in reached]
-        first, *others = values
-        attached: Tensor = _Attach.apply(values[first], *self._attached)  # type: ignore[no-untyped-call]
-        return {first: attached, **{name: values[name] for name in others}}
 
     def drop_zero_gradients(self) -> None:
         """Unset the gradients of what the last step's terms don't reach, before the optimiser lets it decay."""
-        for parameter in self._attached:
-            parameter.grad = None
+        self._reach.drop()
 
     def student_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Select what the student's ``forward`` names, labels included: for evaluation."""
@@ -371,238 +284,39 @@ class Distillation(nn.Module):
         Raises:
             ObjectiveError: a term is not finite, or reaches no trainable parameter.
         """
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        checks: dict[str, TermCheck] = {}
-        reach: dict[str, set[int]] = {}
         used = {name: o for name, o in self.objectives.items() if o.weight != 0}
         for objective in used.values():
-            objective.begin(self._step or 0)  # the step they are in: nothing is drawn or learned anew
-        with _without_trace(self), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            objective.begin(Step(self._step.number or 0))  # the step they are in: nothing is drawn or learned anew
+        with without_trace(self), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             values, _ = self._run(batch, used, verify=True)
-            for name, value in values.items():
-                gradients = _gradients(name, value, parameters)
-                checks[name] = TermCheck(value.item(), _norm(gradients))
-                reach[name] = {id(p) for p, g in zip(parameters, gradients, strict=True) if g is not None}
-                _check_term(name, checks[name])
-        self._reach = reach  # only now: a run that failed leaves what was known
-        reached = set().union(*reach.values())
-        return DryRun(checks, [p for p in parameters if id(p) not in reached])
+            found, reach = check_terms(values, [p for p in self.parameters() if p.requires_grad])
+        self._reach.of = reach  # only now: a run that failed leaves what was known
+        return found
 
-    def synthetic_batch(self) -> dict[str, Any] | None:
+    def synthetic_batch(self) -> Mapping[str, Any] | None:
         """Make two short sequences of unequal length, or ``None`` where the models' inputs aren't known."""
-        batch: dict[str, Any] | None = synthetic_batch(unwrapped(self.student))
-        if batch is not None and isinstance(self._teacher_capture, StoredCapture):
-            batch[TARGETS] = self._teacher_capture.made_up(batch)
-        return batch
-
-    def with_targets(
-        self,
-        batch: Mapping[str, Any],
-        *,
-        step: int | None = None,
-        progress: float | None = None,
-        only: Collection[str] | None = None,
-    ) -> Mapping[str, Any]:
-        """Add the stored targets that a step will want to its batch, so that they move to its device along with it.
-
-        Changes nothing where the teacher isn't stored, or has to run for this batch.
-
-        Args:
-            batch: the batch, best still on the CPU.
-            step: see :meth:`forward`.
-            progress: see :meth:`forward`.
-            only: see :meth:`forward`.
-        """
-        if not isinstance(self.teacher, StoredTeacher) or not isinstance(batch, Mapping):
-            return batch
-        active = [self.objectives[name] for name in self.weights_at(progress, only)]
-        for objective in active:
-            objective.begin(step)
-        wants = (o.teacher_wants(self.teacher.sizes) for o in active if o.needs_teacher)
-        wanted = frozenset[Tap]().union(*wants)
-        if not wanted:
-            return batch
-        if self._teacher_capture is None or not {o.name for o in active} <= self._hooked:
-            self.attach()
-        assert isinstance(self._teacher_capture, StoredCapture)
-        targets = self._teacher_capture.read(batch, wanted)
-        return batch if targets is None else {**batch, TARGETS: targets}
+        batch = synthetic_batch(unwrapped(self.student))
+        needed = self.teacher is not None and any(o.needs_teacher for o in self.objectives.values())
+        return batch if batch is None or self.teacher is None or not needed else self.teacher.rehearse(batch)
 
     @property
-    def captured(self) -> dict[str, list[Tap]]:
-        """What is recorded of each model."""
-        captures = {"student": self._student_capture, "teacher": self._teacher_capture}
-        order: Callable[[Tap], tuple[str, int]] = lambda tap: (tap.name, tap.layer or 0)  # noqa: E731
-        return {role: sorted(c.wanted, key=order) for role, c in captures.items() if c is not None}
+    def captured(self) -> dict[Role, list[Tap]]:
+        """What may be recorded of each model."""
+        used = [o for o in self.objectives.values() if o.weight != 0]
+        models: dict[Role, ModelInfo] = {"student": ModelInfo.of(self.student)}
+        if self.teacher is not None:
+            models["teacher"] = self.teacher.info
+        taps: dict[Role, list[Tap]] = {}
+        for role, info in models.items():
+            reading = [o for o in used if role == "student" or o.needs_teacher]
+            places = {tap.place for o in reading for tap in o.may_read(role, info)}
+            if places or role == "student":
+                taps[role] = sorted(places, key=lambda tap: (tap.name, tap.layer or 0))
+        return taps
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the teacher along."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.teacher is not None:
-            self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self.teacher.apply(fn)
         return self
-
-
-def _named(objectives: Iterable[Objective] | Mapping[str, Objective]) -> dict[str, Objective]:
-    if isinstance(objectives, Mapping):
-        for name, objective in objectives.items():
-            objective.name = name
-        objectives = objectives.values()
-    if isinstance(objectives, Objective):
-        raise ObjectiveError(f"Objectives come in a list: [{type(objectives).__name__}(...)].")
-    named: dict[str, Objective] = {}
-    for objective in objectives:
-        if not isinstance(objective, Objective):
-            raise ObjectiveError(
-                f"{objective!r} is not an objective. Give instances, such as objectives.LogitsKL(), or of your own "
-                "subclass of Objective."
-            )
-        name = objective.name
-        if not name or "." in name or "/" in name or name == "loss" or hasattr(nn.ModuleDict, name):
-            raise ObjectiveError(
-                f"An objective can't be named {name!r}: a name has no '.' or '/', isn't 'loss', and is no method of a "
-                "ModuleDict, such as 'values'."
-            )
-        if name in named:
-            raise ObjectiveError(
-                f"Two objectives are named {name!r}. Name one of them: {type(objective).__name__}(..., name='...')."
-            )
-        named[name] = objective
-    if not named:
-        raise ObjectiveError(_NO_OBJECTIVE)
-    _check_weights(named)
-    return named
-
-
-def _check_weights(named: Mapping[str, Objective]) -> None:
-    if all(objective.weight == 0 for objective in named.values()):
-        raise ObjectiveError("All objectives have weight 0: nothing would be learned.")
-    for name, objective in named.items():
-        if isinstance(objective.weight, Schedule):
-            weights = [objective.weight(i / 100) for i in range(101)]
-            if not all(0 <= weight < float("inf") for weight in weights):
-                raise ObjectiveError(
-                    f"The weight of {name}, {objective.weight}, is not always a finite number >= 0: it goes from "
-                    f"{min(weights)} to {max(weights)}."
-                )
-
-
-def _check_length(batch: Mapping[str, Any], positions: int | None) -> None:
-    tokens = batch.get("input_ids")
-    if positions is not None and isinstance(tokens, Tensor) and tokens.shape[1] > positions:
-        raise ModelError(
-            f"A sequence of {tokens.shape[1]} tokens is longer than the models' {positions} positions. Cut the texts "
-            f"at {positions} tokens (max_length={positions} in the data module, truncation in your tokenizer)."
-        )
-
-
-def _check_two_models(student: nn.Module, teacher: nn.Module) -> None:
-    theirs = {id(p) for p in teacher.parameters()}
-    if any(id(p) in theirs for p in student.parameters()):
-        raise ModelError(
-            "Student and teacher share parameters, so training the student would change the teacher. Make the student "
-            "with init_student(teacher, ...) or copy.deepcopy(teacher)."
-        )
-    s, t = ModelInfo.of(student), ModelInfo.of(teacher)
-    if None not in (s.vocabulary, t.vocabulary) and s.vocabulary != t.vocabulary:
-        raise ModelError(
-            f"The student's vocabulary has {s.vocabulary} entries, the teacher's {t.vocabulary}: the same token ids "
-            "would mean different words. Student and teacher must share one tokenizer."
-        )
-    check_label_order(student, label_names(teacher), "the teacher")
-
-
-def label_names(model: nn.Module) -> list[str]:
-    """Give the names of a model's labels in their order; empty where it has none."""
-    id2label = getattr(getattr(unwrapped(model), "config", None), "id2label", None) or {}
-    return [str(id2label[number]).lower() for number in sorted(id2label)]
-
-
-def check_label_order(student: nn.Module, names: list[str], whose: str) -> None:
-    """Refuse the same labels in another order."""
-    mine = label_names(student)
-    if mine != names and sorted(mine) == sorted(names):
-        raise ModelError(
-            f"The student numbers its labels {mine}, {whose} {names}. Bring them into one order: the same number would "
-            "mean different labels."
-        )
-
-
-def _check_learned_parts(objective: Objective) -> None:
-    parts = [k for k, v in vars(objective).items() if isinstance(v, nn.Module | nn.Parameter) and k != "projections"]
-    if parts:
-        raise ObjectiveError(
-            f"{type(objective).__name__} keeps learnable parts in {parts}, where nothing would train them. Put modules "
-            "into self.projections['name'] in build()."
-        )
-
-
-def _own_precision(model: nn.Module) -> AbstractContextManager[Any]:
-    """Keep autocast away from a model in half precision: it needs none, and the other half would be mixed into it."""
-    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if weight is None or weight.dtype not in (torch.bfloat16, torch.float16):
-        return nullcontext()
-    return torch.autocast(weight.device.type, enabled=False)
-
-
-def _no_weight(progress: float | None) -> str:
-    when = "" if progress is None else f" at {progress:.1%} of the training"
-    return f"All terms have weight 0{when}: nothing would be learned. Let the schedules overlap, or train less long."
-
-
-class _Attach(torch.autograd.Function):
-    """Pass a value on, and give zero gradients to parameters that it doesn't depend on."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return (*gradients, *(torch.zeros_like(p) for p in ctx.saved_tensors))
-
-
-@contextmanager
-def _without_trace(module: nn.Module) -> Iterator[None]:
-    """Run something and put random state, buffers and training modes back."""
-    # transformers notes the problem type that labels suggest in the config: ours must not decide it.
-    configs = [m.config for m in module.modules() if isinstance(m, PreTrainedModel)]
-    problem_types = [getattr(config, "problem_type", None) for config in configs]
-    modes = {m: m.training for m in module.modules()}
-    buffers = [(b, b.clone()) for b in module.buffers()]
-    devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            for m, mode in modes.items():
-                m.training = mode
-            for config, problem_type in zip(configs, problem_types, strict=True):
-                config.problem_type = problem_type
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
-
-
-def _gradients(name: str, value: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
-    if not value.requires_grad:
-        raise ObjectiveError(f"The term {name} reaches no trainable parameter. Is the student frozen?")
-    gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-    if all(gradient is None for gradient in gradients):
-        raise ObjectiveError(f"The term {name} reaches no trainable parameter. Is what it trains frozen?")
-    return list(gradients)
-
-
-def _norm(gradients: list[Tensor | None]) -> float:
-    norms = [g.detach().float().norm() for g in gradients if g is not None]
-    return float(torch.stack(norms).norm()) if norms else 0.0
-
-
-def _check_term(name: str, check: TermCheck) -> None:
-    for what, number in (("value", check.value), ("gradient", check.gradient)):
-        if not number < float("inf"):
-            raise ObjectiveError(
-                f"The {what} of the term {name} is {number} in the dry run. Look for NaN in the models' weights, for "
-                "an unfit precision, or for a loss that divides by zero."
-            )

@@ -41,17 +41,17 @@ def _images(model: PreTrainedModel, _: int) -> Batch | None:
 
 
 def _texts(model: PreTrainedModel, tokens: int) -> Batch | None:
-    sizes = ModelInfo.of(model)
-    if sizes.vocabulary is None:
+    info = ModelInfo.of(model)
+    if info.vocabulary is None:
         return None
-    ids, mask = _rows(model, sizes.vocabulary, tokens)
+    ids, mask = _rows(model, info.vocabulary, tokens)
     batch: Batch | None = {"input_ids": ids, "attention_mask": mask}
-    if sizes.name.endswith(("ForMaskedLM", "ForCausalLM", "LMHeadModel")):
+    if info.name.endswith(("ForMaskedLM", "ForCausalLM", "LMHeadModel")):
         batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
-    elif sizes.stacks and "ForSequenceClassification" not in sizes.name:
-        batch = _decoded(ids, mask, sizes.name)
+    elif info.stacks and "ForSequenceClassification" not in info.name:
+        batch = _decoded(ids, mask, info.name)
     elif batch is not None:
-        batch = _labelled(batch, sizes, "ForSequenceClassification")
+        batch = _labelled(batch, info, "ForSequenceClassification")
     # Without a padding token a classifier of the causal kind takes one row at a time.
     rows = 1 if model.config.get_text_config().pad_token_id is None else 2
     return None if batch is None else {key: value[:rows] for key, value in batch.items()}
@@ -81,16 +81,16 @@ def _decoded(ids: Tensor, mask: Tensor, name: str) -> Batch | None:
     return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": said, "decoder_attention_mask": real}
 
 
-def _labelled(batch: Batch, sizes: ModelInfo, head: str) -> Batch | None:
+def _labelled(batch: Batch, info: ModelInfo, head: str) -> Batch | None:
     """Add labels for this head; no other head is known, and a model without one needs none."""
-    if head in sizes.name:
-        return batch | {"labels": _labels(sizes)}
-    return None if "For" in sizes.name else batch
+    if head in info.name:
+        return batch | {"labels": _labels(info)}
+    return None if "For" in info.name else batch
 
 
-def _labels(sizes: ModelInfo) -> Tensor:
-    if sizes.problem_type == "multi_label_classification":
-        return torch.zeros(2, sizes.labels or 1)
-    if sizes.labels == 1 or sizes.problem_type == "regression":
+def _labels(info: ModelInfo) -> Tensor:
+    if info.problem_type == "multi_label_classification":
+        return torch.zeros(2, info.labels or 1)
+    if info.labels == 1 or info.problem_type == "regression":
         return torch.zeros(2)
-    return torch.arange(2) % (sizes.labels or 1)
+    return torch.arange(2) % (info.labels or 1)

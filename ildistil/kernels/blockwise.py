@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ildistil.attention import Masks, Scores, seen, zeroed
+from ildistil.attention import Masks, Scores, visible, zeroed
 from ildistil.kernels.spans import spans
 
 __all__ = ["divergences", "squared_errors"]
@@ -254,7 +254,7 @@ def _reached(rows: slice, columns: slice, masks: Masks) -> slice:
 
 
 def _blocked(b: int, rows: slice, columns: slice, masks: Masks, device: torch.device) -> Tensor | None:
-    parts = [seen(masks, rows, columns, device)]
+    parts = [visible(masks, rows, columns, device)]
     if masks.key_mask is not None:
         parts.append(masks.key_mask[b, columns])
     if masks.query_mask is not None:

@@ -1,7 +1,7 @@
 """Objectives: composable terms of the distillation loss, given to the Trainer as callbacks."""
 
 from ildistil.objectives.attention import QKVMSE, AttentionDIST, AttentionKL, AttentionMSE, AttentionOutputMSE
-from ildistil.objectives.base import LayerObjective, Objective
+from ildistil.objectives.base import Count, Objective
 from ildistil.objectives.contrast import CLSContrast, CLSInBatchContrast
 from ildistil.objectives.hidden import (
     CLSMSE,
@@ -13,6 +13,8 @@ from ildistil.objectives.hidden import (
     HiddenMSE,
 )
 from ildistil.objectives.logits import LogitsDIST, LogitsKL, LogitsMSE
+from ildistil.objectives.mapped import JointObjective, MappedObjective
+from ildistil.objectives.pairwise import PairwiseObjective
 from ildistil.objectives.projection import Projection
 from ildistil.objectives.relation import RelationKL, ValueRelationKL
 from ildistil.objectives.task import TaskLoss
@@ -27,16 +29,19 @@ __all__ = [
     "CLSAttentiveMSE",
     "CLSContrast",
     "CLSInBatchContrast",
+    "Count",
     "EmbeddingMSE",
     "HiddenCKA",
     "HiddenConcatMSE",
     "HiddenCosine",
     "HiddenMSE",
-    "LayerObjective",
+    "JointObjective",
     "LogitsDIST",
     "LogitsKL",
     "LogitsMSE",
+    "MappedObjective",
     "Objective",
+    "PairwiseObjective",
     "Projection",
     "RelationKL",
     "TaskLoss",

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ildistil import distributed, functional, kernels
-from ildistil.attention import allowed_map
-from ildistil.capture import Activations, Attention, ModelInfo
+from ildistil.attention import Attention, Masks, allowed_map
+from ildistil.capture import Activations, ModelInfo
 from ildistil.errors import ObjectiveError
 from ildistil.mappings import LayerMapping
-from ildistil.objectives.base import LayerObjective, Stack, Weight, same_tokens
+from ildistil.objectives.base import Weight, same_tokens
+from ildistil.objectives.mapped import Stack
+from ildistil.objectives.pairwise import PairwiseObjective
 from ildistil.objectives.projection import ProjectionOption
 from ildistil.objectives.states import StateObjective
 
@@ -24,18 +26,29 @@ Over = Literal["tokens", "heads", "sentences"]
 _PARTS = {"q", "k", "v"}
 
 
-class _AttentionObjective(LayerObjective):
+class _AttentionObjective(PairwiseObjective):
     """Compares attention head by head."""
 
     taps = ("attention",)
-    attention_parts = "qk"
-    one_pair_at_a_time = True
-    heads: Heads = "equal"
+    vectors = "qk"
+
+    def __init__(
+        self,
+        weight: Weight,
+        mapping: LayerMapping | None,
+        heads: Heads,
+        stack: Stack | None,
+        name: str | None,
+    ) -> None:
+        super().__init__(weight, mapping, stack, name)
+        if heads not in get_args(Heads):
+            raise ObjectiveError(f"{type(self).__name__}: heads must be 'equal' or 'merge', got {heads!r}.")
+        self.heads = heads
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Resolve the mapping and check that heads can be paired."""
         super().build(student, teacher)
-        s, t = self.sizes
+        s, t = self.models
         if s.heads == t.heads or self.heads == "merge":
             return
         raise ObjectiveError(
@@ -45,8 +58,8 @@ class _AttentionObjective(LayerObjective):
         )
 
     def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
-        """Give the masked loss of one pair."""
-        s, t = student.attention[pair[0]], teacher.attention[pair[1]]
+        """Return the masked loss of one pair."""
+        s, t = student.attention.take(pair[0]), teacher.attention.take(pair[1])
         same_tokens(s.query, t.query, axis=2)
         same_tokens(s.key, t.key, axis=2)
         return self.compare(s, t)
@@ -55,17 +68,24 @@ class _AttentionObjective(LayerObjective):
     def compare(self, student: Attention, teacher: Attention) -> Tensor:
         """Compare two layers: a scalar."""
 
+    def describe(self) -> str:
+        """Return the pairs, and the number of heads after merging."""
+        s, t = (info.heads or 1 for info in self.models)
+        merged = "" if s == t else f", {s} and {t} heads merged to {math.gcd(s, t)}"
+        return super().describe() + merged
 
-def _masks(student: Attention, teacher: Attention) -> kernels.Masks:
-    """Tell what both may attend to."""
-    windows = [a.window for a in (student, teacher) if a.window is not None]
-    return student.masks._replace(causal=student.causal or teacher.causal, window=min(windows, default=None))
+
+def both_masks(student: Attention, teacher: Attention) -> Masks:
+    """Return what both models may attend to."""
+    s, t = student.masks, teacher.masks
+    windows = [masks.window for masks in (s, t) if masks.window is not None]
+    return s._replace(causal=s.causal or t.causal, window=min(windows, default=None))
 
 
 def _maps(student: Attention, teacher: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Give the scores of both, what both may attend to, and which queries are real."""
-    allowed = allowed_map(student.query, student.key, _masks(student, teacher))
-    return student.scores(), teacher.scores(), allowed, student.real_queries()
+    """Return the scores of both, what both may attend to, and which queries are real."""
+    allowed = allowed_map(student.query, student.key, both_masks(student, teacher))
+    return student.score_map(), teacher.score_map(), allowed, student.real()
 
 
 class AttentionMSE(_AttentionObjective):
@@ -86,36 +106,22 @@ class AttentionMSE(_AttentionObjective):
     Source: Jiao et al., "TinyBERT", 2020; Wang et al., "How to Distill your BERT", 2023.
     """
 
-    def compare(self, student: Attention, teacher: Attention) -> Tensor:
-        """Give the mean over examples of the squared error."""
-        values = kernels.attention_mse(student.score_parts(), teacher.score_parts(), _masks(student, teacher))
-        return functional.example_mean(values, student.real_queries().sum(1))
-
-
-class _MergingObjective(_AttentionObjective):
-    """Compares attention probabilities, which can be averaged over heads."""
-
     def __init__(
         self,
         weight: Weight = 1.0,
         mapping: LayerMapping | None = None,
-        heads: Heads = "equal",
         stack: Stack | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight, mapping, stack, name)
-        if heads not in get_args(Heads):
-            raise ObjectiveError(f"{type(self).__name__}: heads must be 'equal' or 'merge', got {heads!r}.")
-        self.heads = heads
+        super().__init__(weight, mapping, "equal", stack, name)
 
-    def describe(self) -> str:
-        """Give the pairs, and the number of heads after merging."""
-        s, t = (sizes.heads or 1 for sizes in self.sizes)
-        merged = "" if s == t else f", {s} and {t} heads merged to {math.gcd(s, t)}"
-        return super().describe() + merged
+    def compare(self, student: Attention, teacher: Attention) -> Tensor:
+        """Return the mean over examples of the squared error."""
+        values = kernels.attention_mse(student.scores, teacher.scores, both_masks(student, teacher))
+        return functional.example_mean(values, student.real().sum(1))
 
 
-class AttentionKL(_MergingObjective):
+class AttentionKL(_AttentionObjective):
     """Kullback-Leibler divergence of the attention distributions of mapped layers, teacher first ("Att-KL").
 
     ``1/(H n) sum_h sum_i KL(softmax(a_T,hi) || softmax(a_S,hi))`` over the ``n`` real queries of an example; mean over
@@ -135,16 +141,26 @@ class AttentionKL(_MergingObjective):
     Source: Wang et al., "MiniLM", 2020; Wang et al., "How to Distill your BERT", 2023.
     """
 
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        mapping: LayerMapping | None = None,
+        heads: Heads = "equal",
+        stack: Stack | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, mapping, heads, stack, name)
+
     def compare(self, student: Attention, teacher: Attention) -> Tensor:
-        """Give the mean over examples of the divergence."""
+        """Return the mean over examples of the divergence."""
         if student.heads == teacher.heads:
-            values = kernels.attention_kl(student.score_parts(), teacher.score_parts(), _masks(student, teacher))
+            values = kernels.attention_kl(student.scores, teacher.scores, both_masks(student, teacher))
         else:
             values = functional.attention_kl(*_maps(student, teacher))
-        return functional.example_mean(values, student.real_queries().sum(1))
+        return functional.example_mean(values, student.real().sum(1))
 
 
-class AttentionDIST(_MergingObjective):
+class AttentionDIST(_AttentionObjective):
     """Pearson distance of the attention probabilities of mapped layers, over tokens, heads or sentences.
 
     ``1 - corr(p_S, p_T)`` over the keys of each query (``"tokens"``), over the heads of each pair of tokens
@@ -186,7 +202,7 @@ class AttentionDIST(_MergingObjective):
         self.batch_coupled = over == "sentences"
 
     def compare(self, student: Attention, teacher: Attention) -> Tensor:
-        """Give the mean distance."""
+        """Return the mean distance."""
         s, t, allowed, real = _maps(student, teacher)
         if self.over != "sentences":
             return functional.example_mean(functional.attention_dist(s, t, allowed, real, self.over), real.sum(1))
@@ -196,21 +212,11 @@ class AttentionDIST(_MergingObjective):
         return functional.attention_dist_over_batch(s, t, allowed, F.pad(real, (0, more)), distributed.all_reduce_sum)
 
     def describe(self) -> str:
-        """Give the pairs, and what the correlation runs over."""
+        """Return the pairs, and what the correlation runs over."""
         return f"{super().describe()}, over {self.over}"
 
 
-class _AttentionStates(StateObjective):
-    """Compares states that the attention of mapped layers makes."""
-
-    taps = ("attention",)
-
-    def width(self, sizes: ModelInfo) -> int | None:
-        """Give the width of all heads together."""
-        return sizes.attention_width
-
-
-class AttentionOutputMSE(_AttentionStates):
+class AttentionOutputMSE(StateObjective):
     """Mean squared error of what the attention of mapped layers gives: the values, averaged by the probabilities.
 
     ``1/(n d) sum_i ||W c_S,i + b - c_T,i||^2`` with ``c_i = [softmax(a_hi) v_h for all heads h]``, before the layer's
@@ -227,17 +233,24 @@ class AttentionOutputMSE(_AttentionStates):
         ObjectiveError: the widths differ and there is no projection.
     """
 
-    def state(self, activations: Activations, layer: int, part: str) -> Tensor:
+    taps = ("attention",)
+
+    def width(self, info: ModelInfo) -> int | None:
+        """Return the width of all heads together."""
+        return info.attention_width
+
+    def states(self, activations: Activations, layer: int) -> list[tuple[Tensor, Tensor]]:
         """Recompute the output from query, key and value."""
-        attention = activations.attention[layer]
-        return functional.attention_output(attention.scores(), attention.value, attention.allowed())
+        attention = activations.attention.take(layer)
+        output = functional.attention_output(attention.score_map(), attention.value, attention.allowed_map())
+        return [(output, activations.mask)]
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Give the squared error of each example."""
+        """Return the squared error of each example."""
         return functional.hidden_mse(student, teacher, mask)
 
 
-class QKVMSE(_AttentionStates):
+class QKVMSE(StateObjective):
     """Mean squared error of the queries, keys and values of mapped layers themselves.
 
     ``1/(n d) sum_i ||W x_S,i + b - x_T,i||^2`` with ``x`` the vectors of all heads of a token side by side, after
@@ -258,6 +271,8 @@ class QKVMSE(_AttentionStates):
     Source: compare Wang et al., "MiniLMv2", 2021, who found relations among them better.
     """
 
+    taps = ("attention",)
+
     def __init__(
         self,
         weight: Weight = 1.0,
@@ -270,17 +285,17 @@ class QKVMSE(_AttentionStates):
         super().__init__(weight, mapping, projection, stack, "qkv_mse" if name is None else name)
         if not parts or not set(parts) <= _PARTS or len(set(parts)) < len(parts):
             raise ObjectiveError(f"QKVMSE: parts are any of 'q', 'k' and 'v', each once; got {list(parts)}.")
-        self.parts, self.attention_parts = tuple(parts), "".join(parts)
+        self.kinds, self.vectors = tuple(parts), "".join(parts)
 
-    def state(self, activations: Activations, layer: int, part: str) -> Tensor:
-        """Join the heads of queries, keys or values."""
-        return activations.attention[layer].per_head(part).transpose(1, 2).flatten(2)
+    def width(self, info: ModelInfo) -> int | None:
+        """Return the width of all heads together."""
+        return info.attention_width
 
-    def token_mask(self, activations: Activations, layer: int, part: str) -> Tensor:
-        """Keys and values have the tokens that are attended to, which in cross attention are others."""
-        attention = activations.attention[layer]
-        return attention.real_queries() if part == "q" else attention.real_keys()
+    def states(self, activations: Activations, layer: int) -> list[tuple[Tensor, Tensor]]:
+        """Join the heads; keys and values have the tokens that are attended to, which in cross attention are others."""
+        attention = activations.attention.take(layer)
+        return [(attention.vectors(part).transpose(1, 2).flatten(2), attention.real(part)) for part in self.kinds]
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Give the squared error of each example."""
+        """Return the squared error of each example."""
         return functional.hidden_mse(student, teacher, mask)

@@ -12,12 +12,14 @@ from ildistil.capture import Activations, ModelInfo
 from ildistil.errors import ObjectiveError
 from ildistil.functional.reduction import unit
 from ildistil.mappings import All, LayerMapping
-from ildistil.objectives.base import LayerObjective, Stack, Weight, same_tokens
+from ildistil.objectives.base import Count, Weight, same_tokens
+from ildistil.objectives.mapped import JointObjective, Stack
+from ildistil.stages import Step
 
 __all__ = ["CLSContrast", "CLSInBatchContrast"]
 
 
-class _Contrast(LayerObjective):
+class _Contrast(JointObjective):
     """Compares first-token states of all mapped layers, concatenated and mapped to a few dimensions on both sides."""
 
     taps = ("hidden",)
@@ -44,31 +46,23 @@ class _Contrast(LayerObjective):
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Resolve the mapping and make a projection of each model."""
         super().build(student, teacher)
-        for role, sizes, layers in zip(("student", "teacher"), self.sizes, self.layers(), strict=True):
-            if sizes.width is None:
+        for role, info, layers in zip(("student", "teacher"), self.models, self.layers(), strict=True):
+            if info.width is None:
                 raise ObjectiveError(
                     f"{type(self).__name__} needs the width of the {role}, and a config doesn't say it."
                 )
-            self.projections[role] = nn.Linear(sizes.width * len(layers), self.size)
-
-    def describe(self) -> str:
-        """Give the layers of both sides."""
-        return self.describe_layers()
-
-    def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
-        """Not used: all layers are compared together."""
-        raise NotImplementedError
+            self.projections[role] = nn.Linear(info.width * len(layers), self.size)
 
     def _vectors(self, student: Activations, teacher: Activations) -> tuple[Tensor, Tensor, Tensor]:
-        """Give a vector of length 1 for each example, of both models, and which examples have a token at all."""
+        """Return a vector of length 1 for each example, of both models, and which examples have a token at all."""
         mask = student.stack(self.stack).mask
         vectors = []
         for role, run, layers in zip(("student", "teacher"), (student, teacher), self.layers(), strict=True):
-            hidden = run.stack(self.stack).hidden
-            same_tokens(mask, hidden[layers[0]], axis=1)
+            hidden = [run.stack(self.stack).hidden.take(layer) for layer in layers]
+            same_tokens(mask, hidden[0], axis=1)
             projection = self.projections[role]
             precision = next(projection.parameters()).dtype  # a teacher in half precision has another
-            states = [functional.first_token(hidden[layer], mask).to(precision) for layer in layers]
+            states = [functional.first_token(state, mask).to(precision) for state in hidden]
             with functional.full_precision(projection(torch.cat(states, dim=-1))) as (vector,):
                 vectors.append(unit(vector))
         return vectors[0], vectors[1], mask.any(1)
@@ -141,25 +135,25 @@ class CLSContrast(_Contrast):
             )
         super().build(student, teacher)
 
-    def claim(self, engine: object | None) -> None:
-        """Note which engine uses this objective; without one the bank is empty, as its vectors are of that engine."""
-        super().claim(engine)
+    def bind(self, engine: object | None) -> None:
+        """Bind to an engine; without one the bank is empty, as its vectors are of that engine."""
+        super().bind(engine)
         if engine is None:
             self._forget()
 
-    def begin(self, step: int | None) -> None:
+    def begin(self, step: Step) -> None:
         """Let the bank learn what was met in the step before; within a step it stays, whatever is accumulated."""
         super().begin(step)
-        if step is None:
+        if step.number is None:
             raise ObjectiveError(
-                f"{self.name} draws texts anew at every step. Say which it is: distill(batch, step=step)."
+                f"{self.name} draws texts anew at every step. Say which it is: distill(batch, Step(number))."
             )
-        if step != self._step:
+        if step.number != self._step:
             self._learn()
-        self._step = step
+        self._step = step.number
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
-        """Give the mean of both directions."""
+        """Return the mean of both directions."""
         rows, classes = self._rows(batch)
         s, t, real = self._vectors(student, teacher)
         real = real & (classes >= 0)
@@ -171,9 +165,9 @@ class CLSContrast(_Contrast):
         values = (values + functional.info_nce(t, s, bank["student"], allowed, self.temperature)) / 2
         return functional.example_mean(values, real)
 
-    def count(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:
-        """Give the number of examples with a token and a class."""
-        return (student.stack(self.stack).mask.any(1) & (self._rows(batch)[1] >= 0)).sum()
+    def count(self, student: Activations, batch: Mapping[str, Any]) -> Count:
+        """Return the number of examples with a token and a class."""
+        return Count((student.stack(self.stack).mask.any(1) & (self._rows(batch)[1] >= 0)).sum())
 
     def remember(self) -> None:
         """Note the texts of this step, of all processes."""
@@ -182,7 +176,7 @@ class CLSContrast(_Contrast):
         self._now = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the bank for a checkpoint, and what it is about to learn."""
+        """Return the bank for a checkpoint, and what it is about to learn."""
         used = len(self._slots)
         bank = {role: vectors[:used].clone() for role, vectors in self._bank.items()}
         return {
@@ -298,7 +292,7 @@ class CLSInBatchContrast(_Contrast):
     batch_coupled = True
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
-        """Give the mean of both directions, over the examples of all processes."""
+        """Return the mean of both directions, over the examples of all processes."""
         s, t, real = self._vectors(student, teacher)
         s, t, real = distributed.all_gather(s), distributed.all_gather(t), distributed.all_gather(real.int()).bool()
         others = ~torch.eye(len(s), dtype=torch.bool, device=s.device) & real

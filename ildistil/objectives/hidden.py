@@ -1,16 +1,18 @@
 """Objectives on hidden states."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ildistil import distributed, functional
-from ildistil.capture import Activations
+from ildistil.capture import Activations, ModelInfo, Role, Tap
 from ildistil.mappings import All, Explicit, LayerMapping
-from ildistil.objectives.base import LayerObjective, Stack, Weight, same_tokens
-from ildistil.objectives.projection import ProjectionOption
+from ildistil.objectives.base import Weight, same_tokens
+from ildistil.objectives.mapped import JointObjective, MappedObjective, Stack
+from ildistil.objectives.pairwise import PairwiseObjective
+from ildistil.objectives.projection import ProjectionOption, option, project
 from ildistil.objectives.states import StateObjective
 
 __all__ = [
@@ -24,17 +26,7 @@ __all__ = [
 ]
 
 
-class _HiddenObjective(StateObjective):
-    """Compares hidden states of mapped layers, after a linear map where the widths differ."""
-
-    taps = ("hidden",)
-
-    def state(self, activations: Activations, layer: int, part: str) -> Tensor:
-        """Take the hidden state."""
-        return activations.hidden[layer]
-
-
-class HiddenMSE(_HiddenObjective):
+class HiddenMSE(StateObjective):
     """Mean squared error of the hidden states of mapped layers, over all real tokens ("Hid-Seq").
 
     ``1/(n d) sum_i ||W h_S,i + b - h_T,i||^2`` for an example of ``n`` tokens and a teacher of width ``d``; mean over
@@ -56,11 +48,11 @@ class HiddenMSE(_HiddenObjective):
     """
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Give the squared error of each example."""
+        """Return the squared error of each example."""
         return functional.hidden_mse(student, teacher, mask)
 
 
-class EmbeddingMSE(HiddenMSE):
+class EmbeddingMSE(StateObjective):
     """Mean squared error of the embedding outputs, over all real tokens.
 
     :class:`HiddenMSE` of layer 0: ``1/(n d) sum_i ||W h_S,i + b - h_T,i||^2``.
@@ -86,8 +78,12 @@ class EmbeddingMSE(HiddenMSE):
     ) -> None:
         super().__init__(weight, Explicit([[0, 0]]), projection, stack, name)
 
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+        """Return the squared error of each example."""
+        return functional.hidden_mse(student, teacher, mask)
 
-class HiddenCosine(_HiddenObjective):
+
+class HiddenCosine(StateObjective):
     """Cosine distance of the hidden states of mapped layers, over all real tokens.
 
     ``1/n sum_i (1 - cos(W h_S,i + b, h_T,i))`` for an example of ``n`` tokens; mean over examples, then over pairs.
@@ -106,11 +102,11 @@ class HiddenCosine(_HiddenObjective):
     """
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Give the distance of each example."""
+        """Return the distance of each example."""
         return functional.hidden_cosine(student, teacher, mask)
 
 
-class CLSMSE(_HiddenObjective):
+class CLSMSE(StateObjective):
     """Mean squared error of the first token's hidden state in mapped layers ("Hid-CLS"); normalised, it is PKD's.
 
     ``1/d ||W h_S,1 + b - h_T,1||^2``, or with ``normalize`` ``||h_S,1/||h_S,1|| - h_T,1/||h_T,1|| ||^2``; mean over
@@ -143,11 +139,11 @@ class CLSMSE(_HiddenObjective):
         self.normalize = normalize
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Give the squared error of each example's first token."""
+        """Return the squared error of each example's first token."""
         return functional.cls_mse(student, teacher, mask, self.normalize)
 
 
-class CLSAttentiveMSE(_HiddenObjective):
+class CLSAttentiveMSE(MappedObjective):
     """Mean squared error of the first token's state with an attention-weighted mean of several teacher layers.
 
     ``1/d ||W h_S - sum_j a_j h_T,j||^2`` with ``a = softmax_j((W h_S) h_T,j / sqrt(d))`` over the teacher layers ``j``
@@ -168,14 +164,33 @@ class CLSAttentiveMSE(_HiddenObjective):
     the division by ``sqrt(d)``).
     """
 
+    taps = ("hidden",)
     default_mapping = All()
 
-    def key(self, pair: tuple[int, int], part: str) -> str:
-        """Name the map of a student layer."""
-        return "shared" if self.projection.shared else str(pair[0])
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        mapping: LayerMapping | None = None,
+        projection: ProjectionOption = "auto",
+        stack: Stack | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, mapping, stack, name)
+        self.projection = option(projection)
+
+    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
+        """Resolve the mapping and make a projection of each student layer."""
+        super().build(student, teacher)
+        widths = (info.width for info in self.models)
+        self.projection.make(self, {self._key(layer) for layer, _ in self.pairs}, *widths)
+
+    def reads(self, role: Role, info: ModelInfo) -> list[Tap]:
+        """Return each student layer once, and the teacher layers of each."""
+        layers = self.layers()[0] if role == "student" else [t for _, t in self.pairs]
+        return [self.tap(layer) for layer in layers]
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
-        """Give the mean over the student layers."""
+        """Return the mean over the student layers."""
         student, teacher = student.stack(self.stack), teacher.stack(self.stack)
         layers: dict[int, list[int]] = {}
         for s, t in self.pairs:
@@ -183,25 +198,24 @@ class CLSAttentiveMSE(_HiddenObjective):
         losses = [self._layer_loss(s, chosen, student, teacher) for s, chosen in layers.items()]
         return sum(losses[1:], start=losses[0]) / len(losses)
 
+    def _key(self, layer: int) -> str:
+        return self.projection.key((layer, 0), draws=True)  # the map is of the student layer alone
+
     def _layer_loss(self, layer: int, chosen: list[int], student: Activations, teacher: Activations) -> Tensor:
-        mask = student.mask
-        same_tokens(student.hidden[layer], teacher.hidden[chosen[0]], axis=1)
-        first = functional.first_token(student.hidden[layer], mask)
-        own = self.projected(self.key((layer, 0), ""), first, mask.any(1))
+        mask, hidden = student.mask, student.hidden.take(layer)
+        others = [teacher.hidden.take(t) for t in chosen]
+        same_tokens(hidden, others[0], axis=1)
+        own = project(self.projections, self._key(layer), functional.first_token(hidden, mask), mask.any(1))
         # Autocast can't join states of the half precision that it isn't of itself.
-        with functional.full_precision(*(functional.first_token(teacher.hidden[t], mask) for t in chosen)) as states:
+        with functional.full_precision(*(functional.first_token(other, mask) for other in others)) as states:
             theirs = torch.stack(states, dim=1)
         with functional.full_precision(own, theirs) as (s, t):
             attention = (torch.einsum("bd,bld->bl", s, t) * t.shape[-1] ** -0.5).softmax(-1)
             target = torch.einsum("bl,bld->bd", attention, t)
             return functional.example_mean((s - target).square().mean(-1), mask.sum(1))
 
-    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Not used: layers are compared together, see :meth:`loss`."""
-        raise NotImplementedError
 
-
-class HiddenConcatMSE(_HiddenObjective):
+class HiddenConcatMSE(JointObjective):
     """Mean squared error between all mapped student layers together and all mapped teacher layers together.
 
     ``1/(n D) sum_i ||W s_i + b - t_i||^2``, where ``s_i`` and ``t_i`` are the states of token ``i`` in all student and
@@ -222,35 +236,40 @@ class HiddenConcatMSE(_HiddenObjective):
     is mapped).
     """
 
+    taps = ("hidden",)
     default_mapping = All()
 
-    def make_projections(self, keys: Iterable[str], student: int | None, teacher: int | None) -> None:
-        """Make one map for all layers."""
-        layers_s, layers_t = self.layers()
-        super().make_projections(["all"], student and student * len(layers_s), teacher and teacher * len(layers_t))
+    def __init__(
+        self,
+        weight: Weight = 1.0,
+        mapping: LayerMapping | None = None,
+        projection: ProjectionOption = "auto",
+        stack: Stack | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, mapping, stack, name)
+        self.projection = option(projection)
+
+    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
+        """Resolve the mapping and make one projection for all layers."""
+        super().build(student, teacher)
+        sides = zip(self.models, self.layers(), strict=True)
+        self.projection.make(self, ["all"], *(info.width and info.width * len(layers) for info, layers in sides))
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
-        """Give the error of the concatenated states."""
+        """Return the error of the concatenated states."""
         student, teacher = student.stack(self.stack), teacher.stack(self.stack)
-        layers_s, layers_t = self.layers()
-        s = torch.cat([student.hidden[layer] for layer in layers_s], dim=-1)
+        own, theirs = self.layers()
+        s = torch.cat([student.hidden.take(layer) for layer in own], dim=-1)
         # Autocast can't join states of the half precision that it isn't of itself.
-        with functional.full_precision(*(teacher.hidden[layer] for layer in layers_t)) as states:
+        with functional.full_precision(*(teacher.hidden.take(layer) for layer in theirs)) as states:
             t = torch.cat(states, dim=-1)
         same_tokens(s, t, axis=1)
-        values = functional.hidden_mse(self.projected("all", s, student.mask), t, student.mask)
+        values = functional.hidden_mse(project(self.projections, "all", s, student.mask), t, student.mask)
         return functional.example_mean(values, student.mask.sum(1))
 
-    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Not used: all layers are compared together, see :meth:`loss`."""
-        raise NotImplementedError
 
-    def describe(self) -> str:
-        """Give the layers of both sides."""
-        return self.describe_layers()
-
-
-class HiddenCKA(LayerObjective):
+class HiddenCKA(PairwiseObjective):
     """One minus the linear centred kernel alignment of the hidden states of mapped layers, over all tokens of a batch.
 
     ``1 - ||X^T Y||_F^2 / (||X^T X||_F ||Y^T Y||_F)`` with the real tokens of the batch as rows of ``X`` (student) and
@@ -271,7 +290,7 @@ class HiddenCKA(LayerObjective):
     batch_coupled = True
 
     def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
-        """Give the distance of two layers."""
-        s, t = student.hidden[pair[0]], teacher.hidden[pair[1]]
+        """Return the distance of two layers."""
+        s, t = student.hidden.take(pair[0]), teacher.hidden.take(pair[1])
         same_tokens(s, t, axis=1)
         return functional.hidden_cka(s, t, student.mask, distributed.all_reduce_sum)

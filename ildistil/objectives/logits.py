@@ -12,7 +12,7 @@ from ildistil.capture import Activations, LazyLogits, ModelInfo
 from ildistil.errors import ObjectiveError
 from ildistil.functional.logits import Divergence
 from ildistil.kernels import chunked
-from ildistil.objectives.base import Objective, Weight
+from ildistil.objectives.base import Count, Objective, Weight
 
 __all__ = ["LogitsDIST", "LogitsKL", "LogitsMSE"]
 
@@ -34,14 +34,13 @@ class _LogitsObjective(Objective):
                 f"{type(self).__name__}: one model predicts the next token, the other doesn't. Give both the same head."
             )
 
-    def count(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:
-        """Give the number of examples, or of target tokens of a language model."""
+    def count(self, student: Activations, batch: Mapping[str, Any]) -> Count:
+        """Return the number of examples, or of target tokens of a language model."""
         targets = self._targets(student, batch)
-        self.counts_tokens = targets.ndim == 2
-        return targets.sum()
+        return Count(targets.sum(), "tokens" if targets.ndim == 2 else "examples")
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
-        """Give the mean over examples, or over the target tokens of a language model."""
+        """Return the mean over examples, or over the target tokens of a language model."""
         if student.lazy_logits is not None:
             return self._token_loss(student.lazy_logits, teacher, self._targets(student, batch))
         s, t = student.logits, teacher.logits
@@ -76,7 +75,7 @@ class _LogitsObjective(Objective):
             )
 
     def _targets(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:
-        """Tell which rows of the logits count: boolean, ``(batch,)`` or ``(batch, tokens)``."""
+        """Return which rows of the logits count: boolean, ``(batch,)`` or ``(batch, tokens)``."""
         if student.lazy_logits is None and student.logits.ndim == 2:
             return student.mask.any(1)
         labels = batch.get("labels")
@@ -95,7 +94,7 @@ class _RowObjective(_LogitsObjective):
         """Compare rows of logits ``(rows, labels)``: one value for each."""
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Give the mean over the rows."""
+        """Return the mean over the rows."""
         return functional.example_mean(self.values(student, teacher), mask)
 
     def _token_loss(self, student: LazyLogits, teacher: Activations, targets: Tensor) -> Tensor:
@@ -169,11 +168,11 @@ class LogitsKL(_RowObjective):
         _check_classes(self, student, teacher)
 
     def values(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Give the divergence of every row."""
+        """Return the divergence of every row."""
         return functional.logits_kl(student, teacher, self.temperature, self.divergence, self.beta, self.top_k)
 
     def describe(self) -> str:
-        """Say the temperature, and what is not the usual divergence."""
+        """Return the temperature, and what is not the usual divergence."""
         parts = ["logits", f"T = {self.temperature:g}"]
         parts += [self.divergence] if self.divergence != "forward" else []
         parts += [f"top {self.top_k}"] if self.top_k is not None else []
@@ -196,7 +195,7 @@ class LogitsMSE(_RowObjective):
     """
 
     def values(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Give the squared error of every row."""
+        """Return the squared error of every row."""
         return functional.logits_mse(student, teacher)
 
 
@@ -249,7 +248,7 @@ class LogitsDIST(_LogitsObjective):
             )
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Give both parts, over the rows of all processes."""
+        """Return both parts, over the rows of all processes."""
         within = functional.logits_dist(student, teacher, self.temperature)
         rows = distributed.all_reduce_sum(mask.sum()).clamp(min=1)
         inter = distributed.all_reduce_sum(torch.where(mask, within, 0).sum()) / rows

@@ -1,13 +1,16 @@
 """Learned maps from the student's states to the teacher's width."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ildistil.errors import ObjectiveError
+from ildistil.objectives.base import Objective
 
-__all__ = ["Projection", "ProjectionOption"]
+__all__ = ["Projection", "ProjectionOption", "option", "project"]
 
 When = Literal["auto", "always", "never"]
 
@@ -32,24 +35,63 @@ class Projection:
         if self.when not in get_args(When):
             raise ObjectiveError(f"projection must be 'auto', 'always' or 'never', got {self.when!r}.")
 
-    def make(self, student: int, teacher: int) -> nn.Module | None:
-        """Give the map from one width to another, or ``None`` where there is to be none.
+    def make(self, objective: Objective, keys: Iterable[str], student: int | None, teacher: int | None) -> None:
+        """Make the maps of an objective from the student's width to the teacher's, if there are to be any.
+
+        Args:
+            objective: gets the maps as its ``projections``.
+            keys: a name for each map.
+            student: width of the student's states.
+            teacher: width of the teacher's.
 
         Raises:
-            ObjectiveError: the widths differ and ``when`` is ``"never"``.
+            ObjectiveError: a width isn't known, or the widths differ and ``when`` is ``"never"``.
         """
+        name = type(objective).__name__
+        if student is None or teacher is None:
+            raise ObjectiveError(f"{name} needs the widths of both models, and a config doesn't say them.")
         if self.when == "never" and student != teacher:
             raise ObjectiveError(
-                f"the student's width is {student}, the teacher's {teacher}. Use projection='auto', which learns a "
-                "linear map between them."
+                f"{name}: the student's width is {student}, the teacher's {teacher}. Use projection='auto', which "
+                "learns a linear map between them."
             )
-        if self.when == "never" or (self.when == "auto" and student == teacher):
-            return None
+        if self.when == "always" or student != teacher:
+            for key in sorted(keys):
+                objective.projections[key] = self._map(student, teacher)
+
+    def _map(self, student: int, teacher: int) -> nn.Module:
         linear = nn.Linear(student, teacher)
         if self.orthogonal:
             nn.init.orthogonal_(linear.weight)
             nn.init.zeros_(linear.bias)
         return nn.Sequential(linear, nn.LayerNorm(teacher)) if self.norm else linear
+
+    def key(self, pair: tuple[int, int], draws: bool = False) -> str:
+        """Name the map of a pair: the pair's own, or the student layer's where teacher layers are drawn."""
+        if self.shared:
+            return "shared"
+        return str(pair[0]) if draws else f"{pair[0]}_{pair[1]}"
+
+
+def project(projections: nn.ModuleDict, key: str, states: Tensor, mask: Tensor) -> Tensor:
+    """Apply the map of a key, if there is one.
+
+    Args:
+        projections: an objective's maps.
+        key: the map's name.
+        states: ``(batch, ..., width)``.
+        mask: boolean, the shape of ``states`` without the width; what is masked, NaN included, must not reach the
+            map's gradient.
+    """
+    if key not in projections:
+        return states
+    projected: Tensor = projections[key](torch.where(mask.unsqueeze(-1), states, 0))
+    return projected
+
+
+def option(projection: "ProjectionOption") -> Projection:
+    """Return the whole option for its short form."""
+    return projection if isinstance(projection, Projection) else Projection(projection)
 
 
 ProjectionOption = When | Projection

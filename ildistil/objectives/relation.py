@@ -5,17 +5,20 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ildistil import functional, kernels
-from ildistil.capture import Activations, Attention, ModelInfo
+from ildistil.attention import Attention, Masks, Scores
+from ildistil.capture import Activations, ModelInfo
 from ildistil.errors import ObjectiveError
 from ildistil.mappings import Last, LayerMapping
-from ildistil.objectives.base import LayerObjective, Stack, Weight, same_tokens
+from ildistil.objectives.base import Weight, same_tokens
+from ildistil.objectives.mapped import Stack
+from ildistil.objectives.pairwise import PairwiseObjective
 
 __all__ = ["RelationKL", "ValueRelationKL"]
 
 _PARTS = {"q", "k", "v"}
 
 
-class RelationKL(LayerObjective):
+class RelationKL(PairwiseObjective):
     """Kullback-Leibler divergence of relations among queries, keys and values of mapped layers, teacher first.
 
     For a relation such as ``"q-q"`` the vectors of all heads are joined and cut into ``R`` relation heads of size
@@ -42,7 +45,6 @@ class RelationKL(LayerObjective):
 
     taps = ("attention",)
     default_mapping = Last()
-    one_pair_at_a_time = True
 
     def __init__(
         self,
@@ -59,19 +61,19 @@ class RelationKL(LayerObjective):
             got = repr(bad[0]) if bad else "none"
             raise ObjectiveError(f"{type(self).__name__}: a relation is 'q-q', 'k-k', 'v-v', 'q-k' ...; got {got}.")
         self.relations, self.heads = tuple(relations), heads
-        self.attention_parts = "".join(sorted({part for relation in relations for part in relation if part != "-"}))
+        self.vectors = "".join(sorted({part for relation in relations for part in relation if part != "-"}))
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Resolve the mapping and check that relation heads can be paired."""
         super().build(student, teacher)
-        student, teacher = self.sizes
+        student, teacher = self.models
         if self.heads is None and student.heads != teacher.heads:
             raise ObjectiveError(
                 f"{type(self).__name__}: the student has {student.heads} heads, the teacher {teacher.heads}. Set heads "
                 "to a number that divides both widths: vectors are then cut into that many relation heads."
             )
         if self.heads is not None and (
-            self.heads < 1 or any(s.attention_width and s.attention_width % self.heads for s in (student, teacher))
+            self.heads < 1 or any(m.attention_width and m.attention_width % self.heads for m in (student, teacher))
         ):
             raise ObjectiveError(
                 f"{type(self).__name__}: heads={self.heads} must divide the widths of all heads of student "
@@ -79,8 +81,8 @@ class RelationKL(LayerObjective):
             )
 
     def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
-        """Give the mean over the relations of one pair."""
-        s, t = student.attention[pair[0]], teacher.attention[pair[1]]
+        """Return the mean over the relations of one pair."""
+        s, t = student.attention.take(pair[0]), teacher.attention.take(pair[1])
         same_tokens(s.query, t.query, axis=2)
         same_tokens(s.key, t.key, axis=2)
         losses = [self._relation_loss(s, t, relation) for relation in self.relations]
@@ -90,21 +92,23 @@ class RelationKL(LayerObjective):
         own, theirs = (self._relation(attention, relation) for attention in (student, teacher))
         if self.stack == "cross":
             # Queries and keys are of different texts: each part has its own tokens, and there is no causality.
-            rows, columns = (student.query_mask if part == "q" else student.key_mask for part in relation[::2])
-            masks = kernels.Masks(rows, columns)
+            rows, columns = (
+                student.masks.query_mask if part == "q" else student.masks.key_mask for part in relation[::2]
+            )
+            masks = Masks(rows, columns)
         else:
             masks = student.masks
         values = kernels.attention_kl(own, theirs, masks)
         return values.mean() if masks.query_mask is None else functional.example_mean(values, masks.query_mask.sum(1))
 
-    def _relation(self, attention: Attention, relation: str) -> kernels.Scores:
-        """Give both sides of a relation."""
+    def _relation(self, attention: Attention, relation: str) -> Scores:
+        """Return both sides of a relation."""
         left, right = (self._cut(attention, part) for part in relation[::2])
-        return kernels.Scores(left, right, left.shape[-1] ** -0.5)
+        return Scores(left, right, left.shape[-1] ** -0.5)
 
     def _cut(self, attention: Attention, part: str) -> Tensor:
         """(batch, heads, tokens, size) -> (batch, relation heads, tokens, size): join the heads, then cut anew."""
-        x = attention.unmasked(part)  # kernels never look at padding
+        x = attention.vectors(part)  # kernels never look at padding
         if self.heads is None:
             return x
         # Heads and tokens swap places first: a plain reshape would mix tokens.

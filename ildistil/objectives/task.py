@@ -10,7 +10,7 @@ from torch import Tensor
 from ildistil import functional
 from ildistil.capture import Activations, LazyLogits, ModelInfo
 from ildistil.kernels import chunked
-from ildistil.objectives.base import Objective
+from ildistil.objectives.base import Count, Objective
 
 __all__ = ["TaskLoss"]
 
@@ -34,22 +34,21 @@ class TaskLoss(Objective):
         """Note whether the student predicts the next token."""
         self._next_token = student.next_token
 
-    def count(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:
-        """Give the number of labels: of examples, or of the target tokens of a language model."""
+    def count(self, student: Activations, batch: Mapping[str, Any]) -> Count:
+        """Return the number of labels: of examples, or of the target tokens of a language model."""
         labels = batch.get("labels")
         if labels is None:  # the model takes them from elsewhere
             return super().count(student, batch)
-        self.counts_tokens = labels.ndim == 2 and not labels.is_floating_point()
         if labels.is_floating_point():
-            return torch.tensor(len(labels), device=labels.device)
+            return Count(torch.tensor(len(labels), device=labels.device))
         targets = labels[:, 1:] if self._next_token and labels.ndim == 2 else labels
-        return torch.as_tensor((targets != -100).sum())
+        return Count((targets != -100).sum(), "tokens" if labels.ndim == 2 else "examples")
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
-        """Give the student's loss; 0 for a batch without any label, of which the model makes a mean of nothing."""
+        """Return the student's loss; 0 for a batch without any label, of which the model makes a mean of nothing."""
         if student.lazy_logits is not None:  # not made yet: only those that have a label are, a few rows at a time
             return self._token_loss(student.lazy_logits)
-        return torch.where(self.count(student, batch) > 0, student.loss, 0)
+        return torch.where(self.count(student, batch).number > 0, student.loss, 0)
 
     def _token_loss(self, logits: LazyLogits) -> Tensor:
         states, labels = logits.labelled()

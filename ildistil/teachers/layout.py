@@ -13,31 +13,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ildistil.capture import Activations, Attention, ModelInfo, Tap, unwrapped
+from ildistil.attention import Attention, Masks, Scores
+from ildistil.capture import Activations, ModelInfo, Tap, merged, unwrapped
 from ildistil.capture.inputs import input_names
+from ildistil.capture.taps import PARTS
 from ildistil.errors import TargetsError
-from ildistil.objectives.base import Objective
 
-__all__ = ["Column", "Dtype", "Header", "Layout", "Scores", "TeacherFacts", "wanted_targets", "weights_digest"]
+__all__ = ["Column", "Constants", "Dtype", "Header", "Layout", "TeacherFacts", "weights_digest"]
 
 Dtype = Literal["float16", "bfloat16", "float32"]
-FORMAT = 1  # to be raised when the same targets would be stored in another way
-_PARTS = {"q": "query", "k": "key", "v": "value"}
-
-
-def wanted_targets(objectives: Iterable[Objective], teacher: ModelInfo) -> dict[Tap, str]:
-    """Give what objectives may want of the teacher at any step, with the wanted parts of each attention.
-
-    Args:
-        objectives: the objectives, after ``build``.
-        teacher: the teacher's sizes.
-    """
-    wanted: dict[Tap, str] = {}
-    for objective in objectives:
-        for tap in objective.teacher_may_want(teacher) if objective.needs_teacher else ():
-            parts = objective.attention_parts if tap.name == "attention" else ""
-            wanted[tap] = "".join(part for part in _PARTS if part in wanted.get(tap, "") + parts)
-    return wanted
+FORMAT = 2  # to be raised when the same targets would be stored in another way
 
 
 @dataclass(frozen=True)
@@ -64,14 +49,14 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What makes scores of the queries and keys of a layer; and the heads and sizes of its parts, stored or not."""
+class Constants:
+    """What an attention is made of beside tensors; and the heads and sizes of its parts, stored or not."""
 
     scale: float
     causal: bool
     window: int | None
     softcap: float | None
-    no_scores: str | None
+    unknown: str | None
     shapes: Mapping[str, tuple[int, ...]]
 
     @classmethod
@@ -81,21 +66,25 @@ class Scores:
         Raises:
             TargetsError: something is added to its scores.
         """
-        if record.bias is not None:
+        if record.raw.bias is not None:
             raise TargetsError(
                 f"The teacher adds a bias to the scores of {tap} that depends on the positions of both tokens, a map "
                 "for each head, which is too large to store. Use hidden-state objectives or RelationKL on v-v with "
                 "stored targets, or run the teacher in each step."
             )
-        shapes = {part: (record_part(record, part).shape[1], record_part(record, part).shape[3]) for part in _PARTS}
-        scale = float(record.scale)
-        return cls(scale, record.causal, record.window, record.softcap, record.no_scores, shapes)
+        shapes = {part: (record_part(record, part).shape[1], record_part(record, part).shape[3]) for part in PARTS}
+        raw, masks = record.raw, record.masks
+        return cls(float(raw.scale), masks.causal, masks.window, raw.softcap, record.unknown, shapes)
+
+    def attention(self, parts: Mapping[str, Tensor], mask: Tensor | None) -> Attention:
+        """Put an attention together again."""
+        raw = Scores(parts["q"], parts["k"], self.scale, None, self.softcap)
+        return Attention(raw, Masks(mask, mask, self.causal, self.window), parts["v"], self.unknown)
 
 
 def record_part(record: Attention, part: str) -> Tensor:
-    """Give queries, keys or values of an attention."""
-    found: Tensor = getattr(record, _PARTS[part])
-    return found
+    """Return queries, keys or values of an attention, with as many heads as the model has of them."""
+    return {"q": record.query, "k": record.key, "v": record.value}[part]
 
 
 @dataclass(frozen=True)
@@ -103,44 +92,51 @@ class Layout:
     """Which tensors are stored, and what reads them back as activations."""
 
     columns: tuple[Column, ...]
-    scores: Mapping[str, Scores]  # by tap
+    attention: Mapping[str, Constants]  # by tap
     inputs: tuple[str, ...]  # what the teacher was given
 
     @classmethod
-    def of(cls, wanted: Mapping[Tap, str], seen: Activations, inputs: tuple[str, ...]) -> Self:
+    def of(cls, wanted: Iterable[Tap], seen: Activations, inputs: tuple[str, ...]) -> Self:
         """Lay out what a run of the teacher gave.
 
         Raises:
             TargetsError: something wanted can't be stored.
         """
-        check_storable(wanted)
+        taps = merged(wanted)
+        check_storable(taps)
         columns: list[Column] = []
-        scores: dict[str, Scores] = {}
+        attention: dict[str, Constants] = {}
         tokens = seen.mask.shape[1]
-        for tap in sorted(wanted, key=lambda tap: (tap.name, tap.layer or 0)):
+        for tap in sorted(taps, key=lambda tap: (tap.name, tap.layer or 0)):
             if tap.name == "attention":
                 assert tap.layer is not None
-                scores[str(tap)] = Scores.of(tap, seen.attention[tap.layer])
-                columns += [Column(tap, part, True, scores[str(tap)].shapes[part]) for part in wanted[tap]]
+                constants = attention[str(tap)] = Constants.of(tap, seen.attention[tap.layer])
+                columns += [Column(tap.place, part, True, constants.shapes[part]) for part in tap.parts]
             else:
                 value = recorded(tap, seen)
                 # Of two dimensions it is a vector for each row: (batch, classes), or a pooled state.
                 per_token = value.ndim > 2 and value.shape[1] == tokens
                 columns.append(Column(tap, "", per_token, tuple(value.shape[2 if per_token else 1 :])))
-        return cls(tuple(columns), scores, inputs)
+        return cls(tuple(columns), attention, inputs)
 
-    def named(self, wanted: Mapping[Tap, str]) -> list[Column]:
-        """Give the columns of taps, of an attention those of the wanted parts."""
-        return [c for c in self.columns if c.tap in wanted and c.part in (wanted[c.tap] or ("",))]
+    @property
+    def taps(self) -> frozenset[Tap]:
+        """All that is stored."""
+        return merged(column.tap._replace(parts=column.part) for column in self.columns)
 
-    def lacking(self, wanted: Mapping[Tap, str]) -> list[str]:
+    def named(self, taps: Iterable[Tap]) -> list[Column]:
+        """Return the columns of taps, of an attention those of the wanted parts."""
+        parts = {tap.place: tap.parts for tap in merged(taps)}
+        return [c for c in self.columns if c.tap in parts and (not c.part or c.part in parts[c.tap])]
+
+    def lacking(self, taps: Iterable[Tap]) -> list[str]:
         """Name what is wanted and not stored."""
         stored = {column.name for column in self.columns}
-        names = [f"{tap}.{part}" if part else str(tap) for tap, parts in wanted.items() for part in parts or ("",)]
-        return sorted(set(names) - stored)
+        wanted = {f"{tap}.{part}" if part else str(tap) for tap in merged(taps) for part in tap.parts or ("",)}
+        return sorted(wanted - stored)
 
     def bytes_per(self, *, token: bool, dtype: Dtype) -> int:
-        """Give the bytes of one token, or of one row without its tokens."""
+        """Return the bytes of one token, or of one row without its tokens."""
         return sum(c.width for c in self.columns if c.per_token == token) * torch_dtype(dtype).itemsize
 
 
@@ -159,7 +155,7 @@ def check_storable(wanted: Iterable[Tap]) -> None:
 
 
 def recorded(tap: Tap, seen: Activations) -> Tensor:
-    """Give what was recorded of a tap that isn't an attention.
+    """Return what was recorded of a tap that isn't an attention.
 
     Raises:
         TargetsError: it is no tensor whose first dimension is the batch.
@@ -185,11 +181,9 @@ class TeacherFacts:
     that its ``forward`` knows.
     """
 
-    sizes: ModelInfo
-    parameters: int
+    info: ModelInfo
     weights: str
     source: str | None
-    name_or_path: str | None
     config: Mapping[str, Any] | None
     read: tuple[str, ...]
 
@@ -201,14 +195,12 @@ class TeacherFacts:
             TargetsError: it is an encoder-decoder.
         """
         model = unwrapped(teacher)
-        sizes = ModelInfo.of(model)
-        check_storable(Tap("hidden", 1, stack) for stack in sizes.stacks)
+        info = ModelInfo.of(model)
+        check_storable(Tap("hidden", 1, stack) for stack in info.stacks)
         return cls(
-            sizes,
-            sum(p.numel() for p in model.parameters()),
+            info,
             weights_digest(model),
             source,
-            getattr(model, "name_or_path", None) or None,
             _config_of(model),
             tuple(sorted(input_names(model))),
         )
@@ -235,7 +227,7 @@ class TeacherFacts:
         """
         if weights != self.weights:
             raise TargetsError(
-                f"The targets are of another teacher: its weights ({self.sizes.name}, from {self.name_or_path or '?'}) "
+                f"The targets are of another teacher: its weights ({self.info.name}, from {self.info.source or '?'}) "
                 f"aren't those of this {name}. Give the teacher they were made with, in its precision, or another "
                 "folder."
             )
@@ -264,7 +256,7 @@ _NO_ANSWER = re.compile(
 
 
 def _differing(stored: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Say what may change a teacher's answer in its config. What only one of them has, came with another version.
+    """Return what may change a teacher's answer in its config. What only one of them has, came with another version.
 
     >>> _differing({"rope": {"theta": 1e4}, "hidden_dropout_prob": 0.1}, {"rope": {"theta": 1e6}, "bias": True})
     ['rope.theta is 1000000.0 and was 10000.0']
@@ -282,7 +274,7 @@ def _differing(stored: Mapping[str, Any], given: Mapping[str, Any], prefix: str 
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Give a hash of a model's weights: of names, shapes, precision and values, wherever the model is.
+    """Return a hash of a model's weights: of names, shapes, precision and values, wherever the model is.
 
     >>> weights_digest(nn.Linear(2, 2)) == weights_digest(nn.Linear(2, 2))
     False
@@ -296,7 +288,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:
-    """Give torch's name of a precision.
+    """Return torch's name of a precision.
 
     Raises:
         TargetsError: targets aren't stored in this precision.
@@ -317,7 +309,7 @@ class Header:
     tokenizer: str | None
 
     def to_json(self) -> str:
-        """Write it down."""
+        """Return it as text."""
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         return json.dumps({"format": FORMAT, "versions": versions, **dataclasses.asdict(self)}, indent=1)
 
@@ -341,16 +333,16 @@ class Header:
                 "them anew (ildistil precompute), in another folder."
             )
         facts, layout = said["teacher"], said["layout"]
-        layers = facts["sizes"]["init_layers"]
-        sizes = ModelInfo(**{**facts["sizes"], "init_layers": None if layers is None else tuple(layers)})
+        lists = {key: tuple(value) for key, value in facts["info"].items() if isinstance(value, list)}
+        info = ModelInfo(**{**facts["info"], **lists})
         columns = tuple(Column(Tap(*c["tap"]), c["part"], c["per_token"], tuple(c["shape"])) for c in layout["columns"])
-        scores = {
-            tap: Scores(**{**s, "shapes": {part: tuple(shape) for part, shape in s["shapes"].items()}})
-            for tap, s in layout["scores"].items()
+        attention = {
+            tap: Constants(**{**s, "shapes": {part: tuple(shape) for part, shape in s["shapes"].items()}})
+            for tap, s in layout["attention"].items()
         }
         return cls(
             said["dtype"],
-            TeacherFacts(**{**facts, "sizes": sizes, "read": tuple(facts["read"])}),
-            Layout(columns, scores, tuple(layout["inputs"])),
+            TeacherFacts(**{**facts, "info": info, "read": tuple(facts["read"])}),
+            Layout(columns, attention, tuple(layout["inputs"])),
             said["tokenizer"],
         )

@@ -2,9 +2,9 @@
 
 import copy
 import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,24 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from ildistil.capture import ModelInfo
+from ildistil.capture import ModelInfo, Tap
 from ildistil.errors import TargetsError
 from ildistil.objectives.base import Objective
-from ildistil.teachers.layout import Column, Dtype, Layout, wanted_targets
+from ildistil.teachers.layout import Column, Dtype, Layout
+from ildistil.teachers.making import Maker
 from ildistil.teachers.rows import KEY_BYTES
 from ildistil.teachers.stored import StoredTeacher
-from ildistil.teachers.stored_capture import StoredCapture
+from ildistil.teachers.teacher import Batch
 
 __all__ = ["Estimate", "estimate", "precompute"]
 
-Batches = Iterable[Mapping[str, Any]]
+Batches = Iterable[Batch]
 Device = torch.device | str | None
 Objectives = Iterable[Objective] | Mapping[str, Objective]
 
 _ROW_BYTES = KEY_BYTES + 8  # its key, and where its tokens start
-_SECONDS = 10  # between lines that say how far it is
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Estimate:
             )
 
     def __str__(self) -> str:
-        """Say it as a table."""
+        """Return it as a table."""
         per_token, per_row = (self.layout.bytes_per(token=token, dtype=self.dtype) for token in (True, False))
         lines = [
             f"Targets in {self.folder}, in {self.dtype}",
@@ -102,12 +103,12 @@ def estimate(
     Args:
         stored: the stored teacher, with the teacher itself where nothing is stored yet.
         objectives: what will be trained by.
-        student: the student, or its sizes: layer mappings depend on its depth.
+        student: the student, or its info: layer mappings depend on its depth.
         batches: the training data; gone through once.
         device: where the teacher runs; by default where it is.
     """
-    with _capturing(stored, objectives, student) as capture:
-        return _estimate(capture, batches, device)
+    with closing(Maker(stored, _wanted(stored, objectives, student))) as maker:
+        return _estimate(maker, batches, device)
 
 
 def precompute(
@@ -119,18 +120,18 @@ def precompute(
     device: Device = None,
     report: Callable[[str], object] = rank_zero_info,
 ) -> Estimate:
-    """Say what is needed, and store the targets of all rows that aren't stored yet.
+    """Report what is needed, and store the targets of all rows that aren't stored yet, with a progress bar.
 
     Whoever is interrupted goes on by calling it again.
 
     Args:
         stored: where to, with the teacher: ``StoredTeacher(folder, teacher)``.
         objectives: what will be trained by; terms whose weight is 0 are left out.
-        student: the student, or its sizes: layer mappings depend on its depth.
+        student: the student, or its info: layer mappings depend on its depth.
         batches: the training data, gone through twice: a list or a loader, best with rows of similar length in a
             batch.
         device: where the teacher runs; by default where it is.
-        report: takes the estimate, and the lines that say how far it is.
+        report: takes the estimate as a text, where anything is missing.
 
     Returns:
         What there was to do.
@@ -154,57 +155,44 @@ def precompute(
     """
     if iter(batches) is batches:
         raise TargetsError("The batches are gone through twice. Give a list or a DataLoader, not an iterator.")
-    with _capturing(stored, objectives, student) as capture:
-        stored.store.tidy()
-        needed = _estimate(capture, batches, device)
+    stored.store.tidy()
+    with closing(Maker(stored, _wanted(stored, objectives, student))) as maker:
+        needed = _estimate(maker, batches, device)
         report(str(needed))
         needed.check_space()
-        if not needed.missing_rows:
-            return needed
-        stored.load()
-        done, started, told = 0, time.monotonic(), time.monotonic()
-        for batch in batches:
-            done += capture.fill(_moved(batch, stored, device))
-            now = time.monotonic()
-            if now - told > _SECONDS and done:
-                told, rate = now, done / (now - started)
-                left = (needed.missing_rows - done) / rate / 60
-                report(f"{done:,} of {needed.missing_rows:,} rows, {rate:,.0f} rows/s, {left:.0f} min left")
+        if needed.missing_rows:
+            # A terminal shows a bar, a log file a line now and then.
+            seconds = 0.2 if sys.stderr.isatty() else 30
+            with tqdm(total=needed.missing_rows, desc="Targets", unit=" rows", mininterval=seconds) as bar:
+                for batch in batches:
+                    bar.update(maker.fill(_moved(batch, stored, device)))
     return needed
 
 
-@contextmanager
-def _capturing(
-    stored: StoredTeacher, objectives: Objectives, student: nn.Module | ModelInfo
-) -> Iterator[StoredCapture]:
-    """Open the capture of what objectives want; whatever happens, what waits is written."""
-    sizes = student if isinstance(student, ModelInfo) else ModelInfo.of(student)
+def _wanted(stored: StoredTeacher, objectives: Objectives, student: nn.Module | ModelInfo) -> list[Tap]:
+    """Return what objectives may read of the teacher."""
+    info = student if isinstance(student, ModelInfo) else ModelInfo.of(student)
     given = objectives.values() if isinstance(objectives, Mapping) else objectives
-    used = [copy.deepcopy(objective) for objective in given if objective.weight != 0]
+    used = [copy.deepcopy(objective) for objective in given if objective.weight != 0 and objective.needs_teacher]
     with torch.random.fork_rng(devices=[]):  # projections are made, at random, and not used
         for objective in used:  # copies: the caller's own belong to an engine, with what they learn
             objective.projections = nn.ModuleDict()
-            objective.build(sizes, stored.sizes)
-    wanted = wanted_targets(used, stored.sizes)
+            objective.build(info, stored.info)
+    wanted = [tap for objective in used for tap in objective.may_read("teacher", stored.info)]
     if not wanted:
         raise TargetsError("None of the objectives reads anything of a teacher, so there is nothing to store.")
-    capture = StoredCapture(stored, wanted)
-    try:
-        yield capture
-    finally:
-        capture.close()
-        stored.flush()
+    return wanted
 
 
-def _estimate(capture: StoredCapture, batches: Batches, device: Device) -> Estimate:
-    stored = capture.model
+def _estimate(maker: Maker, batches: Batches, device: Device) -> Estimate:
+    stored = maker.stored
     seen: set[bytes] = set()
     tokens = missing_rows = missing_tokens = 0
     layout: Layout | None = None
     for batch in batches:
         if layout is None:
-            layout = capture.layout_for(_moved(batch, stored, device))
-        for key, length, missing in capture.survey(batch):
+            layout = maker.layout_for(_moved(batch, stored, device))
+        for key, length, missing in maker.survey(batch):
             if key not in seen:
                 seen.add(key)
                 tokens += length
@@ -216,9 +204,10 @@ def _estimate(capture: StoredCapture, batches: Batches, device: Device) -> Estim
     return Estimate(stored.store.folder, stored.dtype, layout, *counts)
 
 
-def _moved(batch: Mapping[str, Any], stored: StoredTeacher, device: Device) -> dict[str, Any]:
+def _moved(batch: Batch, stored: StoredTeacher, device: Device) -> dict[str, Any]:
     """Bring a batch to where the teacher runs, which follows it."""
-    place = device or next((p.device for p in stored.parameters()), None)
+    parameters = () if stored.model is None else stored.model.parameters()
+    place = device or next((p.device for p in parameters), None)
     return {k: v.to(place) if isinstance(v, Tensor) and place is not None else v for k, v in batch.items()}
 
 
@@ -228,7 +217,7 @@ def _told(column: Column) -> str:
 
 
 def _size(count: int) -> str:
-    """Say a number of bytes.
+    """Return a number of bytes in words.
 
     >>> _size(4_200_000_000), _size(12_000)
     ('4.20 GB', '0.01 MB')

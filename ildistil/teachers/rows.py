@@ -13,7 +13,7 @@ from ildistil.capture.inputs import OURS, TARGETS, token_mask
 from ildistil.errors import TargetsError
 from ildistil.functional.reduction import widened
 
-__all__ = ["Rows", "Targets", "with_and_without_padding"]
+__all__ = ["KEY_BYTES", "Rows", "Targets", "all_real", "positions_of", "with_and_without_padding"]
 
 KEY_BYTES = 16
 # What says where the tokens are or how the model answers, not what it reads.
@@ -73,7 +73,7 @@ class Rows:
         return None if self.mask is None else self.mask.sum(1)
 
     def token_width(self) -> int | None:
-        """Give the number of token ids of a row, ``None`` where the first input is none."""
+        """Return the number of token ids of a row, ``None`` where the first input is none."""
         first = next(iter(self.inputs.values()))
         return None if first.ndim != 2 or first.is_floating_point() else first.shape[1]
 
@@ -112,6 +112,17 @@ class Rows:
                 "stored. Let the collate function set them to -100, as transformers' do."
             )
 
+    def rounded(self) -> str:
+        """Return a warning where inputs may be others than those stored because the Trainer rounded them."""
+        half = {k: v.dtype for k, v in self.inputs.items() if v.dtype in (torch.float16, torch.bfloat16)}
+        if not half:
+            return ""
+        name, dtype = next(iter(half.items()))
+        return (
+            f" {name} is in {dtype} here: precision='bf16-true' or '16-true' rounds inputs before they are looked up; "
+            "use 'bf16-mixed' or '16-mixed', which leaves them as they are, if they were stored otherwise."
+        )
+
     def check_padding(self, *, offset_matters: bool) -> None:
         """Refuse padding that the teacher's values would depend on.
 
@@ -135,8 +146,30 @@ class Rows:
             )
 
 
+def positions_of(mask: Tensor) -> Tensor:
+    """Return where the real tokens of a batch are, counted row by row.
+
+    >>> positions_of(torch.tensor([[True, False], [True, True]]))
+    tensor([0, 2, 3])
+    """
+    return mask.flatten().nonzero()[:, 0]
+
+
+def all_real(lengths: Tensor) -> Tensor:
+    """Return the mask of a batch that has none.
+
+    Raises:
+        TargetsError: its rows have different lengths.
+    """
+    if len(set(lengths.tolist())) != 1:
+        raise TargetsError(
+            f"The batch has no attention_mask, and its rows have {lengths.tolist()} tokens. Give it the mask."
+        )
+    return torch.ones(len(lengths), int(lengths[0]), dtype=torch.bool)
+
+
 def with_and_without_padding(batch: Mapping[str, Any], padding: int) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Give a batch with its last two columns made padding, and without them.
+    """Return a batch with its last two columns made padding, and without them.
 
     Tokens are taken away rather than padding added, since a model may know no more positions.
 
@@ -184,13 +217,13 @@ class Targets:
         return Targets(values, self.positions.to(device, non_blocking=non_blocking), self.size)
 
     def lengths(self) -> list[int]:
-        """Give the number of tokens of each row."""
+        """Return the number of tokens of each row."""
         rows, tokens = self.size
         numbers: list[int] = torch.bincount(self.positions.cpu() // max(tokens, 1), minlength=rows).tolist()
         return numbers
 
     def per_token(self, name: str) -> Tensor:
-        """Give the values of a column that has one for each token, ``(batch, tokens, ...)``, with zeros for padding."""
+        """Return the values of a column per token, ``(batch, tokens, ...)``, with zeros for padding."""
         values = widened(self.values[name])
         rows, tokens = self.size
         whole = values.new_zeros(rows * tokens, *values.shape[1:])
@@ -198,5 +231,5 @@ class Targets:
         return whole.index_copy_(0, self.positions, values).view(rows, tokens, *values.shape[1:])
 
     def per_row(self, name: str) -> Tensor:
-        """Give the values of a column that has one for each row."""
+        """Return the values of a column that has one for each row."""
         return widened(self.values[name])

@@ -96,7 +96,7 @@ class Shard:
 
 
 def missing(places: Places) -> list[int]:
-    """Give the numbers of the rows that aren't there.
+    """Return the numbers of the rows that aren't there.
 
     >>> missing(np.array([[0, 3], [-1, -1]]))
     [1]
@@ -149,7 +149,7 @@ class Store:
         if found is None or self.expected is None:
             return found
         teacher, dtype = self.expected
-        found.teacher.compare(teacher.sizes.name, teacher.weights, teacher.config)
+        found.teacher.compare(teacher.info.name, teacher.weights, teacher.config)
         if found.dtype != dtype:
             raise TargetsError(f"The targets in {self.folder} are in {found.dtype}, not in {dtype}. {_ELSEWHERE}")
         return found
@@ -207,11 +207,11 @@ class Store:
         return np.where((self._keys[at] == wanted)[:, None], self._places[at], -1)
 
     def first(self) -> Places:
-        """Give the first row."""
+        """Return the first row."""
         return self._places[:1]
 
     def lengths(self, places: Places) -> list[int]:
-        """Give the number of tokens of each row; 0 for one that isn't there."""
+        """Return the number of tokens of each row; 0 for one that isn't there."""
         starts = ((self._shards[s].starts, r) if s >= 0 else ([0, 0], 0) for s, r in places.tolist())
         return [of[row + 1] - of[row] for of, row in starts]
 

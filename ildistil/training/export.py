@@ -4,16 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ildistil.errors import CheckpointError
+from ildistil.training.checkpoint import STUDENT, Saved, load
 
 __all__ = ["export", "load_student", "save_student"]
 
-_STUDENT = "distillation.student."
 _FRONT_MATTER = "---\nlibrary_name: transformers\ntags: [distillation, ildistil]\n---"
 
 
@@ -26,7 +25,7 @@ def load_student(checkpoint: str | Path) -> PreTrainedModel:
     Raises:
         CheckpointError: the file is not such a checkpoint.
     """
-    return _rebuild(_read(checkpoint), checkpoint)
+    return _rebuild(*_read(checkpoint), checkpoint)
 
 
 def export(checkpoint: str, output: str, tokenizer: str | None = None, overwrite: bool = False) -> None:
@@ -41,9 +40,9 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None, overwrite
     target = Path(output)
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise CheckpointError(f"The folder {output!r} is not empty. Name another one, or add --overwrite=true.")
-    content = _read(checkpoint)
-    student = _rebuild(content, checkpoint)
-    source = tokenizer or content["ildistil"].get("tokenizer")
+    content, saved = _read(checkpoint)
+    student = _rebuild(content, saved, checkpoint)
+    source = tokenizer or saved.tokenizer
     if source is None:
         raise CheckpointError(
             "The checkpoint doesn't say which tokenizer belongs to the student. Name it: --tokenizer=NAME."
@@ -54,7 +53,7 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None, overwrite
         raise CheckpointError(
             f"The tokenizer {source!r} could not be loaded. Name another one: --tokenizer=NAME."
         ) from error
-    save_student(student, target, loaded, _card(student, content))
+    save_student(student, target, loaded, _card(student, saved, content["global_step"]))
 
 
 def save_student(
@@ -74,20 +73,17 @@ def save_student(
         (Path(folder) / "README.md").write_text(card, encoding="utf-8")
 
 
-def _read(checkpoint: str | Path) -> dict[str, Any]:
-    path = Path(checkpoint)
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        raise CheckpointError(f"There is no file {str(path)!r}. Checkpoints beside it: {', '.join(near) or 'none'}.")
-    # Tensors and plain values only: a foreign file must not be able to run code.
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if not content.get("ildistil", {}).get("student"):
-        raise CheckpointError(f"{str(path)!r} holds no transformers student that an ildistil Distiller saved.")
-    return content
+def _read(checkpoint: str | Path) -> tuple[dict[str, Any], Saved]:
+    content, name = load(checkpoint), repr(str(checkpoint))
+    saved = Saved.read(content, name)
+    if saved.student is None:
+        raise CheckpointError(f"{name} holds no transformers student that an ildistil Distiller saved.")
+    return content, saved
 
 
-def _rebuild(content: Mapping[str, Any], checkpoint: str | Path) -> PreTrainedModel:
-    recipe = content["ildistil"]["student"]
+def _rebuild(content: Mapping[str, Any], saved: Saved, checkpoint: str | Path) -> PreTrainedModel:
+    recipe = saved.student
+    assert recipe is not None
     architecture = getattr(transformers, recipe["architecture"], None)
     if architecture is None:
         raise CheckpointError(
@@ -97,30 +93,30 @@ def _rebuild(content: Mapping[str, Any], checkpoint: str | Path) -> PreTrainedMo
     student = architecture(architecture.config_class.from_dict(recipe["config"]))
     assert isinstance(student, PreTrainedModel)
     weights: dict[str, Tensor] = {
-        key.removeprefix(_STUDENT).removeprefix("_orig_mod."): value
+        key.removeprefix(STUDENT).removeprefix("_orig_mod."): value
         for key, value in content["state_dict"].items()
-        if key.startswith(_STUDENT)
+        if key.startswith(STUDENT)
     }
     student.load_state_dict(weights)
     return student.eval()
 
 
-def _card(student: PreTrainedModel, content: Mapping[str, Any]) -> str:
-    saved, config = content["ildistil"], student.config
+def _card(student: PreTrainedModel, saved: Saved, steps: int) -> str:
+    config = student.config
     text = config.get_text_config()
     size = (
         f"{text.num_hidden_layers} layers, width {text.hidden_size}, {student.num_parameters() / 1e6:.1f} M parameters"
     )
-    distilled = any(not spec.startswith("TaskLoss(") for spec in saved["objectives"].values())
+    distilled = any(not spec.startswith("TaskLoss(") for spec in saved.objectives.values())
     title = "Distilled student" if distilled else "Fine-tuned model"
     parts = [_FRONT_MATTER, f"# {title}\n\n{type(student).__name__}, {size}."]
-    if saved.get("teacher"):
-        parts.append(f"Teacher: `{saved['teacher']}`.")
+    if saved.teacher:
+        parts.append(f"Teacher: `{saved.teacher}`.")
     if getattr(config, "init_layers", None):
         parts.append(f"Initialised from the teacher's layers {', '.join(map(str, config.init_layers))}.")
-    parts.append("## Objectives\n\n" + "\n".join(f"- `{n}`: `{spec}`" for n, spec in saved["objectives"].items()))
-    if saved.get("metrics"):
-        rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in saved["metrics"].items())
+    parts.append("## Objectives\n\n" + "\n".join(f"- `{n}`: `{spec}`" for n, spec in saved.objectives.items()))
+    if saved.metrics:
+        rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in saved.metrics.items())
         parts.append(f"## Evaluation\n\n| metric | value |\n|---|---|\n{rows}")
-    parts.append(f"Trained for {content['global_step']} steps with ildistil.")
+    parts.append(f"Trained for {steps} steps with ildistil.")
     return "\n\n".join(parts) + "\n"

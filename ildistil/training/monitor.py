@@ -1,8 +1,9 @@
-"""What a run costs: tokens per second and peak memory."""
+"""What a run costs: tokens or examples per second, and peak memory."""
 
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -10,20 +11,29 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-__all__ = ["Throughput"]
+from ildistil.training.evaluation import batch_size
+
+__all__ = ["Throughput", "peak_memory"]
 
 
 class Throughput(Callback):
     """Logs ``train/tokens_per_second`` (real tokens, padding left out) and ``train/peak_memory_gib`` at each epoch.
 
-    Peak memory is the device's on CUDA, else the resident set of the process.
+    Where batches have no tokens, such as images, it logs ``train/examples_per_second`` instead. Peak memory is the
+    device's on CUDA, else the resident set of the process.
     """
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
-        self._tokens: Tensor | int = 0
+    def __init__(self) -> None:
+        self._start = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._counts: dict[str, Tensor | int] = {}
         self._seconds = 0.0
-        self._start = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start anew."""
+        self._reset()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -34,22 +44,29 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the tokens; on the device, so that nothing waits for it."""
-        mask = batch.get("attention_mask")
-        self._tokens = self._tokens + (batch["input_ids"].numel() if mask is None else mask.sum())
+        """Count what the step learned from; on the device, so that nothing waits for it."""
+        unit, number = _count(batch)
+        self._counts[unit] = self._counts.get(unit, 0) + number
         self._seconds += time.perf_counter() - self._start
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log both."""
-        if self._seconds:
-            pl_module.log(
-                "train/tokens_per_second", float(self._tokens) / self._seconds, sync_dist=True, reduce_fx="sum"
-            )
+        for unit, number in self._counts.items():
+            rate = float(number) / self._seconds
+            pl_module.log(f"train/{unit}_per_second", rate, sync_dist=True, reduce_fx="sum")
         pl_module.log("train/peak_memory_gib", peak_memory(pl_module.device))
 
 
+def _count(batch: Mapping[str, Any]) -> tuple[str, Tensor | int]:
+    if isinstance(mask := batch.get("attention_mask"), Tensor):
+        return "tokens", mask.sum()
+    if isinstance(ids := batch.get("input_ids"), Tensor):
+        return "tokens", ids.numel()
+    return "examples", batch_size(batch)
+
+
 def peak_memory(device: torch.device) -> float:
-    """Give the peak memory so far, in GiB."""
+    """Return the peak memory so far, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

@@ -2,20 +2,17 @@
 
 from collections.abc import Sequence
 
-from torch import nn
-
 from ildistil.capture import ModelInfo, Tap, unwrapped
-from ildistil.engine.distillation import Distillation, DryRun
+from ildistil.engine import Distillation, DryRun
 from ildistil.schedules import Schedule
 from ildistil.stages import Stage
 from ildistil.tables import table
-from ildistil.teachers.stored import StoredTeacher
 
 __all__ = ["describe"]
 
 
 def describe(distillation: Distillation, dry_run: DryRun | None = None, stages: Sequence[Stage] = ()) -> str:
-    """Say what a run will do: models, objectives with their layer pairs, what is captured, what the dry run found.
+    """Describe what a run will do: models, objectives with their layer pairs, what is captured, what the dry run found.
 
     Args:
         distillation: the engine, its objectives set.
@@ -31,35 +28,27 @@ def describe(distillation: Distillation, dry_run: DryRun | None = None, stages: 
         parts.append(_indent(table(("stage", "epochs", "terms"), rows), 2))
     parts.append("  captured")
     for role, taps in distillation.captured.items():
-        runs = role == "student" or not isinstance(distillation.teacher, StoredTeacher)
+        runs = role == "student" or (distillation.teacher is not None and distillation.teacher.runs)
         parts.append(f"    {role}: {_taps(taps)}{_end(taps) if runs else ''}")
     parts += [f"  note: {note}" for note in _notes(distillation, dry_run)]
     return "\n".join(parts)
 
 
 def _models(distillation: Distillation) -> str:
-    models = {"teacher": distillation.teacher, "student": distillation.student}
-    rows = [_model(role, model) for role, model in models.items() if model is not None]
+    rows = []
+    if (teacher := distillation.teacher) is not None:
+        rows.append(_row("teacher", teacher.info, teacher.describe()))
+    student = ModelInfo.of(distillation.student)
+    remark = f"{_millions(sum(p.numel() for p in distillation.student.parameters() if p.requires_grad))} trained"
+    if student.init_layers is not None:
+        remark += f", from teacher layers {' '.join(map(str, student.init_layers))}"
+    rows.append(_row("student", student, remark))
     return table(("", "model", "layers", "width", "heads", "parameters", ""), rows)
 
 
-def _model(role: str, model: nn.Module) -> tuple[str, ...]:
-    sizes = ModelInfo.of(model)
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if isinstance(model, StoredTeacher):
-        store, total = model.store, model.facts.parameters
-        more = ", others are made along the way" if model.grows else ""
-        return _row(role, sizes, total, f"stored: {len(store):,} rows in {store.folder}{more}")
-    remark = "frozen" if role == "teacher" else f"{_millions(trained)} trained"
-    if role == "student" and sizes.init_layers is not None:
-        remark += f", from teacher layers {' '.join(map(str, sizes.init_layers))}"
-    return _row(role, sizes, total, remark)
-
-
-def _row(role: str, sizes: ModelInfo, parameters: int, remark: str) -> tuple[str, ...]:
-    numbers = [str(n) if n is not None else "?" for n in (sizes.depth, sizes.width, sizes.heads)]
-    return (role, sizes.name, *numbers, _millions(parameters), remark)
+def _row(role: str, info: ModelInfo, remark: str) -> tuple[str, ...]:
+    numbers = [str(n) if n is not None else "?" for n in (info.depth, info.width, info.heads)]
+    return (role, info.name, *numbers, _millions(info.parameters), remark)
 
 
 def _terms(distillation: Distillation, dry_run: DryRun | None) -> str:
@@ -90,7 +79,7 @@ def _taps(taps: list[Tap]) -> str:
 
 
 def _end(taps: list[Tap]) -> str:
-    """Say where a run stops, if nothing behind the layers is wanted."""
+    """Describe where a run stops, if nothing behind the layers is wanted."""
     layers = [tap.layer for tap in taps if tap.layer is not None]
     return f"; it runs no further than layer {max(layers)}" if layers and len(layers) == len(taps) else ""
 

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-import ildistil.data.module as module
-from ildistil.data import TextData
+from ildistil.data import TextData, labelled, loading
 from tiny_data import make_tokenizer
 
 GOOD = {"text": ["a good film", "a bad film", "dull", "fine"], "label": ["yes", "no", "no", "yes"]}
@@ -131,13 +130,13 @@ def test_rows_are_cut_at_max_length(write: Any) -> None:
 def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record what is tokenised."""
     calls: list[str] = []
-    real = module.tokenize
+    real = labelled.tokenize
 
     def tokenize(*args: Any) -> Any:
         calls.append(Path(args[-1]).name)
         return real(*args)
 
-    monkeypatch.setattr(module, "tokenize", tokenize)
+    monkeypatch.setattr(labelled, "tokenize", tokenize)
     return calls
 
 
@@ -178,7 +177,7 @@ def test_changed_content_is_tokenised_again(write: Any, tokenized: list[str]) ->
 
 
 def test_of_two_processes_that_store_the_same_the_first_wins(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, real = write("train.csv", GOOD), module.store
+    file, real = write("train.csv", GOOD), loading.store
 
     def store_twice(rows: Any, entry: Path) -> None:
         real(rows, entry)
@@ -187,7 +186,7 @@ def test_of_two_processes_that_store_the_same_the_first_wins(write: Any, monkeyp
         assert entry.stat().st_ino == kept
         assert [p for p in entry.parent.iterdir() if p != entry] == []
 
-    monkeypatch.setattr(module, "store", store_twice)
+    monkeypatch.setattr(loading, "store", store_twice)
     assert labels_of(prepared(train_file=file).train_dataloader()) == [1, 0, 0, 1]
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ildistil.capture import Activations, Attention, Layers, ModelInfo
+from ildistil.attention import Attention, Masks, Scores
+from ildistil.capture import Activations, Layers, ModelInfo
 from ildistil.objectives import Objective
 from table import Case
 
@@ -39,6 +40,6 @@ def activations(tensors: Sequence[Tensor], depth: int, mask: Tensor) -> Activati
     attention = {}
     for i in range(1, depth + 1):
         query, key = next(left), next(left)
-        attention[i] = Attention(query, key, key, scale=0.7, key_mask=mask, query_mask=mask)
+        attention[i] = Attention(Scores(query, key, 0.7), Masks(mask, mask), key)
     output = {"logits": next(left)}
     return Activations(Layers(hidden, depth, "hidden"), Layers(attention, depth, "attention"), mask, output)

@@ -7,6 +7,7 @@ import torch
 
 import tiny
 from ildistil import Distillation, Distiller, objectives
+from ildistil.stages import Step
 from table import CASES
 from test_distiller import every_kind, loader, pair, trainer
 
@@ -22,7 +23,7 @@ def test_terms_are_near_those_of_the_float_teacher(name: str, autocast: bool, dt
         engine = Distillation(copy.deepcopy(student), t, [CASES[name].make()])
         for step in range(2):  # the bank has something to compare with from the second step on
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-                term = engine(tiny.batch(), step=step).total
+                term = engine(tiny.batch(), Step(step)).total
         assert term.dtype == torch.float32
         term.backward()
         gradients = [p.grad for p in engine.student.parameters() if p.grad is not None]

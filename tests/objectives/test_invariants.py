@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import handmade
 import tiny
 from ildistil import Distillation, mappings, objectives
+from ildistil.stages import Step
 from table import CASES, Case, run_by_hand
 
 Models = tuple[PreTrainedModel, PreTrainedModel]
@@ -32,7 +33,7 @@ def step(case: Case, models: Models, batch: dict[str, Tensor]) -> tuple[Tensor, 
     student, teacher = copy.deepcopy(models)
     torch.manual_seed(3)
     engine = Distillation(student, teacher, [case.make()])
-    term = engine(batch, step=0).total
+    term = engine(batch, Step(0)).total
     term.backward()
     return term.detach(), {n: p.grad for n, p in engine.named_parameters() if p.grad is not None}
 
@@ -57,7 +58,7 @@ def test_equals_a_reference_in_loops(case: Case, models: Models) -> None:
     student_run = run_by_hand(expected_student, batch)
     expected = case.reference(student_run, teacher_run, batch["attention_mask"], batch["labels"], learned)
     expected.backward()
-    term = engine(batch, step=0).total
+    term = engine(batch, Step(0)).total
     term.backward()
     torch.testing.assert_close(term, expected, rtol=1e-10, atol=1e-12)
     mine_all = [*student.named_parameters(), *engine.projections.named_parameters()]
@@ -90,10 +91,10 @@ def test_zero_for_identical_models(case: Case) -> None:
         pytest.skip("not zero by its mathematics")
     model = tiny.bert(4)
     objective = case.make()
-    if isinstance(objective, objectives.LayerObjective):
+    if isinstance(objective, objectives.MappedObjective):
         objective.mapping = mappings.First()
     engine = Distillation(model, copy.deepcopy(model), [objective])
-    assert engine(tiny.batch(), step=0).total.item() == pytest.approx(0.0, abs=1e-6)
+    assert engine(tiny.batch(), Step(0)).total.item() == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -102,7 +103,7 @@ def test_finite_under_autocast(case: Case, models: Models, dtype: torch.dtype) -
     engine = Distillation(student, teacher, [case.make()])
     batch = tiny.batch((7, 1, 4))
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        term = engine(batch, step=0).total
+        term = engine(batch, Step(0)).total
     term.backward()
     assert term.dtype == torch.float32
     assert torch.isfinite(term)
@@ -115,7 +116,7 @@ def test_gradients_reach_student_and_projections_never_the_teacher(case: Case, m
     student, teacher = models
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     engine = Distillation(student, teacher, [case.make()])
-    engine(tiny.batch(), step=0).total.backward()
+    engine(tiny.batch(), Step(0)).total.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
     assert all(p.grad is not None for p in engine.projections.parameters())
     assert all(p.grad is None for p in teacher.parameters())

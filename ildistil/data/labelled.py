@@ -1,0 +1,110 @@
+"""Texts, or pairs of texts, with one label each: a class or a number."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+from torchmetrics import MetricCollection
+
+from ildistil.data.files import ROWS_FROM_ZERO, Source, Table, table_column
+from ildistil.data.labels import all_hidden, encode_classes, encode_numbers
+from ildistil.data.loading import LoadingOptions, TokenizedDataModule
+from ildistil.data.tokenizing import tokenize
+from ildistil.errors import DataError
+from ildistil.metrics import metric_collection
+
+
+class LabelledText(TokenizedDataModule):
+    """Base of data modules that make classification or regression batches of texts or pairs of texts.
+
+    A batch is a dict: ``input_ids`` and ``attention_mask`` (batch x longest row, int64), ``token_type_ids`` if the
+    tokenizer has them, ``labels`` (int64, or float32 in a regression; absent where they are secret) and ``row_id``
+    (int64): the row's position in its file, which neither shuffling nor ``limit_train`` changes. An empty text is
+    allowed, a missing one is not.
+
+    Args:
+        options: How rows are tokenised, batched and ordered.
+        task_name: Name of the task for logs and tables.
+        text_columns: Column of the text, or the two columns of pairs.
+        label_column: Column of the labels.
+        label_names: The classes in the order of their indices; None in a regression.
+        metric_names: Of `ildistil.metrics.METRICS`; the first is the primary one.
+
+    Raises:
+        DataError: A column is named twice.
+    """
+
+    def __init__(
+        self, options: LoadingOptions, *, task_name: str, text_columns: Sequence[str], label_column: str,
+        label_names: Sequence[str] | None, metric_names: tuple[str, ...],
+    ) -> None:  # fmt: skip
+        super().__init__(options)
+        if len({*text_columns, label_column}) < len(text_columns) + 1:
+            raise DataError(f"Texts ({', '.join(text_columns)}) and label ({label_column}) need a column each.")
+        self.task_name = task_name
+        self.text_columns = tuple(text_columns)
+        self.texts_per_row = len(text_columns)
+        self.label_column = label_column
+        self.metric_names = metric_names
+        self._label_names = label_names
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """Names of the classes in the order of their indices; None in a regression."""
+        return None if self._label_names is None else list(self._label_names)
+
+    @property
+    def regression(self) -> bool:
+        """Whether labels are numbers on a scale."""
+        return self._label_names is None
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs that the model's head needs: the number of classes, 1 in a regression."""
+        return len(self.label_names or [""])
+
+    @property
+    def primary_metric(self) -> str:
+        """Metric that chooses the best checkpoint."""
+        return self.metric_names[0]
+
+    def metrics(self) -> MetricCollection:
+        """Return new metrics, which take ``preds`` (class indices, or floats in a regression) and ``target``."""
+        return metric_collection(self.metric_names, self.num_labels)
+
+    def made_of(self, kind: str) -> dict[str, Any]:
+        """Return columns and label names, and whether labels may be hidden."""
+        labels = {"label_column": self.label_column, "label_names": self.label_names, "hidden": kind == "test"}
+        return {"text_columns": self.text_columns, **labels}
+
+    def tokenized(self, kind: str, source: Source) -> datasets.Dataset:
+        """Return the rows of a source, checked and tokenised, with their labels unless these are hidden."""
+        table, where = source.read(), source.where
+        texts = [_checked_texts(table_column(table, name, where), name, where) for name in self.text_columns]
+        return tokenize(texts, self._labels(table, kind, where), self.tokenizer, self.max_length, where)
+
+    def _labels(self, table: Table, kind: str, where: str) -> list[int] | list[float] | None:
+        """Return the labels as the model learns them; None for a test set that has none or keeps them secret."""
+        names, column = self.label_names, self.label_column
+        may_hide = kind == "test" and "-1" not in (names or [])
+        if may_hide and (column not in table or all_hidden(table[column])):
+            return None
+        values, where = table_column(table, column, where), f"{where}, column {column!r}"
+        return encode_numbers(values, where) if names is None else encode_classes(values, names, where)
+
+
+def _checked_texts(values: Sequence[Any], name: str, where: str) -> list[str]:
+    for row, value in enumerate(values):
+        if not _is_text(value):
+            raise DataError(
+                f"{where}: row {row} ({ROWS_FROM_ZERO}) has {value!r:.80} in the column {name!r}, not a text. Fill in "
+                "the text (it may be empty) or remove the row."
+            )
+    return list(values)
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:  # half of a surrogate pair, as broken JSON has them: no tokenizer takes it
+        return False

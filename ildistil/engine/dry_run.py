@@ -1,0 +1,98 @@
+"""One step without a trace, to find out whether every term is finite and what it reaches."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ildistil.errors import ObjectiveError
+
+__all__ = ["DryRun", "TermCheck", "check_terms", "without_trace"]
+
+
+@dataclass(frozen=True)
+class TermCheck:
+    """What a dry run found of one term: its value and the norm of its gradient."""
+
+    value: float
+    gradient: float
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run found: each term, and the parameters no term reaches."""
+
+    terms: dict[str, TermCheck]
+    unreached: list[nn.Parameter] = field(repr=False, default_factory=list)
+
+
+@contextmanager
+def without_trace(module: nn.Module) -> Iterator[None]:
+    """Run something and put random state, buffers and training modes back."""
+    # transformers notes the problem type that labels suggest in the config: ours must not decide it.
+    configs = [m.config for m in module.modules() if isinstance(m, PreTrainedModel)]
+    problem_types = [getattr(config, "problem_type", None) for config in configs]
+    modes = {m: m.training for m in module.modules()}
+    buffers = [(b, b.clone()) for b in module.buffers()]
+    devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for m, mode in modes.items():
+                m.training = mode
+            for config, problem_type in zip(configs, problem_types, strict=True):
+                config.problem_type = problem_type
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+
+def check_terms(values: Mapping[str, Tensor], parameters: list[nn.Parameter]) -> tuple[DryRun, dict[str, set[int]]]:
+    """Differentiate each term, and check that it and its gradient are finite.
+
+    Args:
+        values: the terms, with their graph.
+        parameters: all that are trained.
+
+    Returns:
+        What was found, and the ids of the parameters that each term reaches.
+
+    Raises:
+        ObjectiveError: a term reaches no trainable parameter, or isn't finite.
+    """
+    checks: dict[str, TermCheck] = {}
+    reach: dict[str, set[int]] = {}
+    for name, value in values.items():
+        gradients = _gradients(name, value, parameters)
+        checks[name] = TermCheck(value.item(), _norm(gradients))
+        reach[name] = {id(p) for p, g in zip(parameters, gradients, strict=True) if g is not None}
+        _check_term(name, checks[name])
+    reached = set().union(*reach.values())
+    return DryRun(checks, [p for p in parameters if id(p) not in reached]), reach
+
+
+def _gradients(name: str, value: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+    if not value.requires_grad:
+        raise ObjectiveError(f"The term {name} reaches no trainable parameter. Is the student frozen?")
+    gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    if all(gradient is None for gradient in gradients):
+        raise ObjectiveError(f"The term {name} reaches no trainable parameter. Is what it trains frozen?")
+    return list(gradients)
+
+
+def _norm(gradients: list[Tensor | None]) -> float:
+    norms = [g.detach().float().norm() for g in gradients if g is not None]
+    return float(torch.stack(norms).norm()) if norms else 0.0
+
+
+def _check_term(name: str, check: TermCheck) -> None:
+    for what, number in (("value", check.value), ("gradient", check.gradient)):
+        if not number < float("inf"):
+            raise ObjectiveError(
+                f"The {what} of the term {name} is {number} in the dry run. Look for NaN in the models' weights, for "
+                "an unfit precision, or for a loss that divides by zero."
+            )

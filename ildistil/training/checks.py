@@ -1,0 +1,107 @@
+"""What is refused before training starts: settings, data and models that don't go together."""
+
+from collections.abc import Mapping, Sequence
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from ildistil.capture import ModelInfo
+from ildistil.data.task import Task
+from ildistil.engine.checks import check_label_order
+from ildistil.errors import ConfigError, DataError, ObjectiveError
+from ildistil.objectives import Objective
+from ildistil.schedules import Schedule
+from ildistil.stages import Stage, Timeline, check_names
+from ildistil.training.lifecycle import watches
+
+__all__ = ["check_gaps", "check_task", "check_trainer", "has_schedules"]
+
+
+def check_trainer(trainer: L.Trainer, objectives: Mapping[str, Objective], stages: Sequence[Stage]) -> None:
+    """Compare a Trainer's settings with what is to be trained.
+
+    Raises:
+        ConfigError: stages name other objectives, or last other epochs than the Trainer.
+        ObjectiveError: an objective can't be accumulated.
+    """
+    accumulated = trainer.accumulate_grad_batches
+    coupled = [name for name, objective in objectives.items() if objective.batch_coupled]
+    if coupled and accumulated > 1:
+        raise ObjectiveError(
+            f"{coupled[0]} compares the examples of a batch with each other, so that {accumulated} accumulated batches "
+            "are not one large batch. Use accumulate_grad_batches=1 with larger batches or more devices, or leave this "
+            "objective out."
+        )
+    if stages:
+        check_names(stages, objectives)
+        _check_epochs(trainer, stages)
+        _check_checkpoints(trainer)
+
+
+def _check_epochs(trainer: L.Trainer, stages: Sequence[Stage]) -> None:
+    epochs = sum(stage.epochs for stage in stages)
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    if trainer.max_epochs != epochs or trainer.max_steps != -1:
+        limit = f"max_epochs={trainer.max_epochs}" if trainer.max_steps == -1 else f"max_steps={trainer.max_steps}"
+        raise ConfigError(
+            f"The stages last {epochs} epochs together, the Trainer has {limit}. Set max_epochs={epochs} and no "
+            "max_steps."
+        )
+
+
+def _check_checkpoints(trainer: L.Trainer) -> None:
+    checkpoints = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]  # type: ignore[attr-defined]
+    if checkpoints and all(watches(c) for c in checkpoints):
+        rank_zero_warn(
+            "Every ModelCheckpoint monitors a metric, so none is written before the last stage. To be able to resume "
+            "in an earlier one, add ModelCheckpoint(filename='last')."
+        )
+
+
+def has_schedules(objectives: Mapping[str, Objective]) -> bool:
+    """Return whether a weight changes over the training."""
+    return any(isinstance(objective.weight, Schedule) for objective in objectives.values())
+
+
+def check_gaps(objectives: Mapping[str, Objective], timeline: Timeline) -> None:
+    """Refuse a training that comes to a step without any term.
+
+    Raises:
+        ObjectiveError: all weights are 0 at a step.
+    """
+    if not has_schedules(objectives):
+        return
+    for number, (names, steps) in enumerate(timeline.parts(), start=1):
+        active = [objective for name, objective in objectives.items() if names is None or name in names]
+        checked = int(min(steps, 100_000))
+        for i in range(checked):
+            if not any(objective.weight_at(i / checked) for objective in active):
+                where = f" of stage {number}" if timeline.stages else ""
+                raise ObjectiveError(
+                    f"At {i / checked:.1%}{where} of the training all terms have weight 0: nothing would be learned. "
+                    "Let the schedules overlap."
+                )
+
+
+def check_task(task: Task, student: ModelInfo) -> None:
+    """Compare what the data module says of itself with the student.
+
+    Raises:
+        DataError: labels or lengths don't fit.
+        ModelError: the labels come in another order.
+    """
+    labels = task.num_labels
+    if labels is not None and student.labels is not None and labels != student.labels:
+        raise DataError(
+            f"The data has {labels} labels, the models have {student.labels}. Fine-tune a teacher for this task first "
+            "(ildistil finetune), or choose the data it was trained for."
+        )
+    check_label_order(student, [name.lower() for name in task.label_names or []], "the data")
+    longest, positions = task.max_length, student.positions
+    if longest is not None and positions is not None and longest > positions:
+        raise DataError(
+            f"The data cuts texts at max_length={longest} tokens, the student has {positions} positions. Set "
+            f"max_length={positions} or less."
+        )

@@ -1,0 +1,54 @@
+"""Dry runs before training: on a made-up batch while the module is configured, then on the first real one."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import IterableDataset
+
+from ildistil.engine import Distillation, DryRun
+from ildistil.errors import ModelRunError, TargetsError
+
+__all__ = ["try_first_batch", "try_synthetic_batch"]
+
+
+def try_synthetic_batch(distillation: Distillation) -> DryRun | None:
+    """Dry-run a made-up batch; ``None`` where none can be made, or a model refuses it.
+
+    Raises:
+        IldistilError: a term can't work with these models.
+    """
+    batch = distillation.synthetic_batch()
+    try:
+        return None if batch is None else distillation.dry_run(batch)
+    except ModelRunError as error:  # about a batch that we made up: the first real one will tell
+        rank_zero_info(f"The dry run on a synthetic batch was skipped, the model refused it: {error}")
+        return None
+
+
+def try_first_batch(distillation: Distillation, trainer: L.Trainer) -> DryRun | None:
+    """Dry-run the data set's first rows; ``None`` where they can't be had without losing them, or aren't stored.
+
+    Raises:
+        IldistilError: a term can't work with these models and data.
+    """
+    batch = _first_batch(trainer)
+    try:
+        return None if batch is None else distillation.dry_run(batch)
+    except TargetsError:
+        # They are the data set's first rows, not the loader's: a sampler may leave them out. If the loader's own rows
+        # are missing too, the first step says so.
+        return None
+
+
+def _first_batch(trainer: L.Trainer) -> Any | None:
+    loader: Any = trainer.train_dataloader
+    dataset: Any = getattr(loader, "dataset", None)
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not len(dataset):
+        return None  # a stream: taking a batch would lose it
+    # Neither through the loader nor its sampler: they may hold random states and workers of their own.
+    size = getattr(loader.batch_sampler, "batch_size", None) or 2
+    with isolate_rng():
+        batch = loader.collate_fn([dataset[row] for row in range(min(8, size, len(dataset)))])
+    return trainer.strategy.batch_to_device(batch, trainer.lightning_module.device)
