@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from ildistil import Distillation, objectives
+from ildistil import Distillation, Step, objectives
 from ildistil.errors import IldistilError
 from sweep import reference
 from sweep.architectures import Architecture
@@ -89,7 +89,7 @@ class Row:
     def _one(self, engine: Distillation, term: str, name: str, batch: Batch, expected: float | str) -> Cell:
         try:
             with torch.no_grad():
-                value = next(iter(engine(batch, step=0).values.values())).item()
+                value = next(iter(engine(batch, Step(0)).values.values())).item()
         except IldistilError as error:
             return Cell(term, "refused", f"{error} [on the {name} batch]")
         except Exception as error:
