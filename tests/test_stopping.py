@@ -36,7 +36,7 @@ def taps(model: nn.Module, stack: str | None) -> list[frozenset[Tap]]:
 def layers_run(model: nn.Module, capture: Capture) -> list[int]:
     """Count the layers that a run finishes; the counters stay on the model."""
     finished: list[int] = []
-    for layers in capture._layers.values():
+    for layers in capture._hooks.layers.values():
         for number, layer in enumerate(layers):
             layer.register_forward_hook(lambda *_, n=number: finished.append(n))
     return finished

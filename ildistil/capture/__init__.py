@@ -5,10 +5,13 @@ model's own supervised loss), or the path of any submodule, whose output is then
 model, records only the wanted layers, and leaves outputs and speed of the model as they were:
 
 - hidden states come from forward hooks on the model's stack of layers;
-- attention comes from the function that transformers' ``AttentionInterface`` calls in each layer: ours notes query,
+- attention comes from the function that transformers' ``AttentionInterface`` calls in each layer: ours records query,
   key and value (after rotary embedding, before dropout) and calls the implementation the model had (sdpa, eager,
-  flash, flex). No attention map is ever asked of the model. A few families outside ``AttentionInterface`` are read by
-  hooks on their projections.
+  flash, flex). No attention map is ever requested from the model. A few families outside ``AttentionInterface`` are
+  read by hooks on their projections.
+
+What arrives is checked against the batch, and what only a run tells is learned from one: whether the model's layers put
+tokens first, whether its attention is causal, and which label a row of its logits predicts.
 
 Layers are numbered ``1..L``; ``hidden[0]`` is the embedding output, ``hidden[i]`` the output of layer ``i`` (before
 any final norm of the model), ``attention[i]`` belongs to layer ``i``. An encoder-decoder has three stacks, named
@@ -16,10 +19,11 @@ any final norm of the model), ``attention[i]`` belongs to layer ``i``. An encode
 """
 
 from ildistil.attention import Attention
-from ildistil.capture.activations import Activations, Layers
+from ildistil.capture.activations import Activations, KnownTraits, Layers, Pooling
 from ildistil.capture.head import LazyLogits
-from ildistil.capture.info import ModelInfo, find_layers, find_stacks, unwrapped
+from ildistil.capture.info import ModelInfo
 from ildistil.capture.inputs import model_inputs, separate_configs
+from ildistil.capture.layers import find_layers, find_stacks, unwrapped
 from ildistil.capture.run import Capture
 from ildistil.capture.taps import Role, Tap, merged
 
@@ -27,9 +31,11 @@ __all__ = [
     "Activations",
     "Attention",
     "Capture",
+    "KnownTraits",
     "Layers",
     "LazyLogits",
     "ModelInfo",
+    "Pooling",
     "Role",
     "Tap",
     "find_layers",

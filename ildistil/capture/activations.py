@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from ildistil.capture.info import check_stack
 from ildistil.capture.taps import Tap
 from ildistil.errors import CaptureError
 
-__all__ = ["Activations", "Layers"]
+__all__ = ["Activations", "KnownTraits", "Layers", "Pooling", "Traits"]
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class Layers(Mapping[int, T]):
         self._reads: Counter[int] = Counter()
 
     def expect(self, layer: int) -> None:
-        """Note that a layer will be read once more by :meth:`take`."""
+        """Remember that a layer will be read once more by :meth:`take`."""
         self._reads[layer] += 1
 
     def take(self, layer: int) -> T:
@@ -74,14 +74,46 @@ class Layers(Mapping[int, T]):
         return len(self._records)
 
 
+Pooling = Literal["first", "last", "mean"]
+
+
+class Traits(Protocol):
+    """What only a run tells of a stack, see :class:`Activations`."""
+
+    @property
+    def causal(self) -> bool | None:
+        """Whether no token's state depends on a later token."""
+
+    @property
+    def pooling(self) -> Pooling:
+        """Which state stands for a whole example."""
+
+
+class KnownTraits(NamedTuple):
+    """Traits that are known beforehand."""
+
+    causal: bool | None = None
+    pooling: Pooling = "first"
+
+
 @dataclass(frozen=True)
 class Activations:
     """What one captured run gave.
 
-    ``mask`` is boolean ``(batch, tokens)``, true where a token is real; ``modules`` holds outputs by module path. Of
-    an encoder-decoder, hidden states and attention are in its ``stacks``, see :meth:`stack`, and ``mask`` is the
-    decoder's, to which the logits belong. ``output`` is ``None`` where the run stopped when all that was wanted was
-    there; a language model's logits are then not made yet, see ``lazy_logits``.
+    Attributes:
+        hidden: states by layer, ``(batch, tokens, width)``.
+        attention: :class:`~ildistil.capture.Attention` by layer.
+        mask: boolean ``(batch, tokens)``, true where a token is real.
+        output: the model's output; ``None`` where the run stopped when all that was wanted was there. A language
+            model's logits are then not made yet, see ``lazy_logits``.
+        modules: outputs by module path.
+        stacks: of an encoder-decoder, what each stack gave, see :meth:`stack`; hidden states and attention are in
+            these, and ``mask`` is the decoder's, to which the logits belong.
+        lazy_logits: what the logits are made of; ``None`` where they are there, or not wanted.
+        traits: see :attr:`causal` and :attr:`pooling`.
+        next_token: whether the logits at a position predict the token after it, found from the model's own loss;
+            ``None`` where the logits are of no tokens, or it isn't known, see ``why_not_known``.
+        why_not_known: why ``next_token`` isn't known.
     """
 
     hidden: Layers[Tensor]
@@ -91,19 +123,50 @@ class Activations:
     modules: dict[str, Any] = field(default_factory=dict)
     stacks: Mapping[str, "Activations"] = field(default_factory=dict)
     lazy_logits: LazyLogits | None = None
+    traits: Traits = field(default_factory=KnownTraits)
+    next_token: bool | None = None
+    why_not_known: str = "it wasn't captured with its logits or its loss"
 
     @cached_property
     def logits(self) -> Tensor:
-        """The model's logits."""
+        """The model's logits.
+
+        Raises:
+            CaptureError: they weren't wanted, or the model has no head.
+        """
         return _from_output(self.output, "logits") if self.lazy_logits is None else self.lazy_logits.all()
 
     @property
     def loss(self) -> Tensor:
-        """The model's own supervised loss."""
+        """The model's own supervised loss, a scalar.
+
+        Raises:
+            CaptureError: it wasn't wanted, the batch has no labels, or the model has no head.
+        """
         return _from_output(self.output, "loss") if self.lazy_logits is None else self.lazy_logits.loss()
 
+    @property
+    def causal(self) -> bool | None:
+        """Whether no token's state depends on a later token; found once, by changing a token of a row.
+
+        ``None`` where it isn't known: of models that read no text, or where no hidden states of a layer were wanted.
+        """
+        return self.traits.causal
+
+    @property
+    def pooling(self) -> Pooling:
+        """Which state stands for a whole example: where a head of classes reads it, found once by changing states.
+
+        Without such a head it is the last one of a causal model, which alone sees all, and else the first one.
+        """
+        return self.traits.pooling
+
     def expect(self, reads: Iterable[Tap]) -> None:
-        """Count the reads of each layer, one tap a read, so that :meth:`Layers.take` lets it go after the last."""
+        """Count the reads of each layer, one tap a read, so that :meth:`Layers.take` lets it go after the last.
+
+        Raises:
+            CaptureError: a tap names a stack that isn't there.
+        """
         for tap in reads:
             if tap.layer is not None:
                 stack = self.stack(tap.stack)
@@ -111,10 +174,13 @@ class Activations:
                 layers.expect(tap.layer)
 
     def stack(self, name: str | None) -> "Activations":
-        """Give what one stack of layers gave, with the same output and modules.
+        """Return what one stack of layers gave, with the same output and modules.
 
         Args:
             name: ``"encoder"``, ``"decoder"`` or ``"cross"``; ``None`` for the one stack of other models.
+
+        Returns:
+            Its activations, with a mask of its own.
 
         Raises:
             CaptureError: the model has several stacks and none is named, or it has none of this name.

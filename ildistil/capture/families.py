@@ -1,8 +1,8 @@
-"""Families whose attention doesn't go through ``AttentionInterface``, and how to read it: hooks on the projections.
+"""What is read of some families only: attention outside ``AttentionInterface``, and layers that end elsewhere.
 
-A row of :data:`FAMILIES` says for a class of attention modules which projections are noted, and how query, key, value,
-scale and bias come out of them. What a method adds to the scores is noted by a wrapper of this method, set once for
-the class; outside a captured run it does nothing.
+A row of :data:`FAMILIES` names for a class of attention modules the projections that are recorded, and how query, key,
+value, scale and bias come out of them. What a method adds to the scores is recorded by a wrapper of this method, set
+once for the class; outside a captured run it does nothing.
 """
 
 import functools
@@ -12,18 +12,18 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ildistil.capture.attention import Notebook, notebook
+from ildistil.capture.interface import AttentionRecorder, active_recorder
 
-__all__ = ["FAMILIES", "Family", "attach"]
+__all__ = ["FAMILIES", "Family", "attach", "layer_ends"]
 
 Parts = dict[str, Tensor]
 
 
-class _Book(Notebook, Protocol):
+class _Recorder(AttentionRecorder, Protocol):
     active: bool
 
     def take_parts(self) -> Parts:
-        """Give the noted parts and forget them."""
+        """Return the recorded parts and forget them."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Family:
     """How the attention of a class of modules is read.
 
     Attributes:
-        projections: the submodules whose output is noted, the first one of a run of the module.
-        read: puts query, key, value, scale and bias together, as the keywords of ``Attention``.
-        bias_method: the method whose result is added to the scores; noted as the part ``"bias"``.
+        projections: the submodules whose output is recorded, the first one of a run of the module.
+        read: assembles query, key, value and scale from the recorded parts.
+        bias_method: the method whose result is added to the scores; recorded as the part ``"bias"``.
     """
 
     projections: tuple[str, ...]
@@ -75,33 +75,49 @@ FAMILIES = {
 }
 
 
-def attach(layers: Iterable[nn.Module], book: _Book) -> list[Any]:
-    """Put hooks on the attention modules of known families; gives their handles, none where the family is unknown."""
+def attach(layers: Iterable[nn.Module], recorder: _Recorder) -> list[Any]:
+    """Hook the attention modules of known families, and return the handles: none where the family is unknown."""
     handles: list[Any] = []
     for module in {m: None for layer in layers for m in layer.modules()}:
-        family = FAMILIES.get(f"{type(module).__module__.rsplit('.', 1)[-1]}.{type(module).__name__}")
+        family = FAMILIES.get(_name(module))
         if family is None:
             continue
         if family.bias_method is not None:
-            _note_bias(type(module), family.bias_method)
+            _record_bias(type(module), family.bias_method)
         for name in family.projections:
-            hook = functools.partial(_note_projection, book, name)
+            hook = functools.partial(_record_projection, recorder, name)
             handles.append(module.get_submodule(name).register_forward_hook(hook))
-        handles.append(module.register_forward_hook(functools.partial(_note_attention, book, family), with_kwargs=True))
+        hook = functools.partial(_record_attention, recorder, family)
+        handles.append(module.register_forward_hook(hook, with_kwargs=True))
     return handles
 
 
-def _note_projection(book: _Book, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-    if book.active:
-        book.note_part(name, output)
+def layer_ends(model: nn.Module, layers: list[nn.Module]) -> list[nn.Module]:
+    """Return the modules whose output is that of each layer, mostly the layer itself.
+
+    DeBERTa-v2 may run a convolution beside its first layer, and joins both.
+    """
+    for module in model.modules():
+        if _name(module) == "modeling_deberta_v2.DebertaV2Encoder" and isinstance(module.conv, nn.Module):
+            return [module.conv, *layers[1:]]
+    return layers
 
 
-def _note_attention(
-    book: _Book, family: Family, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__.rsplit('.', 1)[-1]}.{type(module).__name__}"
+
+
+def _record_projection(recorder: _Recorder, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+    if recorder.active:
+        recorder.record_part(name, output)
+
+
+def _record_attention(
+    recorder: _Recorder, family: Family, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
-    if not book.active:
+    if not recorder.active:
         return
-    parts = book.take_parts()
+    parts = recorder.take_parts()
     if not set(family.projections) <= parts.keys():
         return  # the module took another way; that the attention is missing is found at the end of the run
     read = family.read(module, parts)
@@ -115,25 +131,25 @@ def _note_attention(
     if mask is not None and not mask.is_floating_point():
         mask = mask.bool()
     more = {"position_bias": bias}
-    book.note_attention(module, query, read["key"], read["value"], mask, read["scale"], more, read.get("unknown"))
+    recorder.record_attention(module, query, read["key"], read["value"], mask, read["scale"], more, read.get("unknown"))
 
 
 def _argument(name: str, place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[place] if len(args) > place else kwargs.get(name)
 
 
-def _note_bias(kind: type, method: str) -> None:
-    """Have a method's result noted, in every instance; hooks can't see it, and an instance's own would be copied."""
+def _record_bias(kind: type, method: str) -> None:
+    """Wrap a method so that its result is recorded: no hook sees it, and a copied model would keep its own wrapper."""
     original = getattr(kind, method)
     if hasattr(original, "__wrapped__"):
         return
 
     @functools.wraps(original)
-    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def recording(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
-        book = notebook()
-        if book is not None and isinstance(result, Tensor):
-            book.note_part("bias", result)
+        recorder = active_recorder()
+        if recorder is not None and isinstance(result, Tensor):
+            recorder.record_part("bias", result)
         return result
 
-    setattr(kind, method, noting)
+    setattr(kind, method, recording)

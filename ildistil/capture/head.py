@@ -21,14 +21,14 @@ class LazyLogits:
         states: what its output layer is given, ``(batch, tokens, width)``.
         layer: the output layer, which gives ``(..., vocabulary)``.
         labels: the batch's labels, ``(batch, tokens)``, -100 where there is none.
-        next_token: whether the logits at a position predict the token after it.
+        next_token: whether the logits at a position predict the token after it; ``None`` if that isn't known.
         autocast: precision that the model ran in under autocast; ``None`` without.
     """
 
     states: Tensor
     layer: nn.Module
     labels: Tensor | None
-    next_token: bool
+    next_token: bool | None
     autocast: torch.dtype | None
 
     def made(self, states: Tensor) -> Tensor:
@@ -46,37 +46,41 @@ class LazyLogits:
         return self.made(self.states[chosen])
 
     def labelled(self) -> tuple[Tensor, Tensor]:
-        """Give the states of the tokens that have a label to predict, ``(rows, width)``, and these labels."""
+        """Return the states of the tokens that have a label to predict, ``(rows, width)``, and these labels."""
         assert self.labels is not None, "wanted only of batches with labels"
+        assert self.next_token is not None, "wanted only where the loss is known to be that of these labels"
         states, labels = (self.states[:, :-1], self.labels[:, 1:]) if self.next_token else (self.states, self.labels)
         chosen = labels != -100
         return states[chosen], labels[chosen]
 
     def loss(self) -> Tensor:
-        """Give the mean cross-entropy of the labels."""
+        """Return the mean cross-entropy of the labels."""
         states, labels = self.labelled()
         return F.cross_entropy(widened(self.made(states)), labels)
 
 
 def is_token_labels(labels: Any) -> TypeGuard[Tensor]:
-    """Tell whether labels are those of a language model: a class for every token."""
+    """Return whether labels are those of a language model: a class for every token."""
     return isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:
-    """Find the layer that makes logits over the vocabulary; ``None`` where the model has none, or doesn't say."""
+    """Return the layer that makes logits over the vocabulary; ``None`` where the model has none, or doesn't say."""
     get = getattr(model, "get_output_embeddings", None)
     layer = None if get is None else get()
     return layer if isinstance(layer, nn.Module) else None
 
 
 def agrees(found: LazyLogits, output: Any, before: Mapping[str, bool]) -> dict[str, bool]:
-    """Tell whether the output layer really comes last (no softcap, no scale after it), and cross-entropy is the loss.
+    """Return whether the output layer really comes last (no softcap, no scale after it), and cross-entropy is the loss.
 
     Args:
         found: what the output layer was given.
         output: what the model gave in the same run.
         before: what earlier runs told; what once did not agree never does.
+
+    Returns:
+        For ``"logits"`` and ``"loss"``, as far as this run or an earlier one told, whether they may be made later.
     """
     logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
     now = dict(before)
@@ -87,7 +91,7 @@ def agrees(found: LazyLogits, output: Any, before: Mapping[str, bool]) -> dict[s
             now["logits"] = before.get("logits", True) and same
         if loss is not None and found.labels is not None and bool((found.labels != -100).any()):
             alone = getattr(output, "aux_loss", None) is None  # as of routers to experts
-            same = now.get("logits", False) and alone
+            same = now.get("logits", False) and alone and found.next_token is not None
             same = same and torch.allclose(found.loss().float(), loss.float(), rtol=1e-5)
             now["loss"] = before.get("loss", True) and same
     return now

@@ -1,14 +1,15 @@
-"""What is known of a model before it runs, and where its layers are."""
+"""What is known of a model before it runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
+from ildistil.capture.layers import coders, find_layers, only_stack, unwrapped
 from ildistil.errors import CaptureError
 
-__all__ = ["ModelInfo", "check_stack", "find_layers", "find_stacks", "is_classifier", "unwrapped"]
+__all__ = ["ModelInfo", "check_stack", "is_classifier"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class ModelInfo:
         positions: the longest input that learned position embeddings allow.
         init_layers: the teacher layers that a student was initialised from.
         stacks: the same of an encoder-decoder's stacks, empty for a model with one stack.
-        next_token: whether the logits at a position predict the token after it.
-        attention_width: of all attention heads together, which in some models is not the width of the hidden states.
+        attention_width: of the queries of all attention heads together, which in some models is not the width of the
+            hidden states.
+        value_width: the same of the values.
         label_names: names of the labels in their order, in lower case; empty where it has none.
         parameters: number of parameters.
         source: name or folder that it was loaded from.
@@ -43,15 +45,28 @@ class ModelInfo:
     positions: int | None = None
     init_layers: tuple[int, ...] | None = None
     stacks: Mapping[str, "ModelInfo"] = field(default_factory=dict, hash=False)
-    next_token: bool = False
     attention_width: int | None = None
+    value_width: int | None = None
     label_names: tuple[str, ...] = ()
     parameters: int = 0
     source: str | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelInfo":
-        """Read what the config of a model says; of a plain module little more than the depth is known."""
+        """Read what the config of a model says; of a plain module little more than the depth is known.
+
+        Args:
+            model: any module, compiled or not; it isn't run.
+
+        Returns:
+            The info, the same for equal configs and classes but for ``source`` and ``parameters``.
+
+        >>> from transformers import BertConfig, BertModel
+        >>> tiny = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+        >>> info = ModelInfo.of(BertModel(BertConfig(num_hidden_layers=2, **tiny)))
+        >>> info.depth, info.width, info.vocabulary
+        (2, 8, 9)
+        """
         model = unwrapped(model)
         config = getattr(model, "config", None)
         if not isinstance(config, PreTrainedConfig):
@@ -63,6 +78,7 @@ class ModelInfo:
                 getattr(attention, "embed_dim", None),
                 getattr(attention, "num_heads", None),
                 attention_width=getattr(attention, "embed_dim", None),
+                value_width=getattr(attention, "embed_dim", None),
                 parameters=_count_parameters(model),
             )
         text = config.get_text_config()
@@ -78,12 +94,11 @@ class ModelInfo:
             problem_type=getattr(config, "problem_type", None),
             positions=_positions(model),
             init_layers=None if init_layers is None else tuple(init_layers),
-            next_token=type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")),
             label_names=_label_names(config),
             parameters=_count_parameters(model),
             source=getattr(model, "name_or_path", None) or None,
         )
-        info = replace(info, attention_width=_attention_width(text, info))
+        info = _with_attention(info, text)
         return replace(info, stacks=_stack_info(model, info))
 
     def stack(self, name: str | None) -> "ModelInfo":
@@ -91,6 +106,9 @@ class ModelInfo:
 
         Args:
             name: ``"encoder"``, ``"decoder"`` or ``"cross"``; ``None`` for the one stack of other models.
+
+        Returns:
+            The info, in which depth, width and heads are the stack's.
 
         Raises:
             CaptureError: the model has several stacks and none is named, or it has none of this name.
@@ -112,14 +130,12 @@ def check_stack(model: str, stacks: Mapping[str, object], name: str | None) -> N
 
 
 def _stack_info(model: nn.Module, whole: ModelInfo) -> dict[str, ModelInfo]:
-    coders = _coders(model)
     info: dict[str, ModelInfo] = {}
-    for name, coder in coders.items():
+    for name, coder in coders(model).items():
         config = getattr(coder, "config", None)
         heads = getattr(config, f"{name}_attention_heads", None) or getattr(config, "num_attention_heads", whole.heads)
         width = getattr(config, "hidden_size", whole.width)
-        stack = replace(whole, depth=len(_only_stack(coder)), width=width, heads=heads)
-        info[name] = replace(stack, attention_width=_attention_width(config, stack))
+        info[name] = _with_attention(replace(whole, depth=len(only_stack(coder)), width=width, heads=heads), config)
     return info | {"cross": info["decoder"]} if info else {}
 
 
@@ -132,9 +148,21 @@ def _count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _attention_width(config: object, info: ModelInfo) -> int | None:
-    head = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    return info.width if head is None or info.heads is None else head * info.heads
+def _with_attention(info: ModelInfo, config: object) -> ModelInfo:
+    """Add the widths of the attention: a head may have a size of its own, and another one for values."""
+
+    def size(*names: str) -> int | None:
+        return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+    query = size("head_dim", "d_kv")
+    if (latent := size("qk_nope_head_dim")) is not None:  # DeepSeek: head_dim is that of the rotary part
+        query = latent + (size("qk_rope_head_dim") or 0)
+    width = size("true_hidden_size") or info.width  # MobileBERT attends in a bottleneck
+
+    def total(head: int | None) -> int | None:
+        return width if head is None or info.heads is None else head * info.heads
+
+    return replace(info, attention_width=total(query), value_width=total(size("v_head_dim") or query))
 
 
 def _positions(model: nn.Module) -> int | None:
@@ -148,61 +176,3 @@ def _positions(model: nn.Module) -> int | None:
 def is_classifier(model: nn.Module) -> bool:
     """Return whether a model's head predicts classes."""
     return "Classification" in type(model).__name__
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside ``torch.compile``'s wrapper."""
-    inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, nn.Module)
-    return inner
-
-
-def find_layers(model: nn.Module) -> list[nn.Module]:
-    """Find the stack of Transformer layers: the outermost ``ModuleList`` as long as the config says the model is deep.
-
-    Return an empty list when there is none or more than one.
-    """
-    if _coders(model):
-        return []
-    stacks = _outermost(model)
-    config = getattr(model, "config", None)
-    if isinstance(config, PreTrainedConfig):
-        text = config.get_text_config()
-        lengths = {
-            getattr(text, "num_hidden_layers", 0),
-            getattr(text, "num_hidden_groups", None),
-        }  # ALBERT shares layers in groups
-        stacks = [stack for stack in stacks if len(stack) in lengths]
-    return stacks[0] if len(stacks) == 1 else []
-
-
-def find_stacks(model: nn.Module) -> dict[str | None, list[nn.Module]]:
-    """Find the layers of every stack: ``encoder`` and ``decoder``, or those of the only stack under ``None``."""
-    coders = _coders(model)
-    return {name: _only_stack(coder) for name, coder in coders.items()} if coders else {None: find_layers(model)}
-
-
-def _coders(model: nn.Module) -> dict[str, nn.Module]:
-    """The encoder and the decoder of an encoder-decoder; empty for other models."""
-    if not isinstance(model, PreTrainedModel) or not getattr(model.config, "is_encoder_decoder", False):
-        return {}
-    encoder, decoder = model.get_encoder(), model.get_decoder()
-    # The encoder of such a model, taken alone, has its config and finds itself.
-    alone = encoder is model or decoder is model or encoder is decoder
-    return {} if alone else {"encoder": encoder, "decoder": decoder}
-
-
-def _only_stack(model: nn.Module) -> list[nn.Module]:
-    stacks = _outermost(model)
-    return stacks[0] if len(stacks) == 1 else []
-
-
-def _outermost(model: nn.Module) -> list[list[nn.Module]]:
-    stacks: list[list[nn.Module]] = []
-    inside: set[str] = set()
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 0:
-            if not any(path.startswith(outer) for outer in inside):
-                stacks.append(list(module))
-            inside.add(path + ".")
-    return stacks

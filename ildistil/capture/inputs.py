@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ __all__ = [
     "OURS",
     "TARGETS",
     "decoder_mask",
-    "full_mask",
+    "encoder_mask",
     "input_names",
+    "main_input",
     "model_inputs",
     "separate_configs",
     "token_mask",
@@ -51,22 +52,38 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_labels(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Leave the labels out; a decoder that would have made its input of them gets this input."""
-    labels = inputs.pop("labels", None)
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    labels = inputs.get("labels")
     given = any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
-    if labels is not None and labels.ndim == 2 and shift is not None and not given:
+    if labels is not None and labels.ndim == 2 and not given and "decoder_input_ids" in input_names(model):
+        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if shift is None:  # only the model itself knows how, as Whisper
+            return inputs
         inputs["decoder_input_ids"] = shift(labels=labels)
-    return inputs
+    return {name: value for name, value in inputs.items() if name != "labels"}
 
 
 def input_names(model: nn.Module) -> frozenset[str]:
-    """Give the names that a model's ``forward`` knows; none where it takes anything."""
+    """Return the names that a model's ``forward`` knows; none where it takes anything."""
     parameters = inspect.signature(model.forward).parameters.values()
     return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
 
 
+def main_input(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Return the tensor whose first two dimensions are most likely the rows and tokens of a batch.
+
+    Raises:
+        CaptureError: the batch has no tensor with rows.
+    """
+    names = ["input_ids", "inputs_embeds", getattr(model, "main_input_name", ""), *batch]
+    tensors = (batch.get(name) for name in names if name not in OURS)
+    found = next((v for v in tensors if isinstance(v, Tensor) and v.ndim >= 2), None)
+    if found is None:
+        raise CaptureError(f"The batch has no tensor of shape (batch, ...): its keys are {sorted(batch)}.")
+    return found
+
+
 def token_mask(batch: Mapping[str, Any], key: str = "attention_mask") -> Tensor | None:
-    """Tell which tokens are real, ``(batch, tokens)``; ``None`` where the batch doesn't say.
+    """Return which tokens are real, ``(batch, tokens)``; ``None`` where the batch doesn't say.
 
     Raises:
         CaptureError: the batch marks padding in a way that is not understood.
@@ -83,15 +100,33 @@ def token_mask(batch: Mapping[str, Any], key: str = "attention_mask") -> Tensor 
             )
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise CaptureError(
-            f"{key} must have the shape (batch, tokens), got {tuple(mask.shape)}. Objectives count real "
-            "tokens by it; packed and custom masks are not understood."
+            f"{key} must have the shape (batch, tokens), got {got}. Objectives count real tokens by it; packed and "
+            "custom masks are not understood."
         )
     return mask != 0
 
 
+def encoder_mask(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+    """Return which tokens of a model's first stack are real; ``None`` where the batch doesn't say.
+
+    Speech models make one token of many samples, and know which of these tokens are real.
+    """
+    mask = token_mask(batch)
+    shorten = getattr(model, "_get_feature_vector_attention_mask", None)
+    if mask is None or shorten is None:
+        return mask
+    lengths = model._get_feat_extract_output_lengths
+    # An adapter that shortens once more stands behind the layers.
+    plain = {"add_adapter": False} if "add_adapter" in inspect.signature(shorten).parameters else {}
+    tokens = int(lengths(torch.tensor(mask.shape[1]), **plain))  # type: ignore[operator]
+    short: Tensor = shorten(tokens, mask.long(), **plain)
+    return (short != 0) & mask.any(1, keepdim=True)
+
+
 def decoder_mask(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
-    """Tell which positions of a decoder are real; ``None`` where the batch doesn't say.
+    """Return which positions of a decoder are real; ``None`` where the batch doesn't say.
 
     In this order: what ``decoder_attention_mask`` says; where there is a label to predict; all up to the last token of
     ``decoder_input_ids`` that isn't padding (a decoder may start with the padding token, so only what ends a row is
@@ -108,15 +143,3 @@ def decoder_mask(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
         real = real.flip(1).cumsum(1).flip(1) > 0
         return real | (torch.arange(tokens.shape[1], device=tokens.device) == 0)
     return None if batch.get("decoder_inputs_embeds") is not None else token_mask(batch)
-
-
-def full_mask(batch: Mapping[str, Any], states: Iterable[Tensor], masks: Iterable[Tensor]) -> Tensor:
-    """Make a mask for a batch without padding: as long as a hidden state, a mask of queries, or else the input."""
-    for mask in masks:
-        return mask
-    for state in states:
-        return torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
-    first = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim >= 2), None)
-    if first is None:
-        raise CaptureError(f"The batch has no tensor of shape (batch, ...): its keys are {sorted(batch)}.")
-    return torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)

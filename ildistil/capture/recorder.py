@@ -1,21 +1,21 @@
 """The records of one model's runs."""
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ildistil.attention import Attention, Masks, Scores
-from ildistil.capture.attention import unread
+from ildistil.capture.interface import unread
 from ildistil.capture.taps import Tap
 from ildistil.errors import CaptureError
 
-__all__ = ["Key", "PaddingMasks", "Recorder", "StopForward"]
+__all__ = ["Key", "PaddingMasks", "Recorder", "Records", "StopForward", "layer_states"]
 
 Key = tuple[str | None, int]  # a stack and a layer of it
 PaddingMasks = dict[str | None, tuple[Tensor | None, Tensor | None]]  # of queries and of keys, by stack
-# What transformers hands to attention functions beside the tensors that doesn't change the scores.
+# What transformers passes to attention functions beside the tensors that doesn't change the scores.
 _HARMLESS = {
     "dropout", "is_causal", "sliding_window", "softcap", "position_bias", "position_ids", "use_cache", "cache",
     "cache_position", "past_key_values", "output_attentions", "output_hidden_states", "return_dict", "deterministic",
@@ -27,32 +27,56 @@ class StopForward(BaseException):
     """Everything wanted is recorded, and the rest of the model need not run; no ``except Exception`` holds it up."""
 
 
+class Records(NamedTuple):
+    """What one run left.
+
+    Attributes:
+        hidden: states by stack and layer, as the layers gave them.
+        given: what the next layer was given in their place, in runs that are verified.
+        attention: attention by stack and layer.
+        masks_passed: what the model passed to it as a mask.
+        modules: outputs by path.
+        head_states: what the output layer over the vocabulary was given.
+        layers_run: how many layers of each stack ran.
+    """
+
+    hidden: dict[Key, Tensor]
+    given: dict[Key, Tensor]
+    attention: dict[Key, Attention]
+    masks_passed: dict[Key, Any]
+    modules: dict[str, Any]
+    head_states: Tensor | None
+    layers_run: dict[str | None, int]
+
+
 class Recorder:
-    """The records of one model's runs. Plain tuples, ints, dicts and a flag, which torch.compile can trace through."""
+    """Records one model's runs. Plain tuples, ints, dicts and flags, which torch.compile can trace through."""
 
     def __init__(self, wanted: Iterable[Tap]) -> None:
-        self.want(wanted)
         self.paths: set[str] = set()
         self.active = self.verify = self.stops = False
         self.stack: str | None = None
-        self.layer = 0
-        self.calls = 0
-        self.layers_run: dict[str | None, int] = {}
+        self.layer = self.calls = 0
         self.masks: PaddingMasks = {}
-        self.hidden: dict[Key, Tensor] = {}
-        self.attention: dict[Key, Attention] = {}
-        self.masks_passed: dict[Key, Tensor] = {}
-        self.modules: dict[str, Any] = {}
         self.parts: dict[str, Tensor] = {}
-        self.head_states: Tensor | None = None
+        self.layers_run: dict[str | None, int] = {}
+        self._want(wanted)
+        self._clear()
 
-    def want(self, wanted: Iterable[Tap]) -> None:
-        """Note what the next run is to record."""
+    def _want(self, wanted: Iterable[Tap]) -> None:
         layered = [tap for tap in wanted if tap.layer is not None]
         self.wanted_hidden = {(tap.stack, tap.layer) for tap in layered if tap.name == "hidden"}
         self.wanted_attention = {(tap.stack, tap.layer): tap.parts for tap in layered if tap.name == "attention"}
         self.wanted_names = {tap.name for tap in wanted}
         self.wants_head = bool({"logits", "loss"} & self.wanted_names)
+
+    def _clear(self) -> None:
+        self.hidden: dict[Key, Tensor] = {}
+        self.given: dict[Key, Tensor] = {}
+        self.attention: dict[Key, Attention] = {}
+        self.masks_passed: dict[Key, Any] = {}
+        self.modules: dict[str, Any] = {}
+        self.head_states: Tensor | None = None
 
     def start(self, wanted: frozenset[Tap], masks: PaddingMasks, verify: bool, stops: bool) -> None:
         """Begin a run.
@@ -60,24 +84,34 @@ class Recorder:
         Args:
             wanted: what to record.
             masks: the real queries and keys of every stack.
-            verify: keep the masks that the model passes.
+            verify: record also what only checks need.
             stops: raise :class:`StopForward` as soon as everything is recorded.
         """
-        self.want(wanted)
+        self._want(wanted)
         self.active, self.verify, self.stops, self.masks = True, verify, stops, masks
         self.layers_run = dict.fromkeys(masks, 0)
 
-    def stop(self) -> None:
-        """End a run; the records go with it."""
-        self.active, self.layer, self.calls, self.masks = False, 0, 0, {}
-        self.hidden, self.attention, self.masks_passed, self.modules, self.parts = {}, {}, {}, {}, {}
-        self.head_states = None
+    def stop(self) -> Records:
+        """End a run, and return its records."""
+        records = Records(
+            self.hidden, self.given, self.attention, self.masks_passed, self.modules, self.head_states, self.layers_run
+        )
+        self.active, self.layer, self.calls, self.masks, self.parts = False, 0, 0, {}, {}
+        self._clear()
+        return records
 
-    def hook_layer(self, layer: nn.Module, stack: str | None, number: int | None) -> list[Any]:
-        """Put the hooks on a layer; its number is ``None`` where modules run several times."""
+    def hook_layer(self, layer: nn.Module, end: nn.Module, stack: str | None, number: int | None) -> list[Any]:
+        """Hook a layer.
+
+        Args:
+            layer: the layer.
+            end: the module whose output is the layer's, mostly the layer itself.
+            stack: its stack.
+            number: its number; ``None`` where modules run several times.
+        """
         before = functools.partial(self._before_layer, stack, number)
         after = functools.partial(self._after_layer, stack)
-        return [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
+        return [layer.register_forward_pre_hook(before, with_kwargs=True), end.register_forward_hook(after)]
 
     def _before_layer(
         self, stack: str | None, number: int | None, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -91,12 +125,25 @@ class Recorder:
             raise CaptureError(
                 f"Layer {number} ran as layer {self.layer}. Switch off whatever skips layers (layerdrop, early exit)."
             )
-        if self.layer == 1 and (stack, 0) in self.wanted_hidden:
-            self.hidden[(stack, 0)] = args[0] if args else kwargs["hidden_states"]
+        before = (stack, self.layer - 1)
+        if before in self.wanted_hidden and (self.layer == 1 or self.verify):
+            state = layer_states(args[0] if args else kwargs.get("hidden_states"), module)
+            if self.layer == 1:
+                self.hidden[before] = state
+                self._stop_if_enough()
+            else:
+                self.given[before] = state
+
+    def _after_layer(self, stack: str | None, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self.active:
+            return
+        place, self.layer = (stack, self.layer), 0  # what attends from here on belongs to no layer
+        if place in self.wanted_hidden:
+            self.hidden[place] = layer_states(output, module)
             self._stop_if_enough()
 
     def before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note what the output layer over the vocabulary is given: the hook before it."""
+        """Record what the output layer over the vocabulary is given: the hook before it."""
         if self.active and self.wants_head:
             self.head_states = args[0] if args else next(iter(kwargs.values()))
             self._stop_if_enough()
@@ -106,16 +153,6 @@ class Recorder:
             return
         if len(self.hidden) == len(self.wanted_hidden) and len(self.attention) == len(self.wanted_attention):
             raise StopForward
-
-    def _after_layer(self, stack: str | None, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.active and (stack, self.layer) in self.wanted_hidden:
-            state = output if isinstance(output, Tensor) else output[0]
-            if state.is_nested:
-                raise CaptureError(
-                    "The layers give nested tensors. Build the TransformerEncoder with enable_nested_tensor=False."
-                )
-            self.hidden[(stack, self.layer)] = state
-            self._stop_if_enough()
 
     def module_hook(self, path: str) -> Callable[..., None]:
         """Make the hook of a module that is tapped by its path."""
@@ -127,20 +164,20 @@ class Recorder:
 
         return hook
 
-    def note_part(self, name: str, value: Tensor) -> None:
-        """Note a part of an attention, the first one of its name: DeBERTa may project positions by the same module."""
+    def record_part(self, name: str, value: Tensor) -> None:
+        """Record a part of an attention, the first of its name: DeBERTa may project positions by the same module."""
         self.parts.setdefault(name, value)
 
     def take_parts(self) -> dict[str, Tensor]:
-        """Give the noted parts and forget them."""
+        """Return the recorded parts and forget them."""
         parts, self.parts = self.parts, {}
         return parts
 
-    def note_attention(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None,
+    def record_attention(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None,
         kwargs: dict[str, Any], unknown: str | None = None,
     ) -> None:  # fmt: skip
-        """Note the attention of the layer that runs; the second one of a decoder's layer looks at the encoder."""
+        """Record the attention of the layer that runs; the second one of a decoder's layer looks at the encoder."""
         if not self.active:
             return
         self.calls += 1
@@ -165,6 +202,22 @@ class Recorder:
         causal = bool(getattr(module, "is_causal", False) if causal is None else causal)
         masks = Masks(query_mask, key_mask, causal, kwargs.get("sliding_window"))
         self.attention[place] = Attention(raw, masks, kept["v"], unknown)
-        if self.verify and mask is not None:
+        if isinstance(mask, Tensor) or (self.verify and mask is not None):
             self.masks_passed[place] = mask
         self._stop_if_enough()
+
+
+def layer_states(value: Any, module: nn.Module) -> Tensor:
+    """Return the states among what a layer is given or gives: the first one of several."""
+    while not isinstance(value, Tensor) and isinstance(value, list | tuple | Mapping) and len(value):
+        value = next(iter(value.values())) if isinstance(value, Mapping) else value[0]
+    if not isinstance(value, Tensor):
+        raise CaptureError(
+            f"The layers ({type(module).__name__}) are given, or give, no states: {type(value).__name__}. Tap modules "
+            "by their paths instead."
+        )
+    if value.is_nested:
+        raise CaptureError(
+            "The layers give nested tensors. Build the TransformerEncoder with enable_nested_tensor=False."
+        )
+    return value

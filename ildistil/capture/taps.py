@@ -15,8 +15,12 @@ PARTS = "qkv"
 class Tap(NamedTuple):
     """One wanted thing: ``Tap("hidden", 3)``, ``Tap("logits")``, ``Tap("bert.pooler")``.
 
-    ``parts`` of an attention are any of its queries, keys and values (``"qkv"``, all by default): the others of a
-    recorded layer are not kept.
+    Attributes:
+        name: ``"hidden"``, ``"attention"``, ``"logits"``, ``"loss"``, or the path of a module.
+        layer: number of the layer, of hidden states and attention.
+        stack: stack of the layer, of an encoder-decoder.
+        parts: of an attention, any of its queries, keys and values (all of ``"qkv"`` by default): the others of a
+            recorded layer are not kept.
 
     >>> str(Tap("hidden", 2, "decoder"))
     'decoder.hidden[2]'
@@ -33,12 +37,12 @@ class Tap(NamedTuple):
 
     @property
     def place(self) -> "Tap":
-        """The same without parts."""
+        """The tap without its parts."""
         return self._replace(parts="")
 
 
 def merged(taps: Iterable[Tap]) -> frozenset[Tap]:
-    """Join taps that differ in their parts only; the parts of an attention are then explicit.
+    """Merge taps that differ in their parts only; the parts of an attention are then explicit.
 
     >>> [tap.parts for tap in merged([Tap("attention", 1, parts="k"), Tap("attention", 1, parts="q")])]
     ['qk']

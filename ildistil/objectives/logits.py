@@ -19,19 +19,13 @@ __all__ = ["LogitsDIST", "LogitsKL", "LogitsMSE"]
 
 class _LogitsObjective(Objective):
     taps = ("logits",)
-    _next_token = False
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Check that both models have the same labels."""
-        self._next_token = student.next_token
         if None not in (student.labels, teacher.labels) and student.labels != teacher.labels:
             raise ObjectiveError(
                 f"{type(self).__name__}: the student has {student.labels} labels, the teacher {teacher.labels}. Give "
                 f"the student the teacher's labels (num_labels={teacher.labels}), or leave this objective out."
-            )
-        if student.next_token != teacher.next_token:
-            raise ObjectiveError(
-                f"{type(self).__name__}: one model predicts the next token, the other doesn't. Give both the same head."
             )
 
     def count(self, student: Activations, batch: Mapping[str, Any]) -> Count:
@@ -41,6 +35,10 @@ class _LogitsObjective(Objective):
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Return the mean over examples, or over the target tokens of a language model."""
+        if None not in (student.next_token, teacher.next_token) and student.next_token != teacher.next_token:
+            raise ObjectiveError(
+                f"{type(self).__name__}: one model predicts the next token, the other doesn't. Give both the same head."
+            )
         if student.lazy_logits is not None:
             return self._token_loss(student.lazy_logits, teacher, self._targets(student, batch))
         s, t = student.logits, teacher.logits
@@ -76,11 +74,23 @@ class _LogitsObjective(Objective):
 
     def _targets(self, student: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Return which rows of the logits count: boolean, ``(batch,)`` or ``(batch, tokens)``."""
-        if student.lazy_logits is None and student.logits.ndim == 2:
+        lazy = student.lazy_logits
+        shape = student.logits.shape[:-1] if lazy is None else lazy.states.shape[:-1]
+        if len(shape) == 1:
             return student.mask.any(1)
         labels = batch.get("labels")
         real = student.mask if labels is None else labels != -100
-        if not self._next_token:
+        if real.shape != shape:
+            raise ObjectiveError(
+                f"{type(self).__name__}: the student gives logits for {tuple(shape)} tokens, and "
+                f"{'the mask' if labels is None else 'the labels'} of the batch have the shape {tuple(real.shape)}."
+            )
+        if labels is not None and student.next_token is None:
+            raise ObjectiveError(
+                f"{type(self).__name__}: which label a row of the student's logits predicts isn't known: "
+                f"{student.why_not_known}. Leave the labels out of the batch: then all real tokens count."
+            )
+        if not student.next_token:
             return real
         # Position i predicts token i + 1; the padding before a text predicts nothing.
         return torch.cat([real[:, 1:] & student.mask[:, :-1], torch.zeros_like(real[:, :1])], dim=1)

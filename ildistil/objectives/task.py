@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ildistil import functional
-from ildistil.capture import Activations, LazyLogits, ModelInfo
+from ildistil.capture import Activations, LazyLogits
 from ildistil.kernels import chunked
 from ildistil.objectives.base import Count, Objective
 
@@ -28,11 +28,6 @@ class TaskLoss(Objective):
 
     taps = ("loss",)
     teacher_taps = ()
-    _next_token = False
-
-    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
-        """Note whether the student predicts the next token."""
-        self._next_token = student.next_token
 
     def count(self, student: Activations, batch: Mapping[str, Any]) -> Count:
         """Return the number of labels: of examples, or of the target tokens of a language model."""
@@ -41,7 +36,7 @@ class TaskLoss(Objective):
             return super().count(student, batch)
         if labels.is_floating_point():
             return Count(torch.tensor(len(labels), device=labels.device))
-        targets = labels[:, 1:] if self._next_token and labels.ndim == 2 else labels
+        targets = labels[:, 1:] if student.next_token and labels.ndim == 2 else labels
         return Count((targets != -100).sum(), "tokens" if labels.ndim == 2 else "examples")
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from ildistil.attention import Attention, Masks, Scores
-from ildistil.capture import Activations, ModelInfo, Tap, merged, unwrapped
+from ildistil.capture import Activations, KnownTraits, ModelInfo, Tap, merged, unwrapped
 from ildistil.capture.inputs import input_names
 from ildistil.capture.taps import PARTS
 from ildistil.errors import TargetsError
@@ -22,7 +22,7 @@ from ildistil.errors import TargetsError
 __all__ = ["Column", "Constants", "Dtype", "Header", "Layout", "TeacherFacts", "weights_digest"]
 
 Dtype = Literal["float16", "bfloat16", "float32"]
-FORMAT = 2  # to be raised when the same targets would be stored in another way
+FORMAT = 3  # to be raised when the same targets would be stored in another way
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,9 @@ class Layout:
     columns: tuple[Column, ...]
     attention: Mapping[str, Constants]  # by tap
     inputs: tuple[str, ...]  # what the teacher was given
+    # What only a run tells; an early one may not know yet.
+    traits: KnownTraits = field(default_factory=KnownTraits, compare=False)
+    next_token: bool | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, wanted: Iterable[Tap], seen: Activations, inputs: tuple[str, ...]) -> Self:
@@ -117,7 +120,9 @@ class Layout:
                 # Of two dimensions it is a vector for each row: (batch, classes), or a pooled state.
                 per_token = value.ndim > 2 and value.shape[1] == tokens
                 columns.append(Column(tap, "", per_token, tuple(value.shape[2 if per_token else 1 :])))
-        return cls(tuple(columns), attention, inputs)
+        states = any(tap.name == "hidden" for tap in taps)
+        traits = KnownTraits(seen.causal, seen.pooling) if states else KnownTraits()
+        return cls(tuple(columns), attention, inputs, traits, seen.next_token)
 
     @property
     def taps(self) -> frozenset[Tap]:
@@ -343,6 +348,6 @@ class Header:
         return cls(
             said["dtype"],
             TeacherFacts(**{**facts, "info": info, "read": tuple(facts["read"])}),
-            Layout(columns, attention, tuple(layout["inputs"])),
+            Layout(columns, attention, tuple(layout["inputs"]), KnownTraits(*layout["traits"]), layout["next_token"]),
             said["tokenizer"],
         )

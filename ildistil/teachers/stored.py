@@ -221,7 +221,15 @@ class StoredTeacher:
             mask = torch.ones(targets.size, dtype=torch.bool, device=targets.positions.device)
         depth = self.info.depth
         attention = Layers({k: v for k, v in records.items() if k is not None}, depth, "attention")
-        return Activations(Layers(states, depth, "hidden"), attention, mask, others, others)
+        return Activations(
+            Layers(states, depth, "hidden"),
+            attention,
+            mask,
+            others,
+            others,
+            traits=self._layout.traits,
+            next_token=self._layout.next_token,
+        )
 
     def _attention(self, tap: Tap, parts: Mapping[str, Tensor], targets: Targets, mask: Tensor | None) -> Attention:
         constants = self._layout.attention[str(tap)]

@@ -1,0 +1,210 @@
+"""Trial runs on one row of a batch: they tell of a model what no config says, by what it does."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ildistil.capture.activations import Pooling
+from ildistil.capture.inputs import input_names
+from ildistil.capture.recorder import layer_states
+from ildistil.errors import ModelRunError
+
+__all__ = ["Trial", "depends_on_later_tokens", "pooled_states", "predicts_next_token", "undisturbed"]
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run a model plainly in eval mode, without gradients, and leave its mode and the random state as they were."""
+    modes = {module: module.training for module in model.modules()}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    plainly = torch.compiler.set_stance("force_eager")
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), plainly:
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+class Trial(NamedTuple):
+    """Inputs to run a model on, and the row among them that is looked at.
+
+    Attributes:
+        inputs: of this row alone, or of the whole batch where they can't be taken apart.
+        rows: how many these are.
+        row: where it is among them.
+        start: its first real token.
+        end: where its real tokens end.
+    """
+
+    inputs: Mapping[str, Any]
+    rows: int
+    row: int
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any], mask: Tensor) -> "Trial":
+        """Take the longest row.
+
+        Args:
+            inputs: a model's inputs.
+            mask: its real tokens, boolean ``(batch, tokens)``.
+        """
+        row = int(mask.sum(1).argmax())
+        places = mask[row].nonzero()[:, 0].tolist() or [0]
+        start, end = places[0], places[-1] + 1
+        tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+        if any(value.ndim == 0 or len(value) != len(mask) for value in tensors):
+            return cls(inputs, len(mask), row, start, end)
+        one = {k: v[row : row + 1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        return cls(one, 1, 0, start, end)
+
+    def changed(self, name: str) -> dict[str, Any] | None:
+        """Return the inputs with another last token; ``None`` where the row has but one.
+
+        Args:
+            name: the token ids.
+        """
+        ids = self.inputs[name].clone()
+        # The decoder's input is made of labels by shifting them, so its last token is the label before the last.
+        last = self.end - (2 if name == "labels" else 1)
+        if last <= self.start:
+            return None
+        others = ids[self.row, self.start : last + 1]
+        others = others[(others != ids[self.row, last]) & (others >= 0)]
+        ids[self.row, last] = others[0] if len(others) else (ids[self.row, last].clamp(min=0) + 1) % 3
+        return {**self.inputs, name: ids}
+
+
+def depends_on_later_tokens(states: Callable[[Mapping[str, Any]], Tensor], trial: Trial, name: str) -> bool | None:
+    """Return whether the first token's state changes with the last token; ``None`` where that can't be tried.
+
+    Args:
+        states: runs the model, and returns the states of a layer, ``(batch, tokens, width)``.
+        trial: the row to try it on.
+        name: the token ids among the inputs.
+    """
+    changed = trial.changed(name)
+    if changed is None:
+        return None
+    before, after = (states(inputs)[trial.row, trial.start : trial.end].double() for inputs in (trial.inputs, changed))
+    moved = (after - before).norm(dim=-1)
+    if not bool(moved[-1] > 0):
+        return None
+    return bool(moved[0] > 1e-6 * moved[-1])
+
+
+def pooled_states(model: nn.Module, layer: nn.Module, trial: Trial, tokens: int) -> Pooling | None:
+    """Return which states of its last layer a head of classes reads; ``None`` without one, or if it reads others.
+
+    Args:
+        model: the whole model.
+        layer: the module that gives the last layer's states.
+        trial: the row to try it on.
+        tokens: which dimension of these states is the tokens.
+    """
+    start, end = trial.start, trial.end
+    if end - start < 3:
+        return None
+    plain, calls = _replaced_run(model, layer, trial, tokens, slice(0, 0), last=0)
+    if plain is None or plain.ndim != 2:
+        return None
+    read = []
+    for place in (slice(start, start + 1), slice(start + 1, end - 1), slice(end - 1, end)):
+        logits, _ = _replaced_run(model, layer, trial, tokens, place, last=calls)
+        read.append(logits is not None and not torch.equal(logits[trial.row], plain[trial.row]))
+    kinds: dict[tuple[bool, ...], Pooling] = {(True, False, False): "first", (False, False, True): "last"}
+    return "mean" if read[1] else kinds.get(tuple(read))
+
+
+def _replaced_run(
+    model: nn.Module, layer: nn.Module, trial: Trial, tokens: int, place: slice, last: int
+) -> tuple[Tensor | None, int]:
+    """Return the logits with other states of some tokens in one run of a layer, and how often the layer runs."""
+    calls = 0
+
+    def replace(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == last:  # ALBERT runs one layer in all places
+            chosen = layer_states(output, module).movedim((1 - tokens, tokens), (0, 1))[trial.row, place]
+            chosen.copy_(chosen.flip(-1))  # neither shifted nor scaled, which a norm would undo
+
+    handle = layer.register_forward_hook(replace)
+    try:
+        logits = getattr(_run(model, trial.inputs), "logits", None)
+    finally:
+        handle.remove()
+    return logits if isinstance(logits, Tensor) else None, calls
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    try:
+        return model(**inputs)
+    except Exception as error:  # whatever a model raises on a row that was taken out, or labels that were made up
+        raise ModelRunError(f"it fails in a trial run ({type(error).__name__}: {error})") from error
+
+
+def predicts_next_token(model: nn.Module, trial: Trial, shape: torch.Size) -> bool | str | None:
+    """Return whether the logits of a position predict the label of the next one, or the label of its own.
+
+    The cross-entropy of a label ``v`` at position ``j`` is ``logsumexp(z_r) - z_rv`` for the row ``r`` that predicts
+    it, so from one label to another the loss changes by ``z_rv - z_rv'``, whatever else is added to it and whatever it
+    is scaled by. The row is the one whose logits agree with such changes.
+
+    Args:
+        model: gives ``logits`` and, for ``labels``, a ``loss``.
+        trial: the row to try it on.
+        shape: of the logits, ``(batch, tokens, vocabulary)``.
+
+    Returns:
+        Whether they do; or why that isn't known; or ``None`` where the row is too short to tell.
+    """
+    if "labels" not in input_names(model):
+        return "its forward takes no labels"
+    at = min(trial.start + 2, trial.end - 1)
+    if at == trial.start:
+        return None
+    first = shape[-1] * 2 // 3
+    try:
+        loss, logits = _labelled_run(model, trial, shape[1], at, first)
+        if logits.shape[1:] != shape[1:]:
+            return f"with labels it gives logits of the shape {tuple(logits.shape)}"
+        before, own = logits[trial.row, at - 1 : at + 1].double()
+        tried = [(own - before).argmax(), (own - before).argmin(), before.argmax(), own.argmin()]
+        labels = sorted({int(label) for label in tried} - {first})
+        changes = torch.stack([_labelled_run(model, trial, shape[1], at, label)[0] for label in labels]) - loss
+    except ModelRunError as error:
+        return str(error)
+    same, following = (_agree(changes, row[first] - row[labels]) for row in (own, before))
+    if same == following:
+        return "its own loss is the cross-entropy neither of the same token nor of the next one"
+    return following
+
+
+def _labelled_run(model: nn.Module, trial: Trial, tokens: int, at: int, label: int) -> tuple[Tensor, Tensor]:
+    """Return loss and logits for made-up labels up to a position, with this label there.
+
+    Raises:
+        ModelRunError: the model doesn't run with them, or gives no loss.
+    """
+    reference = next(v for v in trial.inputs.values() if isinstance(v, Tensor))
+    labels = torch.full((trial.rows, tokens), -100, device=reference.device)
+    labels[trial.row, trial.start : at] = torch.arange(at - trial.start, device=reference.device) + 3
+    labels[trial.row, at] = label
+    output = _run(model, {**trial.inputs, "labels": labels})
+    loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
+    if not isinstance(loss, Tensor) or not isinstance(logits, Tensor) or loss.ndim or not bool(loss.isfinite()):
+        raise ModelRunError("its loss on made-up labels is no finite number")
+    return loss.double(), logits
+
+
+def _agree(changes: Tensor, predicted: Tensor) -> bool:
+    """Return whether the loss changes as a row of logits predicts, up to a positive factor: other labels count too."""
+    factor = (changes @ predicted) / (predicted @ predicted)
+    return bool((factor > 0) & ((changes - factor * predicted).norm() < 0.02 * changes.norm()))
