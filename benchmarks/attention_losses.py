@@ -27,11 +27,11 @@ def vectors(batch: int, tokens: int) -> list[Tensor]:
     return [x.requires_grad_(i < 2) for i, x in enumerate(made)]
 
 
-def step(loss: str, form: kernels.Form, tensors: list[Tensor]) -> Callable[[], None]:
+def step(loss: str, backend: kernels.Backend, tensors: list[Tensor]) -> Callable[[], None]:
     q_s, k_s, q_t, k_t = tensors
 
     def run() -> None:
-        with kernels.use(form):
+        with kernels.use(backend):
             values = LOSSES[loss](Scores(q_s, k_s, SIZE**-0.5), Scores(q_t, k_t, SIZE**-0.5))
         torch.autograd.grad(values.mean(), (q_s, k_s))
 
@@ -41,15 +41,15 @@ def step(loss: str, form: kernels.Form, tensors: list[Tensor]) -> Callable[[], N
 def measure(tokens: int, length: int, longest_plain: int, repeats: int) -> list[list[object]]:
     batch = max(1, tokens // length)
     tensors = vectors(batch, length)
-    forms: list[tuple[str, kernels.Form]] = [("plain", "plain")] * (length <= longest_plain) + [("ours", "auto")]
-    steps = {(loss, name): step(loss, form, tensors) for loss in LOSSES for name, form in forms}
+    backends: list[tuple[str, kernels.Backend]] = [("plain", "plain")] * (length <= longest_plain) + [("ours", "auto")]
+    steps = {(loss, name): step(loss, backend, tensors) for loss in LOSSES for name, backend in backends}
     memory = {name: peak_memory(run) for name, run in steps.items()}
     seconds = interleaved(steps, repeats)  # type: ignore[arg-type]
     states = batch * length * HEADS * SIZE * 4
     return [
-        [f"{batch} x {length}", loss, form, 1e3 * seconds[loss, form], memory[loss, form] / 2**20,
-         memory[loss, form] / states]
-        for loss, form in steps
+        [f"{batch} x {length}", loss, name, 1e3 * seconds[loss, name], memory[loss, name] / 2**20,
+         memory[loss, name] / states]
+        for loss, name in steps
     ]  # fmt: skip
 
 
@@ -64,5 +64,5 @@ if __name__ == "__main__":
     chosen = options(__doc__, tokens=8192, longest_plain=1024, repeats=5).parse_args()
     lengths = [2**i for i in range(6, 14)]
     rows = [row for n in lengths for row in measure(chosen.tokens, n, chosen.longest_plain, chosen.repeats)]
-    header = ["batch", "loss", "form", "ms", "peak MiB", "in states of a layer"]
+    header = ["batch", "loss", "backend", "ms", "peak MiB", "in states of a layer"]
     finish("attention_losses", header, rows, chosen.json, growth=growth(chosen.repeats * 4))

@@ -43,10 +43,10 @@ def steps(axes: Axes, rows: list[dict[str, Any]], batch: str) -> None:
 
 def lines(axes: Axes, rows: list[dict[str, Any]], key: str, title: str) -> None:
     for loss, marker in (("AttentionKL", "o"), ("AttentionMSE", "s")):
-        for form, colour in (("plain", PLAIN), ("ours", OURS)):
-            chosen = [row for row in rows if row["loss"] == loss and row["form"] == form]
+        for backend, colour in (("plain", PLAIN), ("ours", OURS)):
+            chosen = [row for row in rows if row["loss"] == loss and row["backend"] == backend]
             lengths = [int(row["batch"].split("x")[1]) for row in chosen]
-            label = f"{loss}, {'score maps' if form == 'plain' else 'ours'}"
+            label = f"{loss}, {'score maps' if backend == 'plain' else 'ours'}"
             axes.plot(lengths, [row[key] for row in chosen], marker=marker, markersize=4, color=colour, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

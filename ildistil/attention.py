@@ -70,6 +70,11 @@ class Masks(NamedTuple):
     causal: bool = False
     window: int | None = None
 
+    def both(self, other: "Masks") -> "Masks":
+        """Return what both allow; padding is the same for two models that read the same tokens."""
+        windows = [masks.window for masks in (self, other) if masks.window is not None]
+        return self._replace(causal=self.causal or other.causal, window=min(windows, default=None))
+
 
 def zeroed(vectors: Tensor, mask: Tensor | None) -> Tensor:
     """Return vectors with zeros for padding, which may hold anything: 0 times NaN is NaN."""

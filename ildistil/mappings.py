@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import ClassVar, Protocol
+from numbers import Integral
+from typing import Any, ClassVar, Protocol
 
 from ildistil.errors import ConfigError
 
@@ -59,12 +60,19 @@ class LayerMapping(ABC):
             teacher: info of the teacher.
             lowest: the first valid layer number: 0 where the embedding output counts, else 1.
 
+        Returns:
+            The (student layer, teacher layer) pairs, in the order of the rule.
+
         Raises:
-            ConfigError: a layer is out of range, a pair occurs twice, or there is no pair at all.
+            ConfigError: a model has no layers; a pair isn't two integers, is out of range, or occurs twice; or
+                there is no pair at all.
         """
+        for role, depth in (("student", student.depth), ("teacher", teacher.depth)):
+            if depth < 1:
+                raise ConfigError(f"{self}: the {role} has no layers to map.")
         pairs = [
             (_resolve(s, student.depth, "student", lowest, self), _resolve(t, teacher.depth, "teacher", lowest, self))
-            for s, t in self.raw_pairs(student, teacher)
+            for s, t in _checked(self.raw_pairs(student, teacher), str(self))
         ]
         if not pairs:
             raise ConfigError(
@@ -77,6 +85,22 @@ class LayerMapping(ABC):
     def raw_pairs(self, student: Depth, teacher: Depth) -> Pairs:
         """Return the unchecked pairs; override where depths alone don't decide."""
         return self(student.depth, teacher.depth)
+
+
+def _checked(pairs: Any, mapping: str) -> Pairs:
+    """Return pairs of integers: 4.0 would name another layer's projection than 4, and True is no layer."""
+    found = [tuple(pair) if isinstance(pair, Sequence) else pair for pair in pairs]
+    for pair in found:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and all(map(_is_integer, pair))):
+            raise ConfigError(
+                f"{mapping}: expected pairs [student layer, teacher layer] of integers such as [[1, 4], [2, 8]], "
+                f"got {pair!r}."
+            )
+    return [(int(s), int(t)) for s, t in found]
+
+
+def _is_integer(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _resolve(layer: int, depth: int, role: str, lowest: int, mapping: LayerMapping) -> int:
@@ -111,6 +135,12 @@ class Last(LayerMapping):
 
     ``count = 1`` is the rule of Wang et al., "MiniLM", 2020.
 
+    Args:
+        count: how many layers, at least 1.
+
+    Raises:
+        ConfigError: ``count`` is no integer >= 1.
+
     >>> Last()(3, 12)
     [(3, 12)]
     >>> Last(2)(3, 12)
@@ -120,7 +150,7 @@ class Last(LayerMapping):
     count: int = 1
 
     def __post_init__(self) -> None:
-        _check_count(self.count, "Last")
+        _check_least(self, "count", self.count)
 
     def __call__(self, student: int, teacher: int) -> Pairs:
         """Return ``count`` pairs."""
@@ -131,6 +161,12 @@ class Last(LayerMapping):
 class First(LayerMapping):
     """Pair layer ``i`` with layer ``i``, for the first ``count`` layers (all of the student's by default).
 
+    Args:
+        count: how many layers, at least 1.
+
+    Raises:
+        ConfigError: ``count`` is no integer >= 1.
+
     >>> First()(3, 12)
     [(1, 1), (2, 2), (3, 3)]
     """
@@ -139,16 +175,18 @@ class First(LayerMapping):
 
     def __post_init__(self) -> None:
         if self.count is not None:
-            _check_count(self.count, "First")
+            _check_least(self, "count", self.count)
 
     def __call__(self, student: int, teacher: int) -> Pairs:
         """Return ``count`` pairs."""
         return [(i, i) for i in range(1, (self.count or student) + 1)]
 
 
-def _check_count(count: int, name: str) -> None:
-    if count < 1:
-        raise ConfigError(f"{name}: count must be at least 1, got {count}.")
+def _check_least(mapping: LayerMapping, name: str, value: int, least: int = 1) -> None:
+    if not _is_integer(value) or value < least:
+        raise ConfigError(
+            f"{type(mapping).__name__}: {name} must be an integer and must be at least {least}, got {value!r}."
+        )
 
 
 @dataclass(frozen=True)
@@ -159,6 +197,12 @@ class Skip(LayerMapping):
     whatever ``every`` is: the terms on the prediction teach it. Source: Sun et al., "Patient Knowledge Distillation",
     2019 (PKD-skip).
 
+    Args:
+        every: distance between two teacher layers, at least 1.
+
+    Raises:
+        ConfigError: ``every`` is no integer >= 1.
+
     >>> Skip()(6, 12)
     [(1, 2), (2, 4), (3, 6), (4, 8), (5, 10)]
     >>> Skip(5)(6, 12)
@@ -168,8 +212,8 @@ class Skip(LayerMapping):
     every: int | None = None
 
     def __post_init__(self) -> None:
-        if self.every is not None and self.every < 1:
-            raise ConfigError(f"Skip: every must be at least 1, got {self.every}.")
+        if self.every is not None:
+            _check_least(self, "every", self.every)
 
     def __call__(self, student: int, teacher: int) -> Pairs:
         """Return one pair for each student layer but the last."""
@@ -230,6 +274,12 @@ class All(LayerMapping):
 class Explicit(LayerMapping):
     """Pairs as listed; many-to-one and one-to-many are fine.
 
+    Args:
+        layers: pairs ``[student layer, teacher layer]``, at least one; negative numbers count from the end.
+
+    Raises:
+        ConfigError: there is no pair, or one isn't two integers.
+
     >>> Explicit([[1, 4], [-1, -1]])(3, 12)
     [(1, 4), (-1, -1)]
     """
@@ -237,12 +287,12 @@ class Explicit(LayerMapping):
     layers: Sequence[Sequence[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        bad = [pair for pair in self.layers if len(pair) != 2]
-        if bad or not self.layers:
-            got = f"{bad[0]}" if bad else "none"
+        pairs = _checked(self.layers if isinstance(self.layers, Sequence) else [self.layers], "Explicit")
+        if not pairs:
             raise ConfigError(
-                f"Explicit: expected pairs [student layer, teacher layer] such as [[1, 4], [2, 8]], got {got}."
+                "Explicit: expected pairs [student layer, teacher layer] such as [[1, 4], [2, 8]], got none."
             )
+        object.__setattr__(self, "layers", pairs)  # a copy: the caller's list may change
 
     def __call__(self, student: int, teacher: int) -> Pairs:
         """Return the pairs as they were listed."""
@@ -258,11 +308,15 @@ class FromInit(LayerMapping):
     """
 
     def __call__(self, student: int, teacher: int) -> Pairs:
-        """Depths alone don't tell: see :meth:`raw_pairs`."""
-        raise TypeError("FromInit needs the student's own record of its initialisation; call pairs(student, teacher).")
+        """Raise: depths alone don't say where the student started, see :meth:`raw_pairs`."""
+        raise ConfigError("FromInit needs the student's record of its initialisation; call pairs(student, teacher).")
 
     def raw_pairs(self, student: Depth, teacher: Depth) -> Pairs:
-        """Read the layers that the student was initialised from."""
+        """Return the layers that the student was initialised from.
+
+        Raises:
+            ConfigError: the student doesn't say.
+        """
         if student.init_layers is None:
             raise ConfigError(
                 "FromInit: this student does not say which teacher layers it was initialised from. Make it with "
@@ -278,6 +332,13 @@ class Random(LayerMapping):
     Every choice of as many teacher layers as the student has is equally likely. The draw depends on seed and step only:
     it is the same in all processes and after resuming. Source: Haidar et al., "RAIL-KD", 2022, who draw at every epoch.
 
+    Args:
+        seed: of the draws, an integer >= 0.
+        step: the optimiser step whose draw this is; see :meth:`at`.
+
+    Raises:
+        ConfigError: a number is no integer, or negative.
+
     >>> Random()(3, 12)
     [(1, 3), (2, 5), (3, 6)]
     >>> Random().at(step=1)(3, 12)
@@ -288,6 +349,10 @@ class Random(LayerMapping):
     step: int = field(default=0, repr=False)
     draws: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        _check_least(self, "seed", self.seed, least=0)
+        _check_least(self, "step", self.step, least=0)
+
     def at(self, step: int) -> LayerMapping:
         """Return the draw of a step."""
         return replace(self, step=step)
@@ -297,7 +362,11 @@ class Random(LayerMapping):
         return [(s, t) for s in range(1, student + 1) for t in range(s, teacher - student + s + 1)]
 
     def __call__(self, student: int, teacher: int) -> Pairs:
-        """Return one pair for each student layer."""
+        """Return one pair for each student layer.
+
+        Raises:
+            ConfigError: the teacher has fewer layers than the student.
+        """
         if student > teacher:
             raise ConfigError(f"Random: the student has {student} layers, the teacher only {teacher} to draw from.")
         drawn = random.Random(f"{self.seed} {self.step}").sample(range(1, teacher + 1), student)

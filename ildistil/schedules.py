@@ -6,6 +6,7 @@ Progress runs from 0 to 1 over the training, or over the stage in which a term i
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Real
 
 from ildistil.errors import ConfigError
 
@@ -17,7 +18,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def __call__(self, progress: float) -> float:
-        """Give the weight at a progress between 0 and 1; finite and not negative."""
+        """Return the weight at a progress between 0 and 1; finite and not negative."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class _Ramp(Schedule):
         return f"{type(self).__name__} {self.start:g} to {self.end:g}{_span(self.begin, self.until)}"
 
     def __call__(self, progress: float) -> float:
-        """Give the weight: ``start`` before ``begin``, ``end`` after ``until``, between them in between."""
+        """Return the weight: ``start`` before ``begin``, ``end`` after ``until``, between them in between."""
         done = min(1.0, max(0.0, (progress - self.begin) / (self.until - self.begin)))
         risen = self.shape(done)
         return (1 - risen) * self.start + risen * self.end  # exact at both ends
 
     def shape(self, done: float) -> float:
-        """Rise from 0 to 1."""
+        """Return how much of the change is over, from 0 to 1, like ``done``."""
         return done
 
 
@@ -53,6 +54,9 @@ class Linear(_Ramp):
         end: weight from ``until`` on.
         begin: progress at which the change begins.
         until: progress at which it is over.
+
+    Raises:
+        ConfigError: a weight is no finite number >= 0, both are 0, or the span isn't within 0 to 1.
 
     >>> falling = Linear(1.0, 0.0)
     >>> falling(0.0), falling(0.25), falling(1.0)
@@ -69,13 +73,16 @@ class Cosine(_Ramp):
         begin: progress at which the change begins.
         until: progress at which it is over.
 
+    Raises:
+        ConfigError: a weight is no finite number >= 0, both are 0, or the span isn't within 0 to 1.
+
     >>> rising = Cosine(0.0, 2.0, begin=0.5)
     >>> [round(rising(p), 3) for p in (0.25, 0.5, 0.75, 1.0)]
     [0.0, 0.0, 1.0, 2.0]
     """
 
     def shape(self, done: float) -> float:
-        """Rise from 0 to 1."""
+        """Return how much of the change is over, from 0 to 1, like ``done``."""
         return 0.5 - 0.5 * math.cos(math.pi * done)
 
 
@@ -87,6 +94,9 @@ class Window(Schedule):
         weight: the weight from ``begin`` (included) to ``until`` (left out; 1 is the end of training).
         begin: progress at which it begins.
         until: progress at which it ends.
+
+    Raises:
+        ConfigError: the weight is no finite number > 0, or the span isn't within 0 to 1.
 
     >>> early = Window(0.5, until=0.3)
     >>> early(0.0), early(0.29), early(0.3)
@@ -105,7 +115,7 @@ class Window(Schedule):
         return f"Window {self.weight:g}{_span(self.begin, self.until)}"
 
     def __call__(self, progress: float) -> float:
-        """Give the weight."""
+        """Return the weight at a progress between 0 and 1."""
         inside = self.begin <= progress < self.until or progress >= 1.0 == self.until
         return self.weight if inside else 0.0
 
@@ -115,10 +125,20 @@ def _span(begin: float, until: float) -> str:
 
 
 def _check_weights(schedule: Schedule, *weights: float) -> None:
-    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
-        raise ConfigError(f"{schedule}: weights must be finite, not negative, and not all 0.")
+    if not all(_is_number(w) and w >= 0 for w in weights) or not any(weights):
+        raise ConfigError(
+            f"{type(schedule).__name__}: weights must be finite numbers, not negative, and not all 0; got "
+            f"{', '.join(map(repr, weights))}."
+        )
 
 
 def _check_span(schedule: Schedule, begin: float, until: float) -> None:
-    if not 0 <= begin < until <= 1:
-        raise ConfigError(f"{schedule}: begin and until are shares of the training, 0 <= begin < until <= 1.")
+    if not (_is_number(begin) and _is_number(until) and 0 <= begin < until <= 1):
+        raise ConfigError(
+            f"{type(schedule).__name__}: begin and until are shares of the training, 0 <= begin < until <= 1; got "
+            f"{begin!r} and {until!r}."
+        )
+
+
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""The forms of the kernels against the plain losses in float64, on the same inputs."""
+"""The backends of the kernels against the plain losses in float64, on the same inputs."""
 
 import os
 import subprocess
@@ -81,16 +81,16 @@ def trained(student: Scores) -> list[Tensor]:
     return [x for x in (student.query, student.key, student.bias) if x is not None and x.requires_grad]
 
 
-def evaluate(loss: str, form: kernels.Form, student: Scores, teacher: Scores, masks: Masks) -> list[Tensor]:
+def evaluate(loss: str, backend: kernels.Backend, student: Scores, teacher: Scores, masks: Masks) -> list[Tensor]:
     """The values of a loss, and its gradients where examples have different weights."""
-    with kernels.use(form):
+    with kernels.use(backend):
         values = LOSSES[loss](student, teacher, masks)
     weights = torch.tensor([1.0, 2.0, 3.0], dtype=values.dtype)
     return [values, *torch.autograd.grad((values * weights).sum(), trained(student))]
 
 
 def check(loss: str, student: Scores, teacher: Scores, masks: Masks) -> None:
-    found, wanted = (evaluate(loss, form, student, teacher, masks) for form in ("blockwise", "plain"))
+    found, wanted = (evaluate(loss, backend, student, teacher, masks) for backend in ("blockwise", "plain"))
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-12, atol=1e-13)
@@ -168,20 +168,20 @@ def test_grams_give_the_squared_error(kind: str, sizes: tuple[int, int], scales:
     check("mse", *sides(sizes=sizes, scales=scales), Masks(mask(kind, 9), mask(kind, 9)))
 
 
-@pytest.mark.parametrize("form", ["blockwise", "plain"])
+@pytest.mark.parametrize("backend", ["blockwise", "plain"])
 @pytest.mark.parametrize("kind", ["right", "left", "holes", "an empty row"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_whatever_stands_in_padding_is_never_seen(loss: str, causal: bool, kind: str, form: kernels.Form) -> None:
+def test_whatever_stands_in_padding_is_never_seen(loss: str, causal: bool, kind: str, backend: kernels.Backend) -> None:
     student, teacher = sides()
     masks = Masks(mask(kind, 9), mask(kind, 9), causal)
-    wanted = evaluate(loss, form, student, teacher, masks)
+    wanted = evaluate(loss, backend, student, teacher, masks)
     assert masks.query_mask is not None
     padding = ~masks.query_mask[:, None, :, None]
     with torch.no_grad():
         for tensor in (student.query, student.key, teacher.query, teacher.key):
             tensor.masked_fill_(padding, float("nan"))
-    for mine, theirs in zip(evaluate(loss, form, student, teacher, masks), wanted, strict=True):
+    for mine, theirs in zip(evaluate(loss, backend, student, teacher, masks), wanted, strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -302,30 +302,30 @@ def test_nothing_of_all_queries_by_all_keys_is_kept(loss: str, causal: bool, bia
     assert sum(kept) <= vectors + 10_000
 
 
-def test_the_form_is_chosen_by_device_and_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backend_is_chosen_by_device_and_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     student, _ = sides()
-    assert choice.chosen(student) == "blockwise"
+    assert choice.choose_backend(student) == "blockwise"
     monkeypatch.setenv("ILDISTIL_KERNELS", "plain")
     with kernels.use("blockwise"):
-        assert choice.chosen(student) == "blockwise"
+        assert choice.choose_backend(student) == "blockwise"
         kernels.use("plain")
-        assert choice.chosen(student) == "plain"
+        assert choice.choose_backend(student) == "plain"
     on_gpu, small = (
         Scores(torch.empty(8, 12, tokens, 32, device="meta"), torch.empty(8, 12, tokens, 32, device="meta"))
         for tokens in (4096, 64)
     )
     with kernels.use("auto"):
-        assert [choice.chosen(x) for x in (on_gpu, small)] == ["blockwise", "plain"]
-        assert choice.chosen(small, linear=True) == "blockwise"
+        assert [choice.choose_backend(x) for x in (on_gpu, small)] == ["blockwise", "plain"]
+        assert choice.choose_backend(small, linear=True) == "blockwise"
 
 
 @pytest.mark.parametrize("distance", [1.0, 1e-4])
 def test_short_texts_are_compared_by_whole_maps_as_exactly(distance: float) -> None:
     student, other = sides(sizes=(4, 4), dtype=torch.float32, scales=(1.0, 1.0))
-    assert choice.chosen(student) == "plain"
+    assert choice.choose_backend(student) == "plain"
     long = Scores(torch.empty(1, 12, 64, 32), torch.empty(1, 12, 64, 32))
     many = Scores(torch.empty(4096, 12, 16, 32), torch.empty(4096, 12, 16, 32))
-    assert [choice.chosen(x) for x in (long, many)] == ["blockwise", "blockwise"]
+    assert [choice.choose_backend(x) for x in (long, many)] == ["blockwise", "blockwise"]
     query, key = (y.detach() + distance * x.detach() for x, y in zip(student[:2], other[:2], strict=True))
     teacher = Scores(query, key)
     student = with_gradients(other)
@@ -336,7 +336,7 @@ def test_short_texts_are_compared_by_whole_maps_as_exactly(distance: float) -> N
         assert (mine.double() - theirs).norm() / theirs.norm() < 1e-5
 
 
-def test_forms_that_cannot_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_that_cannot_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = sides(dtype=torch.float32)
     with pytest.raises(KernelError, match=r"kernels.use: got 'fast'; choose one of 'auto', 'triton'"):
         kernels.use("fast")  # type: ignore[arg-type]
@@ -346,14 +346,14 @@ def test_forms_that_cannot_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels.attention_kl(student, teacher)
 
 
-def test_the_environment_names_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_told", None)
     student, _ = sides()
     monkeypatch.setenv("ILDISTIL_KERNELS", "plain")
-    assert choice.chosen(student) == "plain"
+    assert choice.choose_backend(student) == "plain"
     monkeypatch.setenv("ILDISTIL_KERNELS", "fast")
     with pytest.raises(KernelError, match="ILDISTIL_KERNELS: got 'fast'"):
-        choice.chosen(student)
+        choice.choose_backend(student)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton isn't installed; its interpreter runs the GPU kernels")

@@ -1,8 +1,11 @@
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ildistil.capture import ModelInfo
+from ildistil.errors import ConfigError
 from ildistil.mappings import (
     All,
     Explicit,
@@ -10,6 +13,7 @@ from ildistil.mappings import (
     FromInit,
     Last,
     LayerMapping,
+    Random,
     Skip,
     Uniform,
     UniformConsecutive,
@@ -97,3 +101,64 @@ def test_bad_settings_are_refused(make: object) -> None:
 
 def test_the_embedding_output_counts_for_hidden_states() -> None:
     assert Explicit([[0, 0]]).pairs(sizes(3), sizes(12), lowest=0) == [(0, 0)]
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [[1.0, 4]],
+        [[True, 4]],
+        [["1", "4"]],
+        ["14"],
+        "14",
+        [1, 4],
+        5,
+        [[1, 4, 8]],
+        [[1, None]],
+        [[1, 4], [2]],
+    ],
+    ids=str,
+)
+def test_pairs_that_are_no_integers_are_refused(layers: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"Explicit: expected pairs .* of integers such as \[\[1, 4\], \[2, 8\]\], got"
+    ):
+        Explicit(layers)
+
+
+@pytest.mark.parametrize("number", [1.5, 1.0, True, "2", None])
+def test_numbers_that_are_no_integers_are_refused(number: Any) -> None:
+    makes = [Last, lambda n: Random(seed=n)] + ([First, Skip] if number is not None else [])
+    for make in makes:
+        with pytest.raises(ConfigError, match=rf"must be an integer and must be at least \d, got {number!r}"):
+            make(number)
+
+
+@pytest.mark.parametrize("pairs", [[(1.0, 4)], [(1,)], [1], [(1, 2, 3)], [(False, 1)]], ids=str)
+def test_a_rule_of_ones_own_that_gives_no_pairs_is_refused(pairs: Any) -> None:
+    class Own(LayerMapping):
+        def __call__(self, student: int, teacher: int) -> list[tuple[int, int]]:
+            return pairs  # type: ignore[no-any-return]
+
+    with pytest.raises(ConfigError, match=r"expected pairs \[student layer, teacher layer\] of integers"):
+        Own().pairs(sizes(3), sizes(12))
+
+
+@pytest.mark.parametrize("mapping", [Uniform(), Skip(), Last(), UniformLast(), Random(), All()], ids=str)
+def test_a_model_without_layers_is_refused(mapping: LayerMapping) -> None:
+    with pytest.raises(ConfigError, match="the student has no layers to map"):
+        mapping.pairs(sizes(0), sizes(12))
+
+
+def test_pairs_do_not_change_with_the_list_they_came_from() -> None:
+    layers = [[1, 4], [2, 8]]
+    mapping = Explicit(layers)
+    layers[0][1] = 5
+    layers.append([3, 12])
+    assert mapping(3, 12) == [(1, 4), (2, 8)]
+    assert mapping == Explicit([(1, 4), (2, 8)])
+
+
+def test_depths_alone_do_not_say_where_a_student_started() -> None:
+    with pytest.raises(ConfigError, match="FromInit needs the student's record"):
+        FromInit()(3, 12)

@@ -450,7 +450,7 @@ def test_the_bank_draws_other_texts_at_every_step_and_grows_with_texts_not_ids()
     many = objectives.CLSContrast(size=1, negatives=2)
     many.load_state_dict({
         "row_ids": torch.arange(100), "classes": torch.arange(100) % 2, "student": torch.ones(100, 1),
-        "teacher": torch.ones(100, 1), "waiting": [],
+        "teacher": torch.ones(100, 1), "waiting": [], "log_normalizers": torch.empty(0),
     })  # fmt: skip
     for seed in range(20):
         found = many._others(1, torch.Generator().manual_seed(seed))

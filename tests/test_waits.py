@@ -23,7 +23,7 @@ from test_distiller import every_kind, loader, pair, trainer
 WAITING = {"_local_scalar_dense", "_unique2", "bincount", "equal", "masked_select", "nonzero", "unique_dim"}
 OURS, MODELS = Path(ildistil.__file__).parent, Path(transformers.__file__).parent
 # The bank of CLSContrast keeps rows by their ids.
-LOOKING = ["CLSContrast"]
+LOOKING = ["CLSContrast", "CLSContrast-nce"]
 
 
 def is_model(frame: traceback.FrameSummary) -> bool:
@@ -49,7 +49,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu() -> Iterator[None]:
-    """Leave out the forms for CPUs, which look at their blocks."""
+    """Leave out the backends for CPUs, which look at their blocks."""
     with kernels.use("plain"):
         yield
 

@@ -12,7 +12,7 @@ def check(masks: Masks, rtol: float = 1e-5, **more: object) -> None:
     student, teacher = sides(dtype=torch.float32, **more)  # type: ignore[arg-type]
     if student.bias is not None:
         student.bias.requires_grad_(False)
-    found, wanted = (evaluate("kl", form, student, teacher, masks) for form in ("triton", "plain"))
+    found, wanted = (evaluate("kl", backend, student, teacher, masks) for backend in ("triton", "plain"))
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=rtol, atol=1e-6)
 
@@ -53,7 +53,7 @@ def test_interpreted_queries_and_keys_of_different_texts() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_interpreted_half_precision(dtype: torch.dtype) -> None:
     student, teacher = sides(dtype=dtype, heads=1, key_heads=(1, 1))
-    found, wanted = (evaluate("kl", form, student, teacher, Masks()) for form in ("triton", "blockwise"))
+    found, wanted = (evaluate("kl", backend, student, teacher, Masks()) for backend in ("triton", "blockwise"))
     torch.testing.assert_close(found[0], wanted[0])
     for mine, theirs in zip(found[1:], wanted[1:], strict=True):
         assert mine.dtype == dtype
@@ -74,7 +74,7 @@ def test_interpreted_padding_may_hold_anything() -> None:
 
 def test_interpreted_large_scores_and_no_second_derivative() -> None:
     student, teacher = sides(queries=18, keys=18, heads=1, key_heads=(1, 1), dtype=torch.float32, scales=(0.5, 400.0))
-    found, wanted = (evaluate("kl", form, student, teacher, Masks()) for form in ("triton", "blockwise"))
+    found, wanted = (evaluate("kl", backend, student, teacher, Masks()) for backend in ("triton", "blockwise"))
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     with kernels.use("triton"), pytest.raises(RuntimeError, match="no second derivative"):

@@ -1,12 +1,14 @@
 """Losses on attention scores and distributions."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ildistil.errors import ObjectiveError
+from ildistil.functional.checks import Shapes, check_choice
 from ildistil.functional.correlation import Total, pearson_distance, unchanged
 from ildistil.functional.reduction import full_precision, kl, within
 
@@ -23,11 +25,14 @@ def attention_mse(student: Tensor, teacher: Tensor, allowed: Tensor, query_mask:
     Args:
         student: scores ``(batch, heads, queries, keys)``.
         teacher: scores ``(batch, heads, queries, keys)``.
-        allowed: boolean ``(batch, 1, queries, keys)``, true where a query may attend to a key.
+        allowed: boolean ``(batch, 1, queries, keys)``, each as long or 1, true where a query may attend to a key.
         query_mask: boolean ``(batch, queries)``, true where the query is a real token.
 
     Returns:
         ``(batch,)``.
+
+    Raises:
+        ObjectiveError: a tensor has another dtype or shape.
 
     Source: Jiao et al., "TinyBERT", 2020 (there over padded positions too).
 
@@ -35,6 +40,7 @@ def attention_mse(student: Tensor, teacher: Tensor, allowed: Tensor, query_mask:
     >>> attention_mse(torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 2.0), ones, torch.tensor([[True, True]]))
     tensor([4.])
     """
+    _check(student, teacher, allowed, query_mask, equal_heads=True)
     with full_precision(student, teacher) as (s, t):
         counted = allowed & query_mask[:, None, :, None]
         return within(torch.where(counted, s - t, 0).square().mean(1, keepdim=True), counted)[0]
@@ -50,11 +56,14 @@ def attention_kl(student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: 
     Args:
         student: scores ``(batch, heads, queries, keys)``, before the softmax.
         teacher: scores ``(batch, heads, queries, keys)``, before the softmax.
-        allowed: boolean ``(batch, 1, queries, keys)``, true where a query may attend to a key.
+        allowed: boolean ``(batch, 1, queries, keys)``, each as long or 1, true where a query may attend to a key.
         query_mask: boolean ``(batch, queries)``, true where the query is a real token.
 
     Returns:
         ``(batch,)``, in nats.
+
+    Raises:
+        ObjectiveError: a tensor has another dtype or shape.
 
     Source: Wang et al., "MiniLM", 2020; Wang et al., "How to Distill your BERT", 2023.
 
@@ -62,6 +71,7 @@ def attention_kl(student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: 
     >>> attention_kl(torch.zeros(1, 1, 1, 2), torch.tensor([[[[0.0, -1e9]]]]), ones, torch.tensor([[True]]))
     tensor([0.6931])
     """
+    _check(student, teacher, allowed, query_mask)
     with full_precision(student, teacher) as (s, t):
         heads = math.gcd(s.shape[1], t.shape[1])
         counted = allowed & query_mask[:, None, :, None]
@@ -77,15 +87,24 @@ def attention_output(scores: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
     Args:
         scores: ``(batch, heads, queries, keys)``, before the softmax.
         value: ``(batch, value heads, keys, size)``; fewer heads than in the scores are shared among them.
-        allowed: boolean ``(batch, 1, queries, keys)``, true where a query may attend to a key.
+        allowed: boolean ``(batch, 1, queries, keys)``, each as long or 1, true where a query may attend to a key.
 
     Returns:
         ``(batch, queries, heads * size)``.
+
+    Raises:
+        ObjectiveError: a tensor has another dtype or shape.
 
     >>> ones = torch.ones(1, 1, 1, 2, dtype=torch.bool)
     >>> attention_output(torch.zeros(1, 1, 1, 2), torch.tensor([[[[1.0], [3.0]]]]), ones)
     tensor([[[2.]]])
     """
+    shapes = (
+        Shapes().floats("batch heads queries keys", scores=scores).floats("batch value_heads keys size", value=value)
+    )
+    shapes.masks("batch? 1 queries? keys?", allowed=allowed)
+    if scores.shape[1] % value.shape[1]:
+        raise ObjectiveError(f"{scores.shape[1]} heads can't share the values of {value.shape[1]}.")
     with full_precision(scores, value) as (a, v):
         groups = a.shape[1] // v.shape[1]
         if groups > 1:  # grouped-query attention
@@ -96,7 +115,7 @@ def attention_output(scores: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
 
 def attention_dist(
     student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor, over: Over = "tokens"
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Pearson distance of attention probabilities, over the keys of a query or over the heads of a pair of tokens.
 
     Over tokens ``1/(H n) sum_h sum_i (1 - corr_j(p_S,hij, p_T,hij))``, over heads
@@ -106,26 +125,34 @@ def attention_dist(
     Args:
         student: scores ``(batch, heads, queries, keys)``, before the softmax.
         teacher: scores ``(batch, heads, queries, keys)``, before the softmax.
-        allowed: boolean ``(batch, 1, queries, keys)``, true where a query may attend to a key.
+        allowed: boolean ``(batch, 1, queries, keys)``, each as long or 1, true where a query may attend to a key.
         query_mask: boolean ``(batch, queries)``, true where the query is a real token.
         over: ``"tokens"`` or ``"heads"``.
 
     Returns:
-        ``(batch,)``, between 0 and 2.
+        The mean distance of each example, ``(batch,)``, between 0 and 2, and of how many correlations it is the mean,
+        ``(batch,)``: where that is 0, so is the mean, and the example should not count.
+
+    Raises:
+        ConfigError: ``over`` is none of these.
+        ObjectiveError: a tensor has another dtype or shape.
 
     Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022; on attention in the code of Wang et
     al., "How to Distill your BERT", 2023.
 
     >>> ones = torch.ones(1, 1, 1, 2, dtype=torch.bool)
     >>> scores = torch.tensor([[[[0.0, 1.0]]]])
-    >>> attention_dist(scores, -scores, ones, torch.tensor([[True]])).round(decimals=4)
-    tensor([2.])
+    >>> distance, count = attention_dist(scores, -scores, ones, torch.tensor([[True]]))
+    >>> distance.round(decimals=4), count
+    (tensor([2.]), tensor([1]))
     """
+    check_choice("over", over, get_args(Over))
+    _check(student, teacher, allowed, query_mask)
     with full_precision(student, teacher) as (s, t):
         heads = math.gcd(s.shape[1], t.shape[1])
         counted = (allowed & query_mask[:, None, :, None]).expand(len(s), 1, *s.shape[2:])
         p, q = (_log_probabilities(x, counted, heads).exp() for x in (s, t))
-        return within(*pearson_distance(p, q, counted, -1 if over == "tokens" else 1))[0]
+        return within(*pearson_distance(p, q, counted, -1 if over == "tokens" else 1))
 
 
 def attention_dist_over_batch(
@@ -139,12 +166,15 @@ def attention_dist_over_batch(
     Args:
         student: scores ``(batch, heads, queries, keys)``, before the softmax, of self-attention.
         teacher: scores ``(batch, heads, queries, keys)``, before the softmax.
-        allowed: boolean ``(batch, 1, queries, keys)``, true where a query may attend to a key.
+        allowed: boolean ``(batch, 1, queries, keys)``, each as long or 1, true where a query may attend to a key.
         query_mask: boolean ``(batch, queries)``, true where the token is real.
         total: extends a sum over the batch over further processes; they must have as many positions.
 
     Returns:
         A scalar, between 0 and 2.
+
+    Raises:
+        ObjectiveError: a tensor has another dtype or shape.
 
     Source: the code of Wang et al., "How to Distill your BERT", 2023.
 
@@ -154,6 +184,7 @@ def attention_dist_over_batch(
     >>> attention_dist_over_batch(scores, scores, ones, mask).abs().round(decimals=4)
     tensor(0.)
     """
+    _check(student, teacher, allowed, query_mask)
     with full_precision(student, teacher) as (s, t):
         heads = math.gcd(s.shape[1], t.shape[1])
         counted = (allowed & query_mask[:, None, :, None]).expand(len(s), 1, *s.shape[2:])
@@ -164,6 +195,12 @@ def attention_dist_over_batch(
         )
         distance, defined = pearson_distance(p, q, counted, 0, total)
         return distance.sum() / defined.sum().clamp(min=1)
+
+
+def _check(student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor, equal_heads: bool = False) -> None:
+    shapes = Shapes().floats("batch heads queries keys", student=student)
+    shapes.floats(f"batch {'' if equal_heads else 'teacher_'}heads queries keys", teacher=teacher)
+    shapes.masks("batch? 1 queries? keys?", allowed=allowed).masks("batch queries", query_mask=query_mask)
 
 
 def _reordered(maps: Tensor, order: Tensor) -> Tensor:

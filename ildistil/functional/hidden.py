@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from ildistil.functional.checks import Shapes
 from ildistil.functional.correlation import Total, unchanged
+from ildistil.functional.pooling import first_token
 from ildistil.functional.reduction import full_precision, unit, within
 
-__all__ = ["cls_mse", "first_token", "hidden_cka", "hidden_cosine", "hidden_mse", "token_mean"]
+__all__ = ["cls_mse", "hidden_cka", "hidden_cosine", "hidden_mse"]
 
 
 def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -22,12 +24,16 @@ def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     Returns:
         ``(batch,)``.
 
+    Raises:
+        ObjectiveError: a tensor has another dtype or shape.
+
     Source: Jiao et al., "TinyBERT", 2020 (there without the mask).
 
     >>> mask = torch.tensor([[True, False]])
     >>> hidden_mse(torch.zeros(1, 2, 3), torch.full((1, 2, 3), 2.0), mask)
     tensor([4.])
     """
+    _check(student, teacher, mask)
     with full_precision(student, teacher) as (s, t):
         return within(torch.where(mask.unsqueeze(-1), s - t, 0).square().mean(-1), mask)[0]
 
@@ -46,11 +52,15 @@ def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     Returns:
         ``(batch,)``, between 0 and 2.
 
+    Raises:
+        ObjectiveError: a tensor has another dtype or shape.
+
     Source: Sanh et al., "DistilBERT", 2019.
 
     >>> hidden_cosine(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 2.0]]]), torch.tensor([[True]]))
     tensor([1.])
     """
+    _check(student, teacher, mask)
     with full_precision(student, teacher) as (s, t):
         s, t = (unit(torch.where(mask.unsqueeze(-1), x, 0)) for x in (s, t))
         return within(1 - (s * t).sum(-1), mask)[0]
@@ -70,12 +80,16 @@ def cls_mse(student: Tensor, teacher: Tensor, mask: Tensor, normalize: bool = Fa
     Returns:
         ``(batch,)``.
 
+    Raises:
+        ObjectiveError: a tensor has another dtype or shape.
+
     Source: Sun et al., "Patient Knowledge Distillation", 2019 (normalised).
 
     >>> states = torch.tensor([[[9.0, 9.0], [1.0, 3.0]]])
     >>> cls_mse(torch.zeros(1, 2, 2), states, torch.tensor([[False, True]]))
     tensor([5.])
     """
+    _check(student, teacher, mask)
     with full_precision(student, teacher) as (s, t):
         s, t = first_token(s, mask), first_token(t, mask)
         if normalize:
@@ -98,12 +112,17 @@ def hidden_cka(student: Tensor, teacher: Tensor, mask: Tensor, total: Total = un
     Returns:
         A scalar, between 0 and 1; 0 where all of the teacher's states are equal, 1 where only the student's are.
 
+    Raises:
+        ObjectiveError: a tensor has another dtype or shape.
+
     Source: Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019.
 
     >>> states = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [9.0, 9.0]]])
     >>> hidden_cka(states, 3 * states, torch.tensor([[True, True, False]])).abs().round(decimals=4)
     tensor(0.)
     """
+    shapes = Shapes().floats("batch tokens width", student=student)
+    shapes.floats("batch tokens teacher_width", teacher=teacher).masks("batch tokens", mask=mask)
     with full_precision(student, teacher) as (s, t):
         keep = mask.unsqueeze(-1)
         count = total(mask.sum().to(s.dtype)).clamp(min=1)
@@ -130,35 +149,5 @@ def hidden_cka(student: Tensor, teacher: Tensor, mask: Tensor, total: Total = un
         return torch.where(varies_t, 1 - torch.where(varies_s, similarity, 0), 0)
 
 
-def first_token(states: Tensor, mask: Tensor) -> Tensor:
-    """Take the state of each example's first real token, wherever the padding stands.
-
-    Args:
-        states: ``(batch, tokens, width)``.
-        mask: boolean ``(batch, tokens)``.
-
-    Returns:
-        ``(batch, width)``; zeros for an example without a real token.
-
-    >>> first_token(torch.tensor([[[9.0], [1.0], [2.0]]]), torch.tensor([[False, True, True]]))
-    tensor([[1.]])
-    """
-    first = states[torch.arange(len(mask), device=mask.device), mask.int().argmax(1)]
-    return torch.where(mask.any(1, keepdim=True), first, 0)
-
-
-def token_mean(states: Tensor, mask: Tensor) -> Tensor:
-    """Average the states of each example's real tokens.
-
-    Args:
-        states: ``(batch, tokens, width)``.
-        mask: boolean ``(batch, tokens)``.
-
-    Returns:
-        ``(batch, width)``.
-
-    >>> token_mean(torch.tensor([[[9.0], [1.0], [2.0]]]), torch.tensor([[False, True, True]]))
-    tensor([[1.5000]])
-    """
-    with full_precision(states) as (x,):
-        return torch.where(mask.unsqueeze(-1), x, 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+def _check(student: Tensor, teacher: Tensor, mask: Tensor) -> None:
+    Shapes().floats("batch tokens width", student=student, teacher=teacher).masks("batch tokens", mask=mask)

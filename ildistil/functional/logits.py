@@ -1,12 +1,13 @@
 """Losses on logits."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ildistil.functional.checks import Shapes, check_choice, check_count, check_number, check_temperature
 from ildistil.functional.correlation import Total, pearson_distance, unchanged
 from ildistil.functional.reduction import full_precision, kl
 
@@ -32,7 +33,7 @@ def logits_kl(
     Args:
         student: logits ``(batch, classes)``.
         teacher: logits ``(batch, classes)``.
-        temperature: softening ``T > 0``.
+        temperature: softening ``T``, between 0.01 and 1000.
         divergence: ``"forward"``, ``"reverse"`` or ``"jensen-shannon"``.
         beta: weight of the teacher in the mixture, ``0 < beta < 1``; for Jensen-Shannon only.
         top_k: keep the teacher's ``k`` most likely classes apart and count all others as one class.
@@ -40,12 +41,22 @@ def logits_kl(
     Returns:
         ``(batch,)``, in nats.
 
+    Raises:
+        ConfigError: the temperature, ``beta`` or ``top_k`` is out of range, or the divergence unknown.
+        ObjectiveError: a tensor has another dtype or shape.
+
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015; reverse and Jensen-Shannon:
     Agarwal et al., "On-Policy Distillation of Language Models", 2024.
 
     >>> logits_kl(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]).log().clamp(min=-1e9))
     tensor([0.6931])
     """
+    Shapes().floats("batch classes", student=student, teacher=teacher)
+    check_temperature(temperature)
+    check_choice("divergence", divergence, get_args(Divergence))
+    check_number("beta", beta, "between 0 and 1, both left out", lambda share: 0 < share < 1)
+    if top_k is not None:
+        check_count("top_k", top_k)
     with full_precision(student, teacher) as (s, t):
         log_s, log_t = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
         if top_k is not None and top_k < t.shape[-1]:
@@ -79,36 +90,50 @@ def logits_mse(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         ``(batch,)``.
 
+    Raises:
+        ObjectiveError: a tensor has another dtype or shape.
+
     Source: Ba, Caruana, "Do Deep Nets Really Need to be Deep?", 2014.
 
     >>> logits_mse(torch.zeros(1, 2), torch.tensor([[1.0, 3.0]]))
     tensor([5.])
     """
+    Shapes().floats("batch classes", student=student, teacher=teacher)
     with full_precision(student, teacher) as (s, t):
         return (s - t).square().mean(-1)
 
 
-def logits_dist(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def logits_dist(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Pearson distance of each example's class probabilities ("inter-class").
 
-    ``T^2 (1 - corr_c(softmax(z_S / T)_c, softmax(z_T / T)_c))``; 0 where the teacher's probabilities are all equal.
+    ``T^2 (1 - corr_c(softmax(z_S / T)_c, softmax(z_T / T)_c))``; not defined where the teacher's probabilities are all
+    equal.
 
     Args:
         student: logits ``(batch, classes)``.
         teacher: logits ``(batch, classes)``.
-        temperature: softening ``T > 0``.
+        temperature: softening ``T``, between 0.01 and 1000.
 
     Returns:
-        ``(batch,)``, between 0 and ``2 T^2``. Of two classes the correlation is always 1 or -1, and its gradient zero.
+        The distances, ``(batch,)``, between 0 and ``2 T^2`` (0 where not defined), and where they are defined, boolean
+        ``(batch,)``. Of two classes the correlation is always 1 or -1, and its gradient zero.
+
+    Raises:
+        ConfigError: the temperature is out of range.
+        ObjectiveError: a tensor has another dtype or shape.
 
     Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022.
 
-    >>> logits_dist(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[2.0, 1.0, 0.0]])).round(decimals=4)
-    tensor([1.8671])
+    >>> distance, defined = logits_dist(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[2.0, 1.0, 0.0]]))
+    >>> distance.round(decimals=4), defined
+    (tensor([1.8671]), tensor([True]))
     """
+    Shapes().floats("batch classes", student=student, teacher=teacher)
+    check_temperature(temperature)
     with full_precision(student, teacher) as (s, t):
         p, q = (s / temperature).softmax(-1), (t / temperature).softmax(-1)
-        return temperature**2 * pearson_distance(p, q, torch.ones_like(p, dtype=torch.bool), -1)[0]
+        distance, defined = pearson_distance(p, q, torch.ones_like(p, dtype=torch.bool), -1)
+        return temperature**2 * distance, defined
 
 
 def logits_dist_over_batch(
@@ -123,11 +148,15 @@ def logits_dist_over_batch(
         student: logits ``(batch, classes)``.
         teacher: logits ``(batch, classes)``.
         mask: boolean ``(batch,)``, true where an example counts.
-        temperature: softening ``T > 0``.
+        temperature: softening ``T``, between 0.01 and 1000.
         total: extends a sum over the batch over further processes.
 
     Returns:
         A scalar, between 0 and ``2 T^2``.
+
+    Raises:
+        ConfigError: the temperature is out of range.
+        ObjectiveError: a tensor has another dtype or shape.
 
     Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022.
 
@@ -135,6 +164,8 @@ def logits_dist_over_batch(
     >>> logits_dist_over_batch(-z, z, torch.tensor([True, True, True])).round(decimals=4)
     tensor(2.)
     """
+    Shapes().floats("batch classes", student=student, teacher=teacher).masks("batch", mask=mask)
+    check_temperature(temperature)
     with full_precision(student, teacher) as (s, t):
         p, q = (torch.where(mask[:, None], x / temperature, 0).softmax(-1) for x in (s, t))
         distance, defined = pearson_distance(p, q, mask[:, None], 0, total)

@@ -6,6 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ildistil.errors import ObjectiveError
+from ildistil.functional.checks import Shapes
+
 __all__ = ["example_mean", "full_precision", "kl", "masked_mean", "unit", "widened", "within"]
 
 
@@ -34,15 +37,21 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         values: ``(batch, ...)``.
-        mask: boolean, broadcastable to ``values``; true where an entry counts.
+        mask: boolean, as many dimensions, each as long or 1 but the first; true where an entry counts.
 
     Returns:
         A scalar; zero (with a gradient of zero) when nothing at all is unmasked.
+
+    Raises:
+        ObjectiveError: a tensor has another dtype or shape.
 
     >>> v = torch.tensor([[1.0, 3.0], [5.0, 100.0], [7.0, 7.0]])
     >>> masked_mean(v, torch.tensor([[True, True], [True, False], [False, False]]))
     tensor(3.5000)
     """
+    axes = [f"axis{i}" for i in range(1, values.ndim)]
+    shapes = Shapes().floats(" ".join(["batch", *axes]), values=values)
+    shapes.masks(" ".join(["batch", *(f"{axis}?" for axis in axes)]), mask=mask)
     return example_mean(*within(values, mask))
 
 
@@ -53,17 +62,26 @@ def example_mean(values: Tensor, counts: Tensor | None = None) -> Tensor:
         values: ``(batch,)``.
         counts: ``(batch,)``, boolean or the number of entries behind each value; examples with zero are left out.
 
+    Returns:
+        A scalar; zero (with a gradient of zero) when no example counts.
+
+    Raises:
+        ObjectiveError: a tensor has another shape, or values are no floating-point numbers.
+
     >>> example_mean(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([True, True, False]))
     tensor(1.5000)
     """
+    Shapes().floats("batch", values=values)
     if counts is None:
-        return values.mean()
+        return values.sum() / max(1, len(values))
+    if counts.shape != values.shape:
+        raise ObjectiveError(f"counts must be of shape (batch) = ({len(values)}), got {tuple(counts.shape)}.")
     present = counts > 0
     return torch.where(present, values, 0).sum() / present.sum().clamp(min=1)
 
 
 def within(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of each example's unmasked entries, and their number."""
+    """Return the mean of each example's unmasked entries, and their number."""
     mask = mask.expand_as(values).flatten(1)
     counts = mask.sum(1)
     # where, not a product: whatever stands in masked places, NaN included, must not reach the sum. For their gradient
@@ -84,5 +102,5 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def kl(log_s: Tensor, log_t: Tensor) -> Tensor:
-    """``sum t (log t - log s)`` over the last dimension."""
+    """Return ``sum t (log t - log s)`` over the last dimension."""
     return (log_t.exp() * (log_t - log_s)).sum(-1)

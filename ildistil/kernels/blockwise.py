@@ -37,7 +37,7 @@ class _Buffers(threading.local):
         self._kept: dict[torch.dtype, Tensor] = {}
 
     def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Give three blocks of this shape, ``(3, *shape)``, with anything in them."""
+        """Return three blocks of this shape, ``(3, *shape)``, with anything in them."""
         size = 3 * math.prod(shape)
         if like.device.type != "cpu":
             return like.new_empty(3, *shape)
@@ -151,7 +151,7 @@ class _Gradients(NamedTuple):
         return cls(*(torch.zeros_like(x) if wants and x is not None else None for x, wants in tensors))
 
     def cut(self, block: "_Block", groups: int) -> "_Gradients":
-        """Give what belongs to one block."""
+        """Return what belongs to one block."""
         return _Gradients(
             None if self.query is None else self.query[block.of_query],
             None if self.key is None else self.key[block.of_key(groups)],
@@ -185,7 +185,7 @@ class _Block(NamedTuple):
         return bias[tuple(slice(0, 1) if size == 1 else part for part, size in zip(place, bias.shape, strict=True))][0]
 
     def of_scores(self, x: Scores) -> Scores:
-        """Give what the scores of the block are made of, in three dimensions."""
+        """Return what the scores of the block are made of, in three dimensions."""
         bias = None if x.bias is None else self.of_bias(x.bias)
         return x._replace(query=x.query[self.of_query], key=x.key[self.of_key(x.groups)], bias=bias)
 
@@ -194,7 +194,7 @@ def _walk(
     student: Scores, teacher: Scores, masks: Masks, compare: _Compare, grads: _Gradients | None = None,
     weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Give the sum of every example, and add up the gradients, of each example times its weight."""
+    """Return the sum of every example, and add up the gradients, of each example times its weight."""
     rows, query_mask = spans(masks.query_mask, student.query)
     columns, key_mask = spans(masks.key_mask, student.key)
     masks = masks._replace(query_mask=query_mask, key_mask=key_mask)
@@ -220,7 +220,7 @@ def _walk(
 def _blocks(
     b: int, rows: slice, columns: slice, masks: Masks, query: Tensor, together: int
 ) -> Iterator[tuple[_Block, Tensor | None]]:
-    """Cut an example into blocks of whole rows and of so many heads, and tell what is masked out in each."""
+    """Cut an example into blocks of whole rows and of so many heads; yield each with what is masked out in it."""
     n, m, heads = rows.stop - rows.start, columns.stop - columns.start, query.shape[1]
     size = _BLOCK if query.device.type == "cpu" else _LARGE_BLOCK
     if n == 0 or m == 0:
@@ -266,7 +266,7 @@ def _blocked(b: int, rows: slice, columns: slice, masks: Masks, device: torch.de
 
 
 def _write_scores(parts: Scores, out: Tensor) -> Tensor | None:
-    """Write the scores of a block; gives the slope of the softcap."""
+    """Write the scores of a block; return the slope of the softcap."""
     key = parts.key
     product = out.view(len(key), -1, key.shape[1])
     torch.baddbmm(product, _by_key_head(parts.query, key), key.mT, beta=0, alpha=parts.scale, out=product)

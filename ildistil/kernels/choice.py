@@ -1,4 +1,4 @@
-"""Which form of a kernel is taken: by device and size, or as told."""
+"""Which backend runs a kernel: by device and size, or as told."""
 
 import functools
 import os
@@ -11,9 +11,9 @@ import torch
 from ildistil.attention import Scores
 from ildistil.errors import KernelError
 
-__all__ = ["Form", "chosen", "short", "triton_suits", "use"]
+__all__ = ["Backend", "choose_backend", "is_short", "triton_suits", "use"]
 
-Form = Literal["auto", "triton", "blockwise", "plain"]
+Backend = Literal["auto", "triton", "blockwise", "plain"]
 
 # Scores of a layer from which on blocks are taken on a device that has no kernel of its own: 1 GiB in float32, of which
 # a plain loss keeps several.
@@ -21,74 +21,82 @@ _LARGE = 2**28
 # Scores of an example up to which whole maps are faster on a CPU, where blocks go from example to example: about 50
 # tokens at 12 heads. And scores of a layer up to which they may be kept: 16 MiB in float32.
 _SHORT, _SMALL = 2**15, 2**22
-_told: Form | None = None
+_told: Backend | None = None
 
 
 class use:  # noqa: N801
-    """Take one form of the kernels from now on, or within a ``with`` block.
+    """Run the kernels on one backend from now on, or within a ``with`` block.
 
     ``"auto"``: Triton kernels on CUDA where Triton is installed; blocks in plain torch on a CPU, but whole score maps
     where texts are short; elsewhere whole maps, or blocks where the maps would be large. ``"triton"``: where it has no
-    kernel, blocks. ``"blockwise"`` and ``"plain"``: always blocks, always whole maps, in plain torch. The environment
-    variable ``ILDISTIL_KERNELS`` says the same for a whole run.
+    kernel, blocks. ``"blockwise"`` and ``"plain"``: always blocks, always whole maps, in plain torch. What has one
+    backend only (:func:`~ildistil.kernels.attention_dist`, :func:`~ildistil.kernels.attention_output`, numbers of heads
+    that differ) makes whole maps in any case. The environment variable ``ILDISTIL_KERNELS`` sets the backend of a whole
+    run.
+
+    Args:
+        backend: ``"auto"``, ``"triton"``, ``"blockwise"`` or ``"plain"``.
 
     Raises:
-        KernelError: there is no such form.
+        KernelError: there is no such backend.
 
     >>> with use("plain"):
     ...     pass
     """
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, backend: Backend) -> None:
         global _told
         self.before = _told
-        _told = _known(form, "kernels.use")
+        _told = _known(backend, "kernels.use")
 
     def __enter__(self) -> None:
-        """Nothing is left to do."""
+        """Enter the block; the backend is set already."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Go back to what was told before."""
+        """Restore the backend that was set before."""
         global _told
         _told = self.before
 
 
-def chosen(student: Scores, has_triton_kernel: bool = False, linear: bool = False) -> Form:
-    """Give the form to take: ``"triton"``, ``"blockwise"`` or ``"plain"``.
+def choose_backend(student: Scores, has_triton_kernel: bool = False, linear: bool = False) -> Backend:
+    """Choose the backend for these scores.
 
     Args:
         student: what the student's scores are made of.
         has_triton_kernel: whether there is a Triton kernel for this loss and these scores.
-        linear: whether the form without maps takes time linear in the number of tokens: then no device wants maps.
+        linear: whether the loss without maps takes time linear in the number of tokens: then no device wants maps.
+
+    Returns:
+        ``"triton"``, ``"blockwise"`` or ``"plain"``.
 
     Raises:
-        KernelError: Triton is asked for but can't run here, or the environment variable holds no known form.
+        KernelError: Triton is asked for but can't run here, or the environment variable names no backend.
     """
-    form = _told or _known(os.environ.get("ILDISTIL_KERNELS") or "auto", "ILDISTIL_KERNELS")
+    backend = _told or _known(os.environ.get("ILDISTIL_KERNELS") or "auto", "ILDISTIL_KERNELS")
     device = student.query.device.type
-    if form == "triton":
+    if backend == "triton":
         _check_triton(device)
         return "triton" if has_triton_kernel else "blockwise"
-    if form != "auto":
-        return form
+    if backend != "auto":
+        return backend
     if device == "cuda" and has_triton_kernel and _installed():
         return "triton"
     batch, heads, queries, _ = student.query.shape
     if device == "cpu":
-        return "plain" if short(student) else "blockwise"
+        return "plain" if is_short(student) else "blockwise"
     large = batch * heads * queries * student.key.shape[2] >= _LARGE
     return "blockwise" if linear or large else "plain"
 
 
-def short(student: Scores) -> bool:
-    """Tell whether texts are so short that a CPU is fastest with whole maps, which are small."""
+def is_short(student: Scores) -> bool:
+    """Return whether texts are so short that a CPU is fastest with whole maps, which are small."""
     batch, heads, queries, _ = student.query.shape
     scores = heads * queries * student.key.shape[2]
     return scores <= _SHORT and batch * scores <= _SMALL
 
 
 def triton_suits(student: Scores, teacher: Scores) -> bool:
-    """Tell whether the Triton kernels take these scores: no float64, no gradient of a bias, heads of at most 256."""
+    """Return whether the Triton kernels take these scores: no float64, no gradient of a bias, heads of at most 256."""
     trained_bias = student.bias is not None and student.bias.requires_grad
     sizes = student.query.shape[-1], teacher.query.shape[-1]
     return student.query.dtype != torch.float64 and not trained_bias and max(sizes) <= 256
@@ -99,12 +107,12 @@ def _installed() -> bool:
     return find_spec("triton") is not None
 
 
-def _known(form: str, where: str) -> Form:
-    forms: tuple[Form, ...] = get_args(Form)
-    for known in forms:
-        if form == known:
+def _known(backend: str, where: str) -> Backend:
+    backends: tuple[Backend, ...] = get_args(Backend)
+    for known in backends:
+        if backend == known:
             return known
-    raise KernelError(f"{where}: got {form!r}; choose one of {', '.join(map(repr, get_args(Form)))}.")
+    raise KernelError(f"{where}: got {backend!r}; choose one of {', '.join(map(repr, backends))}.")
 
 
 def _check_triton(device: str) -> None:

@@ -25,7 +25,7 @@ def summed(
     parameters; nothing of the size of the vocabulary is kept but the parameters' own gradients.
 
     Args:
-        values: gives the losses ``(rows,)`` of some rows of logits ``(rows, vocabulary)``; also told which rows.
+        values: computes the losses ``(rows,)`` of some logits ``(rows, vocabulary)``, and is given which rows they are.
         logits: makes logits of states, row by row.
         layer: has the parameters that it uses, the largest as long as a row of logits.
         states: ``(rows, width)``.

@@ -28,7 +28,7 @@ _CANCELLED = 1e-2
 
 
 def suits(student: Scores, teacher: Scores, masks: Masks) -> bool:
-    """Tell whether the scores are products, and nothing but padding is masked."""
+    """Return whether the scores are products, and nothing but padding is masked."""
     plain = all(x.bias is None and x.softcap is None for x in (student, teacher))
     return plain and not masks.causal and masks.window is None
 
@@ -70,11 +70,11 @@ class _Factors(NamedTuple):
         return cls(q_s, q_t, k_s, k_t, -ratio)
 
     def grams(self) -> list[Tensor]:
-        """Give ``A_i^T A_j`` and ``B_i^T B_j``, both for 11, 12 and 22."""
+        """Return ``A_i^T A_j`` and ``B_i^T B_j``, both for 11, 12 and 22."""
         return [x.mT @ y for one, two in (self[:2], self[2:4]) for x, y in ((one, one), (one, two), (two, two))]
 
     def gradients(self, matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Give ``E k_S`` and ``E^T q_S``, with whatever factor the matrices have."""
+        """Return ``E k_S`` and ``E^T q_S``, with whatever factor the matrices have."""
         dq = (self.a1 @ matrices[0]).add_(self.a2 @ matrices[1])
         dk = (self.b1 @ matrices[2]).add_(self.b2 @ matrices[3])
         return dq, dk
@@ -111,7 +111,7 @@ class _SquaredError(torch.autograd.Function):
 def _factors(
     q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, ratio: float, masks: Masks
 ) -> Iterator[tuple[_Place, _Factors]]:
-    """Give where examples lie and their factors: on a CPU one by one, which spares padding and copies."""
+    """Yield where examples lie and their factors: on a CPU one by one, which spares padding and copies."""
     rows, query_mask = spans(masks.query_mask, q_s)
     columns, key_mask = spans(masks.key_mask, k_s)
     q_s, q_t = (zeroed(x, query_mask) for x in (q_s, q_t))
@@ -127,7 +127,7 @@ def _factors(
 def _combined(
     a11: Tensor, a12: Tensor, a22: Tensor, b11: Tensor, b12: Tensor, b22: Tensor, *, c: float
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Give the squared norms, the sums of their absolute terms, and the matrices of the gradients.
+    """Return the squared norms, the sums of their absolute terms, and the matrices of the gradients.
 
     These are ``B_1^T k_S``, ``c B_2^T k_S``, ``A_1^T q_S`` and ``c A_2^T q_S``, of which ``k_S = B_1``.
     """

@@ -10,7 +10,7 @@ __all__ = ["pairs", "spans"]
 
 
 def spans(mask: Tensor | None, vectors: Tensor) -> tuple[list[slice], Tensor | None]:
-    """Give the span of every example's real tokens, and the mask if any is left to do within the spans."""
+    """Return the span of every example's real tokens, and the mask if any is left to do within the spans."""
     tokens = vectors.shape[2]
     if mask is None or mask.device.type != "cpu":  # on a GPU the host would have to wait for the answer
         return [slice(0, tokens)] * len(vectors), mask

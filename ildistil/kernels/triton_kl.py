@@ -80,7 +80,7 @@ def _strides(name: str, x: Tensor) -> dict[str, int]:
 
 
 def _arguments(student: Scores, teacher: Scores, masks: Masks) -> tuple[int, dict[str, Any]]:
-    """Give the size of a tile, and what all kernels take."""
+    """Return the size of a tile, and the arguments of all kernels."""
     batch, heads, queries, _ = student.query.shape
     keys = student.key.shape[2]
     found: dict[str, Any] = {"heads": heads, "queries": queries, "keys": keys}
@@ -134,7 +134,7 @@ def _real(mask, b, positions, limit):
 
 @triton.jit
 def _seen(i, j, real_keys, causal: tl.constexpr, window):
-    """Tell which keys the queries may attend to."""
+    """Return which keys the queries may attend to."""
     distance = i[:, None] - j[None, :]
     seen = real_keys[None, :] & (i >= 0)[:, None]
     if causal:
@@ -149,7 +149,7 @@ def _scores(
     q, k, scale, softcap, bias, bias_b, bias_h, bias_n, bias_m, b, h, i, j, seen, queries, keys,
     precision: tl.constexpr,
 ):  # fmt: skip
-    """Give the scores of a tile, and the slope of the softcap."""
+    """Return the scores of a tile, and the slope of the softcap."""
     x = tl.dot(q, tl.trans(k), input_precision=precision) * scale
     slope = tl.zeros_like(x) + 1.0
     if softcap is not None:
@@ -170,7 +170,7 @@ def _first_key(i, window):
 
 @triton.jit
 def _last_key(i, keys, causal: tl.constexpr, window):
-    """Give the end of the keys that the queries before ``i`` see."""
+    """Return the end of the keys that the queries before ``i`` see."""
     if causal:
         keys = tl.minimum(keys, i)
     elif window is not None:
@@ -238,7 +238,7 @@ def _row_kernel(
 
 @triton.jit
 def _difference(s, t, slope, rows, row_count, bh, i, queries, real):
-    """Give the gradient of the divergence with respect to a tile of the student's products, without their scale."""
+    """Return the gradient of the divergence with respect to a tile of the student's products, without their scale."""
     at, inside = rows + bh.to(tl.int64) * queries + i, i < queries
     top_s = tl.load(at, mask=inside, other=0.0)
     log_s = tl.load(at + row_count, mask=inside, other=0.0)

@@ -2,18 +2,19 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from ildistil import distributed, functional, kernels
-from ildistil.attention import Attention, Masks, allowed_map
+from ildistil.attention import Attention
 from ildistil.capture import Activations, ModelInfo
 from ildistil.errors import ObjectiveError
+from ildistil.functional.checks import check_choice
 from ildistil.mappings import LayerMapping
-from ildistil.objectives.base import Weight, same_tokens
+from ildistil.objectives.base import Count, Weight, same_tokens
 from ildistil.objectives.mapped import Stack
 from ildistil.objectives.pairwise import PairwiseObjective
 from ildistil.objectives.projection import ProjectionOption
@@ -23,11 +24,10 @@ __all__ = ["QKVMSE", "AttentionDIST", "AttentionKL", "AttentionMSE", "AttentionO
 
 Heads = Literal["equal", "merge"]
 Over = Literal["tokens", "heads", "sentences"]
-_PARTS = {"q", "k", "v"}
 
 
 class _AttentionObjective(PairwiseObjective):
-    """Compares attention head by head."""
+    """An objective on attention, head by head."""
 
     taps = ("attention",)
     vectors = "qk"
@@ -41,28 +41,36 @@ class _AttentionObjective(PairwiseObjective):
         name: str | None,
     ) -> None:
         super().__init__(weight, mapping, stack, name)
-        if heads not in get_args(Heads):
-            raise ObjectiveError(f"{type(self).__name__}: heads must be 'equal' or 'merge', got {heads!r}.")
+        check_choice(f"{type(self).__name__}: heads", heads, get_args(Heads))
         self.heads = heads
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Resolve the mapping and check that heads can be paired."""
         super().build(student, teacher)
-        s, t = self.models
-        if s.heads == t.heads or self.heads == "merge":
+        self._check_heads(*(info.heads for info in self.models))
+
+    def _check_heads(self, student: int | None, teacher: int | None) -> None:
+        if student == teacher or self.heads == "merge" or student is None or teacher is None:
             return
         raise ObjectiveError(
-            f"{type(self).__name__} compares attention head by head; the student has {s.heads} heads, the teacher "
-            f"{t.heads}. Give the student {t.heads} heads, or use AttentionKL(heads='merge'), RelationKL(heads=...) or "
+            f"{type(self).__name__} compares attention head by head; the student has {student} heads, the teacher "
+            f"{teacher}. Give the student {teacher} heads, or use AttentionKL(heads='merge'), RelationKL(heads=...) or "
             "HiddenMSE, which don't need equal heads."
         )
 
-    def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
-        """Return the masked loss of one pair."""
+    def attention(
+        self, pair: tuple[int, int], student: Activations, teacher: Activations
+    ) -> tuple[Attention, Attention]:
+        """Take the attention of a pair of layers, which must be comparable."""
         s, t = student.attention.take(pair[0]), teacher.attention.take(pair[1])
         same_tokens(s.query, t.query, axis=2)
         same_tokens(s.key, t.key, axis=2)
-        return self.compare(s, t)
+        self._check_heads(s.heads, t.heads)  # a config may not say them
+        return s, t
+
+    def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
+        """Return the masked loss of one pair."""
+        return self.compare(*self.attention(pair, student, teacher))
 
     @abstractmethod
     def compare(self, student: Attention, teacher: Attention) -> Tensor:
@@ -73,19 +81,6 @@ class _AttentionObjective(PairwiseObjective):
         s, t = (info.heads or 1 for info in self.models)
         merged = "" if s == t else f", {s} and {t} heads merged to {math.gcd(s, t)}"
         return super().describe() + merged
-
-
-def both_masks(student: Attention, teacher: Attention) -> Masks:
-    """Return what both models may attend to."""
-    s, t = student.masks, teacher.masks
-    windows = [masks.window for masks in (s, t) if masks.window is not None]
-    return s._replace(causal=s.causal or t.causal, window=min(windows, default=None))
-
-
-def _maps(student: Attention, teacher: Attention) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the scores of both, what both may attend to, and which queries are real."""
-    allowed = allowed_map(student.query, student.key, both_masks(student, teacher))
-    return student.score_map(), teacher.score_map(), allowed, student.real()
 
 
 class AttentionMSE(_AttentionObjective):
@@ -117,7 +112,7 @@ class AttentionMSE(_AttentionObjective):
 
     def compare(self, student: Attention, teacher: Attention) -> Tensor:
         """Return the mean over examples of the squared error."""
-        values = kernels.attention_mse(student.scores, teacher.scores, both_masks(student, teacher))
+        values = kernels.attention_mse(student.scores, teacher.scores, student.masks.both(teacher.masks))
         return functional.example_mean(values, student.real().sum(1))
 
 
@@ -153,10 +148,7 @@ class AttentionKL(_AttentionObjective):
 
     def compare(self, student: Attention, teacher: Attention) -> Tensor:
         """Return the mean over examples of the divergence."""
-        if student.heads == teacher.heads:
-            values = kernels.attention_kl(student.scores, teacher.scores, both_masks(student, teacher))
-        else:
-            values = functional.attention_kl(*_maps(student, teacher))
+        values = kernels.attention_kl(student.scores, teacher.scores, student.masks.both(teacher.masks))
         return functional.example_mean(values, student.real().sum(1))
 
 
@@ -164,8 +156,9 @@ class AttentionDIST(_AttentionObjective):
     """Pearson distance of the attention probabilities of mapped layers, over tokens, heads or sentences.
 
     ``1 - corr(p_S, p_T)`` over the keys of each query (``"tokens"``), over the heads of each pair of tokens
-    (``"heads"``) or over the sentences of a batch at each head and pair of positions (``"sentences"``), then the mean.
-    Correlations that aren't defined, of fewer than two entries or where the teacher's are all equal, don't count.
+    (``"heads"``) or over the sentences of a batch at each head and pair of positions (``"sentences"``), then the mean
+    over the correlations of an example, its layer pairs, and the examples. Correlations that aren't defined, of fewer
+    than two entries or where the teacher's are all equal, don't count, nor does an example that has no other.
     ``"sentences"`` couples the examples of a batch: the term then takes in the batches of all processes, and refuses
     accumulated batches.
 
@@ -194,22 +187,47 @@ class AttentionDIST(_AttentionObjective):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, mapping, heads, stack, name)
-        if over not in get_args(Over):
-            raise ObjectiveError(f"AttentionDIST: over must be 'tokens', 'heads' or 'sentences', got {over!r}.")
+        check_choice("AttentionDIST: over", over, get_args(Over))
         if (over, stack) == ("sentences", "cross"):
             raise ObjectiveError("AttentionDIST: over='sentences' compares positions of self-attention, not 'cross'.")
-        self.over = over
+        self.over: Over = over
         self.batch_coupled = over == "sentences"
+        self._counted: Tensor | None = None
+
+    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
+        """Resolve the mapping, and check that there is something to correlate."""
+        super().build(student, teacher)
+        heads = [info.heads for info in self.models if info.heads is not None]
+        if self.over == "heads" and math.gcd(*heads) == 1:
+            raise ObjectiveError(
+                f"AttentionDIST: over='heads' correlates the heads that both models have, and of {heads} one is left "
+                "after merging. Use over='tokens'."
+            )
+
+    def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
+        """Return the mean distance over the examples with a defined correlation."""
+        if self.over == "sentences":
+            return super().loss(student, teacher, batch)
+        student, teacher = student.stack(self.stack), teacher.stack(self.stack)
+        found = []
+        for pair in self.pairs:
+            s, t = self.attention(pair, student, teacher)
+            found.append(kernels.attention_dist(s.scores, t.scores, s.masks.both(t.masks), self.over))
+        values, counts = (torch.stack(x) for x in zip(*found, strict=True))
+        defined = (counts > 0).sum(0)
+        self._counted = (defined > 0).sum()
+        return functional.example_mean(values.sum(0) / defined.clamp(min=1), defined)
 
     def compare(self, student: Attention, teacher: Attention) -> Tensor:
-        """Return the mean distance."""
-        s, t, allowed, real = _maps(student, teacher)
-        if self.over != "sentences":
-            return functional.example_mean(functional.attention_dist(s, t, allowed, real, self.over), real.sum(1))
-        more = distributed.all_reduce_max(s.shape[-1], s.device) - s.shape[-1]
-        allowed = allowed.expand(len(s), *allowed.shape[1:])
-        s, t, allowed = (F.pad(x, (0, more, 0, more)) for x in (s, t, allowed))
-        return functional.attention_dist_over_batch(s, t, allowed, F.pad(real, (0, more)), distributed.all_reduce_sum)
+        """Return the mean distance over the sentences of all processes."""
+        masks, tokens = student.masks.both(teacher.masks), student.query.shape[2]
+        positions = distributed.all_reduce_max(tokens, student.query.device)
+        total = distributed.all_reduce_sum
+        return kernels.attention_dist_over_batch(student.scores, teacher.scores, masks, positions, total)
+
+    def count(self, student: Activations, batch: Mapping[str, Any]) -> Count:
+        """Return the number of examples that had a defined correlation in the last :meth:`loss`."""
+        return super().count(student, batch) if self._counted is None else Count(self._counted)
 
     def describe(self) -> str:
         """Return the pairs, and what the correlation runs over."""
@@ -242,8 +260,7 @@ class AttentionOutputMSE(StateObjective):
     def states(self, activations: Activations, layer: int) -> list[tuple[Tensor, Tensor]]:
         """Recompute the output from query, key and value."""
         attention = activations.attention.take(layer)
-        output = functional.attention_output(attention.score_map(), attention.value, attention.allowed_map())
-        return [(output, activations.mask)]
+        return [(kernels.attention_output(attention.scores, attention.value, attention.masks), activations.mask)]
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         """Return the squared error of each example."""
@@ -283,7 +300,7 @@ class QKVMSE(StateObjective):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, mapping, projection, stack, "qkv_mse" if name is None else name)
-        if not parts or not set(parts) <= _PARTS or len(set(parts)) < len(parts):
+        if not parts or any(part not in ("q", "k", "v") for part in parts) or len(set(parts)) < len(parts):
             raise ObjectiveError(f"QKVMSE: parts are any of 'q', 'k' and 'v', each once; got {list(parts)}.")
         self.kinds, self.vectors = tuple(parts), "".join(parts)
 

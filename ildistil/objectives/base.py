@@ -4,6 +4,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple
 from weakref import ref
 
@@ -61,12 +62,14 @@ class Objective(Callback, ABC):
     batch_coupled: bool = False
 
     def __init__(self, weight: Weight = 1.0, name: str | None = None) -> None:
-        number = isinstance(weight, int | float)
+        number = isinstance(weight, Real) and not isinstance(weight, bool)
         if not isinstance(weight, Schedule) and not (number and math.isfinite(weight) and weight >= 0):
             raise ObjectiveError(
                 f"{type(self).__name__}: weight must be a finite number >= 0 or a schedule, got {weight!r}."
             )
-        self.weight = weight
+        if not isinstance(name, str | None):
+            raise ObjectiveError(f"{type(self).__name__}: name must be a string, got {name!r}.")
+        self.weight = weight if isinstance(weight, Schedule) else float(weight)
         self.name = _snake_case(type(self).__name__) if name is None else name
         self.projections = nn.ModuleDict()
         self._owner: ref[object] | None = None

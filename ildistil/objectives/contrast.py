@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +10,21 @@ from torch import Tensor, nn
 from ildistil import distributed, functional
 from ildistil.capture import Activations, ModelInfo
 from ildistil.errors import ObjectiveError
+from ildistil.functional.checks import check_choice, check_count, check_number, check_temperature
 from ildistil.functional.reduction import unit
 from ildistil.mappings import All, LayerMapping
 from ildistil.objectives.base import Count, Weight, same_tokens
 from ildistil.objectives.mapped import JointObjective, Stack
+from ildistil.objectives.pooling import Pool, checked, pooling
 from ildistil.stages import Step
 
 __all__ = ["CLSContrast", "CLSInBatchContrast"]
 
+Estimator = Literal["info_nce", "nce"]
+
 
 class _Contrast(JointObjective):
-    """Compares first-token states of all mapped layers, concatenated and mapped to a few dimensions on both sides."""
+    """An objective on one vector of each text: all mapped layers, concatenated and mapped to a few dimensions."""
 
     taps = ("hidden",)
     default_mapping = All()
@@ -31,21 +35,21 @@ class _Contrast(JointObjective):
         mapping: LayerMapping | None = None,
         size: int = 128,
         temperature: float = 0.07,
+        pool: Pool = "auto",
         stack: Stack | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(weight, mapping, stack, name)
-        if size < 1 or not temperature > 0:
-            raise ObjectiveError(
-                f"{type(self).__name__}: size must be at least 1 and temperature > 0, got {size} and {temperature}."
-            )
+        check_count(f"{type(self).__name__}: size", size)
+        check_temperature(temperature, f"{type(self).__name__}: temperature")
         if self.mapping.draws:
             raise ObjectiveError(f"{type(self).__name__} concatenates fixed layers; {self.mapping} draws them anew.")
-        self.size, self.temperature = size, temperature
+        self.size, self.temperature, self.pool = size, temperature, checked(pool)
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
-        """Resolve the mapping and make a projection of each model."""
+        """Resolve the mapping and the pooling, and make a projection of each model."""
         super().build(student, teacher)
+        self._poolings = [pooling(self.pool, info) for info in self.models]
         for role, info, layers in zip(("student", "teacher"), self.models, self.layers(), strict=True):
             if info.width is None:
                 raise ObjectiveError(
@@ -57,12 +61,13 @@ class _Contrast(JointObjective):
         """Return a vector of length 1 for each example, of both models, and which examples have a token at all."""
         mask = student.stack(self.stack).mask
         vectors = []
-        for role, run, layers in zip(("student", "teacher"), (student, teacher), self.layers(), strict=True):
+        sides = zip(("student", "teacher"), (student, teacher), self.layers(), self._poolings, strict=True)
+        for role, run, layers, pool in sides:
             hidden = [run.stack(self.stack).hidden.take(layer) for layer in layers]
             same_tokens(mask, hidden[0], axis=1)
             projection = self.projections[role]
             precision = next(projection.parameters()).dtype  # a teacher in half precision has another
-            states = [functional.first_token(state, mask).to(precision) for state in hidden]
+            states = [functional.pool(state, mask, pool).to(precision) for state in hidden]
             with functional.full_precision(projection(torch.cat(states, dim=-1))) as (vector,):
                 vectors.append(unit(vector))
         return vectors[0], vectors[1], mask.any(1)
@@ -71,37 +76,49 @@ class _Contrast(JointObjective):
 class CLSContrast(_Contrast):
     """Contrast of each text with texts of other classes, kept in a memory bank ("Hid-CLS-Contrast").
 
-    ``-1/2 sum over both directions of log( exp(s t / T) / (exp(s t / T) + sum_k exp(s t_k / T)) )``, mean over
-    examples. ``s`` and ``t`` are the first token's states of all mapped layers of student and teacher, concatenated,
-    mapped to ``size`` dimensions and divided by their length; ``t_k`` (for the other direction ``s_k``) are the vectors
-    of ``negatives`` texts of other classes, drawn from the bank. The bank keeps one vector of each model for every text
-    it has met, by the batch's ``row_id``, and moves it by ``new = momentum * old + (1 - momentum) * now``. Until it
-    knows texts of other classes, which is in the first step, the term is 0.
+    Mean over both directions and over examples of ``"info_nce"``, the cross-entropy of picking the right one,
+    ``-log( exp(s t / T) / (exp(s t / T) + sum_k exp(s t_k / T)) )``, or of ``"nce"``, which tells right from wrong one
+    by one, ``-log h(t) - sum_k log(1 - h(t_k))`` with
+    ``h(x) = (exp(s x / T) / Z) / (exp(s x / T) / Z + K / N)``, as the papers of Sun et al. and Tian et al. have it.
 
-    The bank is the same in all processes, grows with the texts it meets, and is in the checkpoint, not in the
-    exported student. Draws depend on ``seed``, step and class only.
+    ``s`` and ``t`` are the first token's states (see ``pool``) of all mapped layers of student and teacher,
+    concatenated, mapped to ``size`` dimensions and divided by their length; ``t_k`` (for the other direction ``s_k``)
+    are the vectors of ``K = negatives`` texts of other classes, drawn from the bank. The bank keeps one vector of each
+    model for every text it has met, by the batch's ``row_id``, and moves it by
+    ``new = momentum * old + (1 - momentum) * now``. Until it knows texts of other classes, which is in the first step,
+    the term is 0. ``Z`` of either direction, ``N`` times the mean of ``exp(s x / T)``, is estimated from the first
+    step's texts and then constant; ``N`` cancels.
+
+    Bank and ``Z`` are the same in all processes and in the checkpoint, not in the exported student; the bank grows with
+    the texts it meets. Draws depend on ``seed``, step and class only.
 
     Args:
         weight: factor of the term: a number, or a schedule.
         mapping: which layers take part, on either side; default ``All()``. How it pairs them doesn't matter.
         size: number of dimensions that vectors are mapped to.
-        temperature: ``T > 0``.
+        temperature: ``T``, between 0.01 and 1000.
         negatives: how many texts of other classes to draw.
         momentum: the old vector's part when the bank learns a new one, from 0 to below 1.
         seed: of the draws.
+        estimator: ``"info_nce"`` (CoDIR), or ``"nce"`` (CRD, and the code of Wang et al., which sum both directions).
+        pool: see :class:`~ildistil.objectives.CLSMSE`.
         stack: which layers of an encoder-decoder: ``"encoder"`` or ``"decoder"``.
         name: key of the term in logs; default ``cls_contrast``.
 
     Raises:
-        ObjectiveError: the problem has no classes; or a batch has no ``row_id`` or no class labels.
+        ConfigError: an argument is out of range.
+        ObjectiveError: the problem has no classes; a batch has no ``row_id`` or no class labels; or ``pool="first"`` of
+            a causal model.
 
     Source: Sun et al., "Contrastive Distillation on Intermediate Representations for Language Model Compression"
-    (CoDIR), 2020; Tian et al., "Contrastive Representation Distillation", 2020; Wang et al., 2023.
+    (CoDIR), 2020; Tian et al., "Contrastive Representation Distillation" (CRD), 2020; Wang et al., "How to Distill your
+    BERT", 2023.
     """
 
     _slots: dict[int, int]  # row id -> row of the bank
     _bank: dict[str, Tensor]
     _classes: Tensor
+    _log_normalizers: Tensor  # of both directions; empty until there is something to estimate them from
     _step: int | None
     _now: list[Tensor]
     _waiting: list[list[Tensor]]
@@ -115,15 +132,17 @@ class CLSContrast(_Contrast):
         negatives: int = 100,
         momentum: float = 0.5,
         seed: int = 0,
+        estimator: Estimator = "info_nce",
+        pool: Pool = "auto",
         stack: Stack | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight, mapping, size, temperature, stack, "cls_contrast" if name is None else name)
-        if negatives < 1 or not 0 <= momentum < 1:
-            raise ObjectiveError(
-                f"CLSContrast: negatives must be at least 1 and momentum in [0, 1), got {negatives} and {momentum}."
-            )
-        self.negatives, self.momentum, self.seed = negatives, momentum, seed
+        super().__init__(weight, mapping, size, temperature, pool, stack, "cls_contrast" if name is None else name)
+        check_count("CLSContrast: negatives", negatives)
+        check_count("CLSContrast: seed", seed, least=0)
+        check_number("CLSContrast: momentum", momentum, "from 0 to below 1", lambda old: 0 <= old < 1)
+        check_choice("CLSContrast: estimator", estimator, get_args(Estimator))
+        self.negatives, self.momentum, self.seed, self.estimator = negatives, momentum, seed, estimator
         self._forget()
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
@@ -151,6 +170,8 @@ class CLSContrast(_Contrast):
         if step.number != self._step:
             self._learn()
         self._step = step.number
+        if self.estimator == "nce" and not len(self._log_normalizers):
+            self._estimate()
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Return the mean of both directions."""
@@ -161,9 +182,14 @@ class CLSContrast(_Contrast):
         drawn, drawn_for = self._draw(classes[real])
         allowed = drawn_for == classes[:, None]
         bank = {role: vectors[drawn].to(s.dtype) for role, vectors in self._bank.items()}
-        values = functional.info_nce(s, t, bank["teacher"], allowed, self.temperature)
-        values = (values + functional.info_nce(t, s, bank["student"], allowed, self.temperature)) / 2
-        return functional.example_mean(values, real)
+        sides = [(s, t, bank["teacher"], allowed, self.temperature), (t, s, bank["student"], allowed, self.temperature)]
+        if self.estimator == "info_nce":
+            values = [functional.info_nce(*side) for side in sides]
+        elif len(self._log_normalizers):
+            values = [functional.nce(*side, z) for side, z in zip(sides, self._log_normalizers.to(s), strict=True)]
+        else:  # the bank knows no texts of other classes
+            values = [0 * side[0].sum(1) for side in sides]
+        return functional.example_mean(torch.stack(values).mean(0), real)
 
     def count(self, student: Activations, batch: Mapping[str, Any]) -> Count:
         """Return the number of examples with a token and a class."""
@@ -183,6 +209,7 @@ class CLSContrast(_Contrast):
             "row_ids": torch.tensor(list(self._slots), dtype=torch.long),
             "classes": self._classes[:used].clone(),
             "waiting": list(self._waiting),
+            "log_normalizers": self._log_normalizers,
             **bank,
         }
 
@@ -192,11 +219,13 @@ class CLSContrast(_Contrast):
         self._bank = {role: state_dict[role] for role in self._bank}
         self._classes = state_dict["classes"]
         self._waiting = list(state_dict["waiting"])
+        self._log_normalizers = state_dict["log_normalizers"]
 
     def _forget(self) -> None:
         self._slots = {}
         self._bank = {"student": torch.empty(0, self.size), "teacher": torch.empty(0, self.size)}
         self._classes = torch.empty(0, dtype=torch.long)
+        self._log_normalizers = torch.empty(0)
         self._step, self._now, self._waiting = None, [], []
 
     def _rows(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -216,7 +245,7 @@ class CLSContrast(_Contrast):
         return rows, classes
 
     def _draw(self, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw texts of other classes for every class of the batch; give their rows, and the class they are for."""
+        """Draw texts of other classes for every class; return their rows, and the class they are for."""
         drawn, drawn_for = [classes.new_empty(0)], [classes.new_empty(0)]
         for present in torch.unique(classes).tolist():
             # By class and step, not by batch: the same in all processes, and in all parts of an accumulated batch.
@@ -235,6 +264,19 @@ class CLSContrast(_Contrast):
                 return torch.tensor(found[: self.negatives])
         others: Tensor = (self._classes[:used] != present).nonzero().squeeze(1).cpu()
         return others[torch.randperm(len(others), generator=generator)[: self.negatives]]
+
+    def _estimate(self) -> None:
+        """Estimate the normalisers from all texts of the bank, once there are two classes."""
+        used = len(self._slots)
+        classes = self._classes[:used]
+        if len(torch.unique(classes)) < 2:
+            return
+        s, t = (vectors[:used].double() for vectors in self._bank.values())
+        drawn, drawn_for = self._draw(classes)
+        allowed = drawn_for == classes[:, None]
+        sides = (s, t, t[drawn]), (t, s, s[drawn])
+        found = [functional.log_normalizer(*side, allowed, self.temperature) for side in sides]
+        self._log_normalizers = torch.stack(found)
 
     def _learn(self) -> None:
         for waiting in self._waiting:
@@ -268,6 +310,7 @@ class CLSContrast(_Contrast):
         if self._classes.device != device:
             self._classes = self._classes.to(device)
             self._bank = {role: bank.to(device) for role, bank in self._bank.items()}
+            self._log_normalizers = self._log_normalizers.to(device)
 
 
 class CLSInBatchContrast(_Contrast):
@@ -282,9 +325,14 @@ class CLSInBatchContrast(_Contrast):
         weight: factor of the term: a number, or a schedule.
         mapping: which layers take part, on either side; default ``All()``. How it pairs them doesn't matter.
         size: number of dimensions that vectors are mapped to.
-        temperature: ``T > 0``.
+        temperature: ``T``, between 0.01 and 1000.
+        pool: see :class:`~ildistil.objectives.CLSMSE`.
         stack: which layers of an encoder-decoder: ``"encoder"`` or ``"decoder"``.
         name: key of the term in logs; default ``cls_in_batch_contrast``.
+
+    Raises:
+        ConfigError: an argument is out of range.
+        ObjectiveError: a width isn't known; or ``pool="first"`` of a causal model.
 
     Source: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018.
     """

@@ -12,6 +12,7 @@ from ildistil.mappings import All, Explicit, LayerMapping
 from ildistil.objectives.base import Weight, same_tokens
 from ildistil.objectives.mapped import JointObjective, MappedObjective, Stack
 from ildistil.objectives.pairwise import PairwiseObjective
+from ildistil.objectives.pooling import Pool, checked, pooling
 from ildistil.objectives.projection import ProjectionOption, option, project
 from ildistil.objectives.states import StateObjective
 
@@ -109,19 +110,23 @@ class HiddenCosine(StateObjective):
 class CLSMSE(StateObjective):
     """Mean squared error of the first token's hidden state in mapped layers ("Hid-CLS"); normalised, it is PKD's.
 
-    ``1/d ||W h_S,1 + b - h_T,1||^2``, or with ``normalize`` ``||h_S,1/||h_S,1|| - h_T,1/||h_T,1|| ||^2``; mean over
-    examples, then over pairs. The first token is the first real one, also where padding stands left.
+    ``1/d ||W h_S + b - h_T||^2``, or with ``normalize`` ``||h_S/||h_S|| - h_T/||h_T|| ||^2``; mean over examples, then
+    over pairs. ``h`` is the state of the first real token, also where padding stands left; of a model whose head pools
+    otherwise, what that pools: of a causal one the last real token's, as its first token sees no other.
 
     Args:
         weight: factor of the term: a number, or a schedule.
         mapping: which student layer learns from which teacher layer; default ``Uniform()`` (PKD: ``Skip()``).
         projection: see :class:`HiddenMSE`.
         normalize: compare directions: both states are divided by their length, and the squares summed.
+        pool: which vector stands for a text: ``"auto"``, which is for each model what its head pools, or ``"first"``,
+            ``"last"`` or ``"mean"`` of the real tokens for both.
         stack: see :class:`HiddenMSE`.
         name: key of the term in logs; default ``cls_mse``.
 
     Raises:
-        ObjectiveError: the widths differ and there is no projection.
+        ConfigError: there is no such pooling.
+        ObjectiveError: the widths differ and there is no projection; or ``pool="first"`` of a causal model.
 
     Source: Sun et al., "Patient Knowledge Distillation", 2019; Wang et al., "How to Distill your BERT", 2023.
     """
@@ -132,14 +137,26 @@ class CLSMSE(StateObjective):
         mapping: LayerMapping | None = None,
         projection: ProjectionOption = "auto",
         normalize: bool = False,
+        pool: Pool = "auto",
         stack: Stack | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(weight, mapping, projection, stack, "cls_mse" if name is None else name)
-        self.normalize = normalize
+        self.normalize, self.pool = normalize, checked(pool)
+
+    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
+        """Resolve the mapping and the pooling, and make the projections."""
+        super().build(student, teacher)
+        self._poolings = [pooling(self.pool, info) for info in self.models]
+
+    def reduced(self, student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return one state for each text."""
+        states = zip((student, teacher), self._poolings, strict=True)
+        s, t = (functional.pool(x, mask, how).unsqueeze(1) for x, how in states)
+        return s, t, mask.any(1, keepdim=True)
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Return the squared error of each example's first token."""
+        """Return the squared error of each example."""
         return functional.cls_mse(student, teacher, mask, self.normalize)
 
 
@@ -147,18 +164,20 @@ class CLSAttentiveMSE(MappedObjective):
     """Mean squared error of the first token's state with an attention-weighted mean of several teacher layers.
 
     ``1/d ||W h_S - sum_j a_j h_T,j||^2`` with ``a = softmax_j((W h_S) h_T,j / sqrt(d))`` over the teacher layers ``j``
-    that the mapping pairs with a student layer; mean over examples, then over student layers. No teacher layer has to
-    be chosen, and none is left out.
+    that the mapping pairs with a student layer; mean over examples, then over student layers. ``h`` is as in
+    :class:`CLSMSE`. No teacher layer has to be chosen, and none is left out.
 
     Args:
         weight: factor of the term: a number, or a schedule.
         mapping: which teacher layers each student layer may attend to; default ``All()``.
         projection: see :class:`HiddenMSE`; the map is of the student layer.
+        pool: see :class:`CLSMSE`.
         stack: see :class:`HiddenMSE`.
         name: key of the term in logs; default ``cls_attentive_mse``.
 
     Raises:
-        ObjectiveError: the widths differ and there is no projection.
+        ConfigError: there is no such pooling.
+        ObjectiveError: the widths differ and there is no projection; or ``pool="first"`` of a causal model.
 
     Source: Passban et al., "ALP-KD: Attention-Based Layer Projection for Knowledge Distillation", 2021 (there without
     the division by ``sqrt(d)``).
@@ -172,15 +191,17 @@ class CLSAttentiveMSE(MappedObjective):
         weight: Weight = 1.0,
         mapping: LayerMapping | None = None,
         projection: ProjectionOption = "auto",
+        pool: Pool = "auto",
         stack: Stack | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(weight, mapping, stack, name)
-        self.projection = option(projection)
+        self.projection, self.pool = option(projection), checked(pool)
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
-        """Resolve the mapping and make a projection of each student layer."""
+        """Resolve the mapping and the pooling, and make a projection of each student layer."""
         super().build(student, teacher)
+        self._poolings = [pooling(self.pool, info) for info in self.models]
         widths = (info.width for info in self.models)
         self.projection.make(self, {self._key(layer) for layer, _ in self.pairs}, *widths)
 
@@ -205,9 +226,10 @@ class CLSAttentiveMSE(MappedObjective):
         mask, hidden = student.mask, student.hidden.take(layer)
         others = [teacher.hidden.take(t) for t in chosen]
         same_tokens(hidden, others[0], axis=1)
-        own = project(self.projections, self._key(layer), functional.first_token(hidden, mask), mask.any(1))
+        pool, pool_teacher = self._poolings
+        own = project(self.projections, self._key(layer), functional.pool(hidden, mask, pool), mask.any(1))
         # Autocast can't join states of the half precision that it isn't of itself.
-        with functional.full_precision(*(functional.first_token(other, mask) for other in others)) as states:
+        with functional.full_precision(*(functional.pool(other, mask, pool_teacher) for other in others)) as states:
             theirs = torch.stack(states, dim=1)
         with functional.full_precision(own, theirs) as (s, t):
             attention = (torch.einsum("bd,bld->bl", s, t) * t.shape[-1] ** -0.5).softmax(-1)

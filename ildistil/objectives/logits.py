@@ -10,6 +10,7 @@ from torch import Tensor
 from ildistil import distributed, functional
 from ildistil.capture import Activations, LazyLogits, ModelInfo
 from ildistil.errors import ObjectiveError
+from ildistil.functional.checks import check_temperature
 from ildistil.functional.logits import Divergence
 from ildistil.kernels import chunked
 from ildistil.objectives.base import Count, Objective, Weight
@@ -137,7 +138,8 @@ class LogitsKL(_RowObjective):
 
     Args:
         weight: factor of the term: a number, or a schedule.
-        temperature: softening ``T > 0``; the factor ``T^2`` keeps the size of the gradient independent of it.
+        temperature: softening ``T``, between 0.01 and 1000; the factor ``T^2`` keeps the size of the gradient
+            independent of it.
         divergence: ``"forward"``, ``"reverse"`` or ``"jensen-shannon"``.
         beta: the teacher's part of the mixture, ``0 < beta < 1``; for Jensen-Shannon.
         top_k: keep the teacher's ``k`` most likely classes apart, and count all others as one.
@@ -220,7 +222,7 @@ class LogitsDIST(_LogitsObjective):
 
     Args:
         weight: factor of the term: a number, or a schedule.
-        temperature: softening ``T > 0``.
+        temperature: softening ``T``, between 0.01 and 1000.
         inter: factor of the part over classes.
         intra: factor of the part over the batch.
         name: key of the term in logs; default ``logits_dist``.
@@ -259,16 +261,16 @@ class LogitsDIST(_LogitsObjective):
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         """Return both parts, over the rows of all processes."""
-        within = functional.logits_dist(student, teacher, self.temperature)
-        rows = distributed.all_reduce_sum(mask.sum()).clamp(min=1)
-        inter = distributed.all_reduce_sum(torch.where(mask, within, 0).sum()) / rows
+        within, defined = functional.logits_dist(student, teacher, self.temperature)
+        defined = defined & mask
+        rows = distributed.all_reduce_sum(defined.sum()).clamp(min=1)
+        inter = distributed.all_reduce_sum(torch.where(defined, within, 0).sum()) / rows
         intra = functional.logits_dist_over_batch(student, teacher, mask, self.temperature, distributed.all_reduce_sum)
         return self.inter * inter + self.intra * intra
 
 
 def _check_temperature(objective: Objective, temperature: float) -> None:
-    if not temperature > 0:
-        raise ObjectiveError(f"{type(objective).__name__}: temperature must be > 0, got {temperature}.")
+    check_temperature(temperature, f"{type(objective).__name__}: temperature")
 
 
 def _check_classes(objective: Objective, student: ModelInfo, teacher: ModelInfo) -> None:

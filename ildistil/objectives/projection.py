@@ -24,6 +24,9 @@ class Projection:
         shared: one map for all layer pairs, not one for each.
         norm: a layer norm behind the map.
         orthogonal: start from orthonormal columns or rows, which keep lengths and angles, and from no bias.
+
+    Raises:
+        ObjectiveError: ``when`` is none of these.
     """
 
     when: When = "auto"
@@ -82,10 +85,24 @@ def project(projections: nn.ModuleDict, key: str, states: Tensor, mask: Tensor) 
         states: ``(batch, ..., width)``.
         mask: boolean, the shape of ``states`` without the width; what is masked, NaN included, must not reach the
             map's gradient.
+
+    Returns:
+        ``(batch, ..., teacher's width)``.
+
+    Raises:
+        ObjectiveError: the states aren't as wide as the student's config says.
     """
     if key not in projections:
         return states
-    projected: Tensor = projections[key](torch.where(mask.unsqueeze(-1), states, 0))
+    linear = next(module for module in projections[key].modules() if isinstance(module, nn.Linear))
+    if states.shape[-1] != linear.in_features:
+        raise ObjectiveError(
+            f"The student's states are {states.shape[-1]} wide; by its config it would be {linear.in_features}."
+        )
+    states = torch.where(mask.unsqueeze(-1), states, 0)
+    if not torch.is_autocast_enabled(states.device.type):  # a mean of half-precision states is wider than the map
+        states = states.to(linear.weight.dtype)
+    projected: Tensor = projections[key](states)
     return projected
 
 

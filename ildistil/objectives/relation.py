@@ -8,6 +8,7 @@ from ildistil import functional, kernels
 from ildistil.attention import Attention, Masks, Scores
 from ildistil.capture import Activations, ModelInfo
 from ildistil.errors import ObjectiveError
+from ildistil.functional.checks import check_count
 from ildistil.mappings import Last, LayerMapping
 from ildistil.objectives.base import Weight, same_tokens
 from ildistil.objectives.mapped import Stack
@@ -15,7 +16,7 @@ from ildistil.objectives.pairwise import PairwiseObjective
 
 __all__ = ["RelationKL", "ValueRelationKL"]
 
-_PARTS = {"q", "k", "v"}
+_RELATIONS = {f"{left}-{right}" for left in "qkv" for right in "qkv"}
 
 
 class RelationKL(PairwiseObjective):
@@ -24,8 +25,9 @@ class RelationKL(PairwiseObjective):
     For a relation such as ``"q-q"`` the vectors of all heads are joined and cut into ``R`` relation heads of size
     ``d_r``; ``a_ij = x_i y_j / sqrt(d_r)``, and the term is
     ``1/(R n) sum_r sum_i KL(softmax(a_T,ri) || softmax(a_S,ri))`` over the ``n`` real tokens: mean over relations,
-    examples and layer pairs (MiniLMv2 sums its three relations: weight 3). Numbers of heads and widths may differ
-    between the models, as long as ``R`` divides both widths.
+    examples and layer pairs (MiniLMv2 sums its three relations: weight 3). Where either model is causal or has a
+    window, only tokens are related that may see each other in both. Numbers of heads and widths may differ between the
+    models, as long as ``R`` divides both widths.
 
     Args:
         weight: factor of the term: a number, or a schedule.
@@ -38,6 +40,7 @@ class RelationKL(PairwiseObjective):
         name: key of the term in logs; default ``relation_kl``.
 
     Raises:
+        ConfigError: ``heads`` is no integer >= 1.
         ObjectiveError: a relation is unknown, the heads differ and ``heads`` isn't given, or it doesn't divide a width.
 
     Source: Wang et al., "MiniLMv2", 2021.
@@ -56,10 +59,12 @@ class RelationKL(PairwiseObjective):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, mapping, stack, name)
-        bad = [r for r in relations if len(r) != 3 or r[1] != "-" or not {r[0], r[2]} <= _PARTS]
+        bad = [r for r in relations if not isinstance(r, str) or r not in _RELATIONS]
         if bad or not relations:
             got = repr(bad[0]) if bad else "none"
             raise ObjectiveError(f"{type(self).__name__}: a relation is 'q-q', 'k-k', 'v-v', 'q-k' ...; got {got}.")
+        if heads is not None:
+            check_count(f"{type(self).__name__}: heads", heads)
         self.relations, self.heads = tuple(relations), heads
         self.vectors = "".join(sorted({part for relation in relations for part in relation if part != "-"}))
 
@@ -67,17 +72,19 @@ class RelationKL(PairwiseObjective):
         """Resolve the mapping and check that relation heads can be paired."""
         super().build(student, teacher)
         student, teacher = self.models
-        if self.heads is None and student.heads != teacher.heads:
-            raise ObjectiveError(
-                f"{type(self).__name__}: the student has {student.heads} heads, the teacher {teacher.heads}. Set heads "
-                "to a number that divides both widths: vectors are then cut into that many relation heads."
-            )
-        if self.heads is not None and (
-            self.heads < 1 or any(m.attention_width and m.attention_width % self.heads for m in (student, teacher))
-        ):
+        if self.heads is None:
+            self._check_heads(student.heads, teacher.heads)
+        elif any(m.attention_width and m.attention_width % self.heads for m in (student, teacher)):
             raise ObjectiveError(
                 f"{type(self).__name__}: heads={self.heads} must divide the widths of all heads of student "
                 f"({student.attention_width}) and teacher ({teacher.attention_width})."
+            )
+
+    def _check_heads(self, student: int | None, teacher: int | None) -> None:
+        if student is not None and teacher is not None and student != teacher:
+            raise ObjectiveError(
+                f"{type(self).__name__}: the student has {student} heads, the teacher {teacher}. Set heads to a number "
+                "that divides both widths: vectors are then cut into that many relation heads."
             )
 
     def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
@@ -90,6 +97,7 @@ class RelationKL(PairwiseObjective):
 
     def _relation_loss(self, student: Attention, teacher: Attention, relation: str) -> Tensor:
         own, theirs = (self._relation(attention, relation) for attention in (student, teacher))
+        self._check_heads(own.heads, theirs.heads)  # a config may not say them
         if self.stack == "cross":
             # Queries and keys are of different texts: each part has its own tokens, and there is no causality.
             rows, columns = (
@@ -97,13 +105,18 @@ class RelationKL(PairwiseObjective):
             )
             masks = Masks(rows, columns)
         else:
-            masks = student.masks
+            masks = student.masks.both(teacher.masks)
         values = kernels.attention_kl(own, theirs, masks)
         return values.mean() if masks.query_mask is None else functional.example_mean(values, masks.query_mask.sum(1))
 
     def _relation(self, attention: Attention, relation: str) -> Scores:
         """Return both sides of a relation."""
         left, right = (self._cut(attention, part) for part in relation[::2])
+        if left.shape[-1] != right.shape[-1]:
+            raise ObjectiveError(
+                f"{type(self).__name__}: in {relation!r} the vectors of {relation[0]!r} have {left.shape[-1]} features "
+                f"for each head, those of {relation[2]!r} {right.shape[-1]}. Choose relations within one of them."
+            )
         return Scores(left, right, left.shape[-1] ** -0.5)
 
     def _cut(self, attention: Attention, part: str) -> Tensor:
@@ -111,6 +124,11 @@ class RelationKL(PairwiseObjective):
         x = attention.vectors(part)  # kernels never look at padding
         if self.heads is None:
             return x
+        if x.shape[1] * x.shape[3] % self.heads:
+            raise ObjectiveError(
+                f"{type(self).__name__}: heads={self.heads} must divide the width of all heads, which for {part!r} is "
+                f"{x.shape[1] * x.shape[3]}."
+            )
         # Heads and tokens swap places first: a plain reshape would mix tokens.
         return x.transpose(1, 2).flatten(2).reshape(*x.shape[:1], x.shape[2], self.heads, -1).transpose(1, 2)
 

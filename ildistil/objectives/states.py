@@ -16,9 +16,17 @@ __all__ = ["StateObjective"]
 
 
 class StateObjective(PairwiseObjective):
-    """Compares the states of mapped layers, token by token, after a linear map where the widths differ.
+    """An objective on the states of mapped layers, token by token, after a linear map where the widths differ.
 
-    By default these are hidden states; a subclass that compares others overrides :meth:`states` and :meth:`width`.
+    By default these are hidden states; a subclass that compares others overrides :meth:`states` and :meth:`width`, one
+    that compares fewer :meth:`reduced`.
+
+    Args:
+        weight: factor of the term: a number, or a schedule.
+        mapping: which student layer learns from which teacher layer.
+        projection: see :class:`~ildistil.objectives.HiddenMSE`.
+        stack: which layers of an encoder-decoder.
+        name: key of the term in logs.
 
     Attributes:
         kinds: what is compared of a layer: the term is the mean over them.
@@ -46,12 +54,21 @@ class StateObjective(PairwiseObjective):
         """Return the states of a layer, ``(batch, tokens, width)``, and which are real, for each of the kinds."""
         return [(activations.hidden.take(layer), activations.mask)]
 
+    def reduced(self, student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the states that are compared, and which are real: by default those of all tokens."""
+        return student, teacher, mask
+
     def width(self, info: ModelInfo) -> int | None:
         """Return the width of the states."""
         return info.width
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
-        """Resolve the mapping and make the projections."""
+        """Resolve the mapping and make the projections.
+
+        Raises:
+            ConfigError: a mapped layer is out of range.
+            ObjectiveError: a width isn't known, or the widths differ and there is no projection.
+        """
         super().build(student, teacher)
         widths = (self.width(info) for info in self.models)
         self.projection.make(self, {self.key(pair, kind) for pair in self.pairs for kind in self.kinds}, *widths)
@@ -67,6 +84,7 @@ class StateObjective(PairwiseObjective):
         own, theirs = self.states(student, pair[0]), self.states(teacher, pair[1])
         for kind, (s, mask), (t, _) in zip(self.kinds, own, theirs, strict=True):
             same_tokens(s, t, axis=1)
+            s, t, mask = self.reduced(s, t, mask)
             s = project(self.projections, self.key(pair, kind), s, mask)
             losses.append(functional.example_mean(self.compare(s, t, mask), mask.sum(1)))
         return sum(losses[1:], start=losses[0]) / len(losses)

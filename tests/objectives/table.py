@@ -83,10 +83,14 @@ def hidden_cosine(pairs: list[tuple[int, int]]) -> Reference:
     return reference
 
 
-def cls_mse(pairs: list[tuple[int, int]], normalize: bool) -> Reference:
+def cls_mse(pairs: list[tuple[int, int]], normalize: bool, pool: str = "first") -> Reference:
     def reference(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
         def value(b: int, tokens: list[int], pair: tuple[int, int]) -> Tensor:
-            a, c = s.hidden[pair[0]][b, tokens[0]], t.hidden[pair[1]][b, tokens[0]]
+            chosen = {"first": tokens[:1], "last": tokens[-1:], "mean": tokens}[pool]
+            a, c = (
+                sum(run.hidden[layer][b, i] for i in chosen) / len(chosen)
+                for run, layer in zip((s, t), pair, strict=True)
+            )
             if normalize:
                 a, c = a / torch.sqrt(a @ a), c / math.sqrt(c @ c)
             return sum((a[k] - c[k]) ** 2 for k in range(len(a))) / (1 if normalize else len(a))
@@ -274,9 +278,20 @@ def _contrast_vectors(run: Run, layers: list[int], mask: Tensor, learned: nn.Mod
     return vectors
 
 
-def _nce(anchor: Tensor, positive: Tensor, negatives: list[Tensor], temperature: float) -> Tensor:
+def _info_nce(anchor: Tensor, positive: Tensor, negatives: list[Tensor], temperature: float) -> Tensor:
     e = [torch.exp((anchor @ x) / temperature) for x in (positive, *negatives)]
     return -torch.log(e[0] / sum(e))
+
+
+def _nce(anchor: Tensor, positive: Tensor, negatives: list[Tensor], temperature: float, z: float) -> Tensor:
+    """As in the code of CRD, with Z and N, of a data set of 1000 texts."""
+    texts = 1000
+
+    def h(x: Tensor) -> Tensor:
+        p = torch.exp((anchor @ x) / temperature) / (z * texts)
+        return p / (p + len(negatives) / texts)
+
+    return -torch.log(h(positive)) - sum(torch.log(1 - h(x)) for x in negatives)
 
 
 BANK_CLASSES = torch.tensor([0, 1, 0, 2, 1, 0, 2, 2])
@@ -288,27 +303,36 @@ def _bank() -> dict[str, Any]:
         role: torch.nn.functional.normalize(torch.randn(8, 6, generator=generator, dtype=torch.float64), dim=1)
         for role in ("student", "teacher")
     }
-    return vectors | {"classes": BANK_CLASSES, "row_ids": torch.arange(90, 98), "waiting": []}
+    more = {"row_ids": torch.arange(90, 98), "waiting": [], "log_normalizers": torch.tensor([1.5, 0.6]).log().double()}
+    return vectors | {"classes": BANK_CLASSES} | more
 
 
-def with_bank() -> Objective:
-    objective = objectives.CLSContrast(size=6, temperature=0.5)
+def with_bank(**options: Any) -> Objective:
+    objective = objectives.CLSContrast(size=6, temperature=0.5, **options)
     objective.load_state_dict(_bank())
     return objective
 
 
-def cls_contrast(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
-    own = _contrast_vectors(s, [1, 2], mask, learned["student"])
-    theirs = _contrast_vectors(t, [1, 2, 3, 4], mask, learned["teacher"])
-    bank = _bank()
+def cls_contrast(loss: str) -> Reference:
+    def reference(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
+        own = _contrast_vectors(s, [1, 2], mask, learned["student"])
+        theirs = _contrast_vectors(t, [1, 2, 3, 4], mask, learned["teacher"])
+        bank = _bank()
 
-    def value(b: int, tokens: list[int]) -> Tensor:
-        others = [k for k in range(8) if BANK_CLASSES[k] != labels[b]]
-        forth = _nce(own[b], theirs[b], [bank["teacher"][k] for k in others], 0.5)
-        back = _nce(theirs[b], own[b], [bank["student"][k] for k in others], 0.5)
-        return (forth + back) / 2
+        def one_way(anchor: Tensor, positive: Tensor, role: str, b: int, z: float) -> Tensor:
+            others = [bank[role][k] for k in range(8) if BANK_CLASSES[k] != labels[b]]
+            if loss == "nce":
+                return _nce(anchor, positive, others, 0.5, z)
+            return _info_nce(anchor, positive, others, 0.5)
 
-    return _examples(value, mask)
+        def value(b: int, tokens: list[int]) -> Tensor:
+            forth = one_way(own[b], theirs[b], "teacher", b, float(bank["log_normalizers"][0].exp()))
+            back = one_way(theirs[b], own[b], "student", b, float(bank["log_normalizers"][1].exp()))
+            return (forth + back) / 2
+
+        return _examples(value, mask)
+
+    return reference
 
 
 def cls_in_batch_contrast(s: Run, t: Run, mask: Tensor, labels: Tensor, learned: nn.ModuleDict) -> Tensor:
@@ -316,8 +340,8 @@ def cls_in_batch_contrast(s: Run, t: Run, mask: Tensor, labels: Tensor, learned:
     theirs = _contrast_vectors(t, [1, 2, 3, 4], mask, learned["teacher"])
 
     def value(b: int, tokens: list[int]) -> Tensor:
-        forth = _nce(own[b], theirs[b], [theirs[k] for k in theirs if k != b], 0.5)
-        back = _nce(theirs[b], own[b], [own[k] for k in own if k != b], 0.5)
+        forth = _info_nce(own[b], theirs[b], [theirs[k] for k in theirs if k != b], 0.5)
+        back = _info_nce(theirs[b], own[b], [own[k] for k in own if k != b], 0.5)
         return (forth + back) / 2
 
     return _examples(value, mask)
@@ -357,9 +381,7 @@ def attention_dist(pairs: list[tuple[int, int]], over: str) -> Reference:
             by_example: dict[int, list[Tensor]] = {b: [] for b in real}
             for group, distance in distances.items():
                 by_example[group[0]].append(distance)
-            return mean(
-                [mean(found) if found else torch.zeros((), dtype=torch.float64) for found in by_example.values()]
-            )
+            return mean([mean(found) for found in by_example.values() if found])
 
         return mean([value(pair) for pair in pairs])
 
@@ -430,13 +452,16 @@ CASES = {
     "HiddenConcatMSE": Case(objectives.HiddenConcatMSE, hidden_concat([1, 2], [1, 2, 3, 4])),
     "HiddenCKA": Case(objectives.HiddenCKA, hidden_cka(PAIRS)),
     "CLSAttentiveMSE": Case(objectives.CLSAttentiveMSE, cls_attentive([1, 2], [1, 2, 3, 4])),
-    "CLSContrast": Case(with_bank, cls_contrast, zero=False),
+    "CLSContrast": Case(with_bank, cls_contrast("info_nce"), zero=False),
+    "CLSContrast-nce": Case(lambda: with_bank(estimator="nce"), cls_contrast("nce"), zero=False),
     "CLSInBatchContrast": Case(
         lambda: objectives.CLSInBatchContrast(size=6, temperature=0.5), cls_in_batch_contrast, zero=False
     ),
     "HiddenCosine": Case(objectives.HiddenCosine, hidden_cosine(PAIRS)),
     "CLSMSE": Case(objectives.CLSMSE, cls_mse(PAIRS, normalize=False)),
     "CLSMSE-normalised": Case(lambda: objectives.CLSMSE(normalize=True), cls_mse(PAIRS, normalize=True)),
+    "CLSMSE-last": Case(lambda: objectives.CLSMSE(pool="last"), cls_mse(PAIRS, normalize=False, pool="last")),
+    "CLSMSE-mean": Case(lambda: objectives.CLSMSE(pool="mean"), cls_mse(PAIRS, normalize=False, pool="mean")),
     "ValueRelationKL": Case(objectives.ValueRelationKL, relation_kl([(2, 4)], [("value", "value")], 4)),
     "RelationKL": Case(
         lambda: objectives.RelationKL(mapping=mappings.Uniform()),
