@@ -1,66 +1,79 @@
-"""Sweep the architectures of the installed transformers: ``python -m sweep [model types or classes]``."""
+"""Sweep the architectures of the installed transformers: ``python -m sweep --help``."""
 
 import argparse
 import json
+import logging
 import os
 import select
 import signal
 import sys
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-RESULTS = Path("sweep.json")
+import torch
+import transformers
+
+from sweep import build, page
+from sweep.architectures import Architecture, architectures
+from sweep.cells import _told, cells, predicts
+
+Row = dict[str, Any]
 
 
 def main() -> None:
-    """Sweep, write the results, and say what came of it."""
-    parser = argparse.ArgumentParser(prog="sweep", description=__doc__)
-    parser.add_argument("only", nargs="*", help="model types, or names of classes; all by default")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="file of the results")
+    """Sweep, write the results as they come, and print what came of it."""
+    parser = argparse.ArgumentParser(prog="python -m sweep", description="Compare every architecture with runs by hand.")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types, or names of classes")
+    parser.add_argument("--again", nargs="+", default=[], metavar="RESULT", help="rows of --json with such a cell only")
+    parser.add_argument("--json", type=Path, default=Path("sweep.json"), help="file of the results; rows of others stay")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--timeout", type=int, default=60, help="seconds for an architecture")
-    parser.add_argument("--page", action="store_true", help="write the tables of docs/models.md")
+    parser.add_argument("--timeout", type=int, default=90, help="seconds for an architecture")
+    parser.add_argument("--page", type=Path, help="a Markdown page to write the tables into")
     arguments = parser.parse_args()
-    import torch
-    import transformers
-
-    from sweep import cells  # noqa: F401  before the forks, which share what is imported
-    from sweep.architectures import architectures
-
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    chosen = [a for a in architectures() if not arguments.only or {a.model_type, a.name} & set(arguments.only)]
-    rows = sorted(sweep(chosen, arguments.jobs, arguments.timeout), key=lambda row: (row["model_type"], row["name"]))
-    arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(counts(rows)) + "\n")
+    rows = {row["name"]: row for row in json.loads(arguments.json.read_text())} if arguments.json.exists() else {}
+    chosen = architectures()
+    if arguments.only:
+        chosen = [a for a in chosen if {a.model_type, a.name} & set(arguments.only)]
+    if arguments.again:
+        chosen = [a for a in chosen if page.results(rows[a.name]) & set(arguments.again)]
+    if not (arguments.only or arguments.again):
+        rows = {}
+    for number, row in enumerate(sweep(chosen, arguments.jobs, arguments.timeout), 1):
+        rows[row["name"]] = row
+        told = ", ".join(f"{cell['term']} {cell['result']}" for cell in row["cells"]) or row["not built"]
+        sys.stderr.write(f"{number} of {len(chosen)}: {row['name']}, {row['seconds']} s: {told}\n")
+        arguments.json.write_text(json.dumps(sorted(rows.values(), key=lambda row: row["name"]), indent=1) + "\n")
+    if arguments.page is not None:
+        page.write(arguments.page, list(rows.values()))
+    sys.stdout.write(f"{page.counts(list(rows.values()))}\n")
 
 
-def sweep(chosen: Iterable[Any], jobs: int, timeout: int) -> list[dict[str, Any]]:
+def sweep(chosen: list[Architecture], jobs: int, timeout: int) -> Iterator[Row]:
     """Run each architecture in a process of its own, so that what hangs or crashes is a row, not the end."""
-    waiting, running, rows = list(chosen)[::-1], dict[int, tuple[Any, int, float]](), list[dict[str, Any]]()
-    outputs, total = dict[int, bytes](), len(waiting)
+    waiting, running = chosen[::-1], dict[int, tuple[Architecture, int, float, bytearray]]()
     while waiting or running:
         while waiting and len(running) < jobs:
             architecture = waiting.pop()
             pid, pipe = _start(architecture)
-            running[pipe], outputs[pipe] = (architecture, pid, time.monotonic()), b""
+            running[pipe] = (architecture, pid, time.monotonic(), bytearray())
         for pipe in select.select(list(running), [], [], 1.0)[0]:
             data = os.read(pipe, 1 << 16)
-            outputs[pipe] += data
+            running[pipe][3].extend(data)
             if not data:
-                rows.append(_finish(pipe, *running.pop(pipe), outputs.pop(pipe)))
-                sys.stderr.write(f"{len(rows)} of {total}: {rows[-1]['name']}, {rows[-1]['seconds']} s\n")
-        for _, pid, start in running.values():
+                yield _finish(pipe, *running.pop(pipe))
+        for _, pid, start, _ in running.values():
             if time.monotonic() - start > timeout:
                 os.kill(pid, signal.SIGKILL)
-    return rows
 
 
-def _start(architecture: Any) -> tuple[int, int]:
+def _start(architecture: Architecture) -> tuple[int, int]:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -68,52 +81,39 @@ def _start(architecture: Any) -> tuple[int, int]:
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, 1)
         os.dup2(nothing, 2)
-        data = json.dumps(_row(architecture)).encode()
-        while data:
-            data = data[os.write(writer, data) :]
+        with os.fdopen(writer, "wb") as file:
+            file.write(json.dumps(_row(architecture)).encode())
         os._exit(0)
     os.close(writer)
     return pid, reader
 
 
-def _finish(pipe: int, architecture: Any, pid: int, start: float, output: bytes) -> dict[str, Any]:
+def _finish(pipe: int, architecture: Architecture, pid: int, start: float, output: bytearray) -> Row:
     os.close(pipe)
-    status = os.waitpid(pid, 0)[1]
-    row = {"model_type": architecture.model_type, "head": architecture.head, "name": architecture.name}
-    row["seconds"] = round(time.monotonic() - start, 1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    seconds = round(time.monotonic() - start, 1)
+    row: Row = {**architecture._asdict(), "seconds": seconds, "cells": []}
     try:
-        row |= json.loads(output)
+        return row | json.loads(output)
     except ValueError:
-        row |= {"not built": f"ended by signal {os.waitstatus_to_exitcode(status)} after {row['seconds']} s"}
-    return row
+        return row | {"not built": f"ended with code {code} after {seconds} s"}
 
 
-def _row(architecture: Any) -> dict[str, Any]:
-    import logging
-    import warnings
-
+def _row(architecture: Architecture) -> Row:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    from sweep import build, cells
-
     build.widen_softmax()
     try:
         pair = build.pair(architecture)
-        found = cells.Row(architecture, pair).cells()
-        return {"dtype": str(pair.dtype), "cells": [cell._asdict() for cell in found]}
+        return {
+            "dtype": str(pair.dtype),
+            "predicts": predicts(architecture, pair),
+            "cells": [cell._asdict() for cell in cells(architecture, pair)],
+        }
     except build.NotBuiltError as error:
         return {"not built": str(error)}
     except BaseException as error:
-        return {"not built": f"the sweep itself failed: {type(error).__name__}: {error}" + cells._last_line(error)}
-
-
-def counts(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """How often each result occurs."""
-    found: dict[str, int] = {}
-    for row in rows:
-        for result in ["not built"] if "not built" in row else [cell["result"] for cell in row["cells"]]:
-            found[result] = found.get(result, 0) + 1
-    return found
+        return {"not built": f"the sweep itself failed: {_told(error)}"}
 
 
 if __name__ == "__main__":

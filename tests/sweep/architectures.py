@@ -61,17 +61,17 @@ def _named_after(name: str, model_type: str) -> bool:
 
 
 def _classes(model_type: str) -> Iterator[tuple[str, str]]:
-    any_head = False
-    for head, mappings in HEADS.items():
-        name = next((n for mapping in mappings if (n := _name(mapping, model_type))), None)
-        if name is not None:
-            any_head |= head != "base"
-            yield head, name
-    if not any_head:
-        for mapping in OTHER_HEADS:
-            if name := _name(mapping, model_type):
-                yield "other", name
-                return
+    """The classes with heads; the base model only where there is none of them, and any other class only without it."""
+    found = {
+        head: name
+        for head, mappings in HEADS.items()
+        if (name := next((n for mapping in mappings if (n := _name(mapping, model_type))), None))
+    }
+    if not found:
+        found = {"other": name for mapping in OTHER_HEADS[::-1] if (name := _name(mapping, model_type))}
+    if len(found) > 1:
+        found.pop("base", None)
+    yield from found.items()
 
 
 def _name(mapping: str, model_type: str) -> str | None:

@@ -37,8 +37,12 @@ def candidates(model: nn.Module, head: str, lengths: tuple[int, ...], left: bool
     if model.main_input_name in makers and model.main_input_name in names:
         for batch in makers[model.main_input_name]():
             yield shape.labelled(batch)
+    if "grid_thw" in names:
+        yield from shape.packed_images()
     if text:
         yield shape.labelled(text)
+        if head == "seq2seq" and "decoder_input_ids" in names:
+            yield {**text, **shape.read_and_said()}
     for make in others:
         for batch in make():
             yield shape.labelled({**text, **batch})
@@ -108,6 +112,22 @@ class Shape:
         ids = self.words(*mask.shape)
         found = {"decoder_input_ids": ids.masked_fill(mask == 0, self.padding())}
         return {**found, "decoder_attention_mask": mask} if "decoder_attention_mask" in self.names else found
+
+    def read_and_said(self) -> Batch:
+        """What a decoder reads, and what it says, where it doesn't make the one of the other."""
+        mask = self.mask(DECODED[self.lengths])
+        ids = self.words(*mask.shape)
+        labels = self.words(*mask.shape).masked_fill(mask == 0, -100)
+        return {"decoder_input_ids": ids.masked_fill(mask == 0, self.padding()), "labels": labels}
+
+    def packed_images(self) -> Iterator[Batch]:
+        """Patches of all images one after the other."""
+        size, channels = self.setting("patch_size", default=8), self.setting("in_channels", "num_channels", default=3)
+        frames = self.setting("temporal_patch_size", default=1)
+        grid = torch.tensor([[1, 4, 4]] * self.rows)
+        name = "pixel_values" if "pixel_values" in self.names else "hidden_states"
+        for features in ((channels * frames * size**2,), (channels, size, size), (channels * size**2,)):
+            yield {name: self.normal(16 * self.rows, *features), "grid_thw": grid}
 
     def _coders(self) -> bool:
         return bool(getattr(self.config, "is_encoder_decoder", False))

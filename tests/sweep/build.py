@@ -74,7 +74,7 @@ def _of_config(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrain
 
 def _reseed(module: nn.Module, args: Any) -> None:
     """Draw the same random numbers in every run: some models draw in eval mode too."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     np.random.seed(0)
 
 
@@ -139,16 +139,21 @@ def _batch(student: nn.Module, teacher: nn.Module, architecture: Architecture, l
                 run(model, batch)
             return batch
         except Exception as failed:
-            error = error or failed
+            error = failed
     name = type(error).__name__
     raise NotBuiltError(f"runs on no batch at hand ({name}: {error})" if error else "no batch fits its inputs")
 
 
-def run(model: nn.Module, batch: Batch, **more: Any) -> Any:
-    """Run a model on what it names of a batch, without gradients."""
+def forward_inputs(model: nn.Module, batch: Batch) -> Batch:
+    """What a model names of a batch."""
     names = forward_names(model)
+    return {name: value for name, value in batch.items() if name in names}
+
+
+def run(model: nn.Module, batch: Batch, **more: Any) -> Any:
+    """Run a model without gradients."""
     with torch.no_grad():
-        return model(**{name: value for name, value in batch.items() if name in names}, **more)
+        return model(**forward_inputs(model, batch), **more)
 
 
 def eager_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -159,7 +164,7 @@ def eager_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def widen_softmax() -> None:
-    """Have softmax asked for float32 stay in float64, or eager attention would be no exact reference."""
+    """Keep a softmax asked for float32 in float64, or eager attention would be no exact reference."""
     plain = F.softmax
 
     def softmax(x: Tensor, dim: Any = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:

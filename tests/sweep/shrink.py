@@ -54,20 +54,24 @@ def _tiny(
 
 def _agree(settings: dict[str, Any], defaults: Mapping[str, Any]) -> None:
     """What depends on several settings."""
-    latent = "qk_rope_head_dim" in defaults
-    if latent:  # the size of a head is made of its parts, and every head has its own key
+    for name, value in UNSAID.items():
+        if name in defaults and defaults[name] is None and name not in settings:
+            settings[name] = value
+    if "qk_rope_head_dim" in defaults:  # the size of a head is made of its parts, and every head has its own key
         settings.pop("head_dim", None)
         if "num_key_value_heads" in defaults:
             settings["num_key_value_heads"] = HEADS
-    elif "head_dim" in defaults and defaults["head_dim"] is None:
-        settings["head_dim"] = WIDTH // HEADS
-    if "pad_token_id" in defaults and defaults["pad_token_id"] is None:
-        settings["pad_token_id"] = 0
     for name, value in defaults.items():
         if isinstance(value, dict) and "mrope_section" in value:
             settings[name] = {**value, "mrope_section": [1, 1, 2]}
 
 
+# Where the default is None, and the model needs a number.
+UNSAID = {
+    "vocab_size": WORDS, "num_key_value_heads": HEADS, "head_dim": WIDTH // HEADS, "pad_token_id": 0,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
+    "hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": HEADS,
+}  # fmt: skip
 LEFT_OUT = object()  # as an override: leave the default
 
 
