@@ -15,7 +15,7 @@ from measure import Batch, finish, options, sliced, training
 
 from ildistil import Distillation, init_student, objectives
 from ildistil.data import Glue
-from ildistil.students.sources import load
+from ildistil.students import load
 
 
 def fixed(batch: Batch, length: int) -> Batch:

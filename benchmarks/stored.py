@@ -16,7 +16,7 @@ from measure import finish, options, sliced, training
 
 from ildistil import Distillation, init_student, objectives
 from ildistil.data import Glue
-from ildistil.students.sources import load
+from ildistil.students import load
 from ildistil.teachers import StoredTeacher, estimate, precompute
 
 

@@ -18,7 +18,7 @@ from ildistil.capture import Activations
 from ildistil.errors import ObjectiveError
 from ildistil.objectives import Objective
 from ildistil.teachers import StoredTeacher
-from ildistil.training.export import load_student
+from ildistil.training import load_student
 
 
 def loader(rows: int = 16, batch_size: int = 4, labels: int = 3, shuffle: bool = False) -> DataLoader[Any]:

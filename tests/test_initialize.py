@@ -7,7 +7,7 @@ from torch import nn
 
 import tiny
 from ildistil import init_student
-from ildistil.students.sources import ModelSource, StudentOptions, pretrained
+from ildistil.students import ModelSource, StudentOptions, pretrained
 
 
 def test_layers_embeddings_and_head_are_the_teachers() -> None:

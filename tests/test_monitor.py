@@ -5,7 +5,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import tiny
 from ildistil import Distiller, init_student, objectives
-from ildistil.training.monitor import Throughput, peak_memory
+from ildistil.training import Throughput, peak_memory
 from test_distiller import loader, trainer
 
 

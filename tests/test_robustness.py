@@ -312,6 +312,7 @@ def test_predicting_two_sets_writes_two_files(tmp_path: Path, monkeypatch: pytes
     written = sorted(p.name for p in Path("runs/predict").rglob("*.tsv"))
     assert written == ["predictions_val.tsv", "predictions_val_mismatched.tsv"]
 
+
 # What is whose fault
 
 

@@ -45,7 +45,7 @@ from ildistil.stages import Step
 from ildistil.teachers import Estimate, StoredTeacher, estimate, precompute
 from ildistil.teachers.rows import Rows
 from ildistil.teachers.store import Store
-from ildistil.training.plan import describe
+from ildistil.training import describe
 from table import CASES
 from test_distiller import loader, trainer
 

@@ -15,7 +15,7 @@ import ildistil
 import tiny
 from ildistil import Distillation, Distiller, kernels, objectives
 from ildistil.stages import Step
-from ildistil.training.monitor import Throughput
+from ildistil.training import Throughput
 from table import CASES
 from test_distiller import every_kind, loader, pair, trainer
 

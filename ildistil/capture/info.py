@@ -1,8 +1,7 @@
 """What is known of a model before it runs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -34,8 +33,6 @@ class ModelInfo:
         label_names: names of the labels in their order, in lower case; empty where it has none.
         parameters: number of parameters.
         source: name or folder that it was loaded from.
-        causal: whether its tokens attend to no later ones.
-        pooling: which states its head pools, where its config says so.
     """
 
     name: str
@@ -53,8 +50,6 @@ class ModelInfo:
     label_names: tuple[str, ...] = ()
     parameters: int = 0
     source: str | None = None
-    causal: bool | None = None
-    pooling: Literal["first", "last", "mean"] | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelInfo":
@@ -102,8 +97,6 @@ class ModelInfo:
             label_names=_label_names(config),
             parameters=_count_parameters(model),
             source=getattr(model, "name_or_path", None) or None,
-            causal=_causal(find_layers(model)),
-            pooling=_pooling(config),
         )
         info = _with_attention(info, text)
         return replace(info, stacks=_stack_info(model, info))
@@ -142,26 +135,8 @@ def _stack_info(model: nn.Module, whole: ModelInfo) -> dict[str, ModelInfo]:
         config = getattr(coder, "config", None)
         heads = getattr(config, f"{name}_attention_heads", None) or getattr(config, "num_attention_heads", whole.heads)
         width = getattr(config, "hidden_size", whole.width)
-        layers = only_stack(coder)
-        stack = replace(whole, depth=len(layers), width=width, heads=heads, causal=_causal(layers))
-        info[name] = _with_attention(stack, config)
+        info[name] = _with_attention(replace(whole, depth=len(only_stack(coder)), width=width, heads=heads), config)
     return info | {"cross": info["decoder"]} if info else {}
-
-
-def _causal(layers: Iterable[nn.Module]) -> bool | None:
-    found = [getattr(module, "is_causal", None) for layer in layers for module in layer.modules()]
-    told = [causal for causal in found if isinstance(causal, bool)]
-    return any(told) if told else None
-
-
-def _pooling(config: PreTrainedConfig) -> Literal["first", "last", "mean"] | None:
-    names: dict[object, Literal["first", "last", "mean"]] = {
-        "first": "first", "cls": "first", "bos": "first", "last": "last", "mean": "mean", "late": "mean",
-    }  # fmt: skip
-    # Of speech models, whose heads average; of vision models.
-    if hasattr(config, "classifier_proj_size") or getattr(config, "use_mean_pooling", False):
-        return "mean"
-    return names.get(getattr(config, "classifier_pooling", None) or getattr(config, "summary_type", None))
 
 
 def _label_names(config: PreTrainedConfig) -> tuple[str, ...]:

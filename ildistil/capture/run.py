@@ -136,7 +136,7 @@ class Capture:
             # A checkpointed layer that is left halfway must be recomputed whole: torch doesn't know where it ended.
             with recording(self._recorder), set_checkpoint_early_stop(False) if stops else nullcontext():
                 output = run(inputs)
-        except (IldistilError, MemoryError, torch.OutOfMemoryError):
+        except IldistilError:
             raise
         except Exception as error:  # whatever a model raises: it is not ours, and the batch may be made up
             raise self._failed(inputs, error) from error

@@ -100,6 +100,8 @@ class LengthGroupedSampler(EpochSampler):
         seed: int = 0, evaluation: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(len(lengths), num_replicas, rank, seed=seed, evaluation=evaluation)
+        if batch_size < 1:
+            raise DataError(f"batch_size is {batch_size}; it must be at least 1.")
         self.lengths = torch.as_tensor(lengths)
         self.global_batch = batch_size * num_replicas
 

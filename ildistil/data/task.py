@@ -1,6 +1,6 @@
 """What training, teachers and commands ask of a data module: one protocol, with a default for each question."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from inspect import getattr_static
 from typing import Any, Literal, Protocol, TypeVar
@@ -159,10 +159,10 @@ def every_row(loader: object) -> Batches:
     >>> [batch["row_id"].tolist() for batch in every_row(DataLoader(rows, batch_size=2, shuffle=True, drop_last=True))]
     [[0, 1], [2, 3], [4]]
     """
-    remedy = "Give the data module a method every_row() that returns batches of every training row, each once."
+    remedy = "Pass a data module with a method every_row() that returns batches of every training row, each once."
     if isinstance(loader, Sequence | Mapping | CombinedLoader):
         raise DataError(f"Training rows come from several loaders at once ({type(loader).__name__}). {remedy}")
-    if not isinstance(loader, Iterable) or iter(loader) is loader:
+    if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
         raise DataError(f"The training loader is {loader!r:.80}, which can't be gone through repeatedly. {remedy}")
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
@@ -267,7 +267,7 @@ class _Checked:
                 raise DataError("Without a data module the training rows are unknown. Pass one to trainer.fit().")
             return every_row(self._data.train_dataloader())
         batches: Any = make() if callable(make) else None
-        if not isinstance(batches, Iterable) or iter(batches) is batches:
+        if not isinstance(batches, Iterable) or isinstance(batches, Iterator):
             raise self._wrong("every_row", make, "a method whose batches can be gone through repeatedly")
         return batches
 

@@ -253,9 +253,9 @@ class AttentionOutputMSE(StateObjective):
 
     taps = ("attention",)
 
-    def width(self, info: ModelInfo) -> int | None:
-        """Return the width of all heads together."""
-        return info.attention_width
+    def width(self, info: ModelInfo, kind: str) -> int | None:
+        """Return the width of the values of all heads together."""
+        return info.value_width
 
     def states(self, activations: Activations, layer: int) -> list[tuple[Tensor, Tensor]]:
         """Recompute the output from query, key and value."""
@@ -304,9 +304,9 @@ class QKVMSE(StateObjective):
             raise ObjectiveError(f"QKVMSE: parts are any of 'q', 'k' and 'v', each once; got {list(parts)}.")
         self.kinds, self.vectors = tuple(parts), "".join(parts)
 
-    def width(self, info: ModelInfo) -> int | None:
+    def width(self, info: ModelInfo, kind: str) -> int | None:
         """Return the width of all heads together."""
-        return info.attention_width
+        return info.value_width if kind == "v" else info.attention_width
 
     def states(self, activations: Activations, layer: int) -> list[tuple[Tensor, Tensor]]:
         """Join the heads; keys and values have the tokens that are attended to, which in cross attention are others."""

@@ -47,9 +47,8 @@ class _Contrast(JointObjective):
         self.size, self.temperature, self.pool = size, temperature, checked(pool)
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
-        """Resolve the mapping and the pooling, and make a projection of each model."""
+        """Resolve the mapping and make a projection of each model."""
         super().build(student, teacher)
-        self._poolings = [pooling(self.pool, info) for info in self.models]
         for role, info, layers in zip(("student", "teacher"), self.models, self.layers(), strict=True):
             if info.width is None:
                 raise ObjectiveError(
@@ -61,9 +60,9 @@ class _Contrast(JointObjective):
         """Return a vector of length 1 for each example, of both models, and which examples have a token at all."""
         mask = student.stack(self.stack).mask
         vectors = []
-        sides = zip(("student", "teacher"), (student, teacher), self.layers(), self._poolings, strict=True)
-        for role, run, layers, pool in sides:
-            hidden = [run.stack(self.stack).hidden.take(layer) for layer in layers]
+        runs = (run.stack(self.stack) for run in (student, teacher))
+        for role, run, layers in zip(("student", "teacher"), runs, self.layers(), strict=True):
+            hidden, pool = [run.hidden.take(layer) for layer in layers], pooling(self.pool, run)
             same_tokens(mask, hidden[0], axis=1)
             projection = self.projections[role]
             precision = next(projection.parameters()).dtype  # a teacher in half precision has another

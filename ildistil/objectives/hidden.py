@@ -144,16 +144,12 @@ class CLSMSE(StateObjective):
         super().__init__(weight, mapping, projection, stack, "cls_mse" if name is None else name)
         self.normalize, self.pool = normalize, checked(pool)
 
-    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
-        """Resolve the mapping and the pooling, and make the projections."""
-        super().build(student, teacher)
-        self._poolings = [pooling(self.pool, info) for info in self.models]
-
-    def reduced(self, student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def states(self, activations: Activations, layer: int) -> list[tuple[Tensor, Tensor]]:
         """Return one state for each text."""
-        states = zip((student, teacher), self._poolings, strict=True)
-        s, t = (functional.pool(x, mask, how).unsqueeze(1) for x, how in states)
-        return s, t, mask.any(1, keepdim=True)
+        states, mask = activations.hidden.take(layer), activations.mask
+        same_tokens(states, mask, axis=1)
+        pooled = functional.pool(states, mask, pooling(self.pool, activations))
+        return [(pooled.unsqueeze(1), mask.any(1, keepdim=True))]
 
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
         """Return the squared error of each example."""
@@ -199,9 +195,8 @@ class CLSAttentiveMSE(MappedObjective):
         self.projection, self.pool = option(projection), checked(pool)
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
-        """Resolve the mapping and the pooling, and make a projection of each student layer."""
+        """Resolve the mapping and make a projection of each student layer."""
         super().build(student, teacher)
-        self._poolings = [pooling(self.pool, info) for info in self.models]
         widths = (info.width for info in self.models)
         self.projection.make(self, {self._key(layer) for layer, _ in self.pairs}, *widths)
 
@@ -226,7 +221,7 @@ class CLSAttentiveMSE(MappedObjective):
         mask, hidden = student.mask, student.hidden.take(layer)
         others = [teacher.hidden.take(t) for t in chosen]
         same_tokens(hidden, others[0], axis=1)
-        pool, pool_teacher = self._poolings
+        pool, pool_teacher = (pooling(self.pool, run) for run in (student, teacher))
         own = project(self.projections, self._key(layer), functional.pool(hidden, mask, pool), mask.any(1))
         # Autocast can't join states of the half precision that it isn't of itself.
         with functional.full_precision(*(functional.pool(other, mask, pool_teacher) for other in others)) as states:

@@ -2,7 +2,7 @@
 
 from typing import Literal, get_args
 
-from ildistil.capture import ModelInfo
+from ildistil.capture import Activations
 from ildistil.errors import ObjectiveError
 from ildistil.functional.checks import check_choice
 from ildistil.functional.pooling import Pooling
@@ -22,19 +22,19 @@ def checked(pool: Pool) -> Pool:
     return pool
 
 
-def pooling(pool: Pool, info: ModelInfo) -> Pooling:
+def pooling(pool: Pool, run: Activations) -> Pooling:
     """Return where a model's texts are pooled: with ``"auto"`` where its head pools them.
 
-    That is what its config says, if it does; else the last token of a causal model, the first one of others.
+    Without such a head that is the last token of a causal model, the first one of others.
 
     Raises:
         ObjectiveError: the first token of a causal model, which sees none but itself.
     """
     if pool == "auto":
-        return info.pooling or ("last" if info.causal else "first")
-    if pool == "first" and info.causal:
+        return run.pooling
+    if pool == "first" and run.causal:
         raise ObjectiveError(
-            f"pool='first': the {info.name} is causal, so its first token sees no other and says the same of all texts "
-            "that begin alike. Use pool='auto', which takes the last token, or pool='mean'."
+            "pool='first': the model is causal, so its first token sees no other and says the same of all texts that "
+            "begin alike. Use pool='auto', which takes the last token, or pool='mean'."
         )
     return pool

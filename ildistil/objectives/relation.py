@@ -74,11 +74,14 @@ class RelationKL(PairwiseObjective):
         student, teacher = self.models
         if self.heads is None:
             self._check_heads(student.heads, teacher.heads)
-        elif any(m.attention_width and m.attention_width % self.heads for m in (student, teacher)):
-            raise ObjectiveError(
-                f"{type(self).__name__}: heads={self.heads} must divide the widths of all heads of student "
-                f"({student.attention_width}) and teacher ({teacher.attention_width})."
-            )
+            return
+        for part in self.vectors:
+            widths = [m.value_width if part == "v" else m.attention_width for m in (student, teacher)]
+            if any(width and width % self.heads for width in widths):
+                raise ObjectiveError(
+                    f"{type(self).__name__}: heads={self.heads} must divide the widths of all heads of student "
+                    f"({widths[0]}) and teacher ({widths[1]})."
+                )
 
     def _check_heads(self, student: int | None, teacher: int | None) -> None:
         if student is not None and teacher is not None and student != teacher:

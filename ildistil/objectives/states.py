@@ -18,8 +18,7 @@ __all__ = ["StateObjective"]
 class StateObjective(PairwiseObjective):
     """An objective on the states of mapped layers, token by token, after a linear map where the widths differ.
 
-    By default these are hidden states; a subclass that compares others overrides :meth:`states` and :meth:`width`, one
-    that compares fewer :meth:`reduced`.
+    By default these are hidden states; a subclass that compares others overrides :meth:`states` and :meth:`width`.
 
     Args:
         weight: factor of the term: a number, or a schedule.
@@ -54,12 +53,8 @@ class StateObjective(PairwiseObjective):
         """Return the states of a layer, ``(batch, tokens, width)``, and which are real, for each of the kinds."""
         return [(activations.hidden.take(layer), activations.mask)]
 
-    def reduced(self, student: Tensor, teacher: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the states that are compared, and which are real: by default those of all tokens."""
-        return student, teacher, mask
-
-    def width(self, info: ModelInfo) -> int | None:
-        """Return the width of the states."""
+    def width(self, info: ModelInfo, kind: str) -> int | None:
+        """Return the width of the states of a kind."""
         return info.width
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
@@ -70,8 +65,9 @@ class StateObjective(PairwiseObjective):
             ObjectiveError: a width isn't known, or the widths differ and there is no projection.
         """
         super().build(student, teacher)
-        widths = (self.width(info) for info in self.models)
-        self.projection.make(self, {self.key(pair, kind) for pair in self.pairs for kind in self.kinds}, *widths)
+        for kind in self.kinds:
+            widths = (self.width(info, kind) for info in self.models)
+            self.projection.make(self, {self.key(pair, kind) for pair in self.pairs}, *widths)
 
     def key(self, pair: tuple[int, int], kind: str) -> str:
         """Name the map of a pair."""
@@ -84,7 +80,6 @@ class StateObjective(PairwiseObjective):
         own, theirs = self.states(student, pair[0]), self.states(teacher, pair[1])
         for kind, (s, mask), (t, _) in zip(self.kinds, own, theirs, strict=True):
             same_tokens(s, t, axis=1)
-            s, t, mask = self.reduced(s, t, mask)
             s = project(self.projections, self.key(pair, kind), s, mask)
             losses.append(functional.example_mean(self.compare(s, t, mask), mask.sum(1)))
         return sum(losses[1:], start=losses[0]) / len(losses)

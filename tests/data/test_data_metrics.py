@@ -1,12 +1,14 @@
 import math
 import warnings
+from typing import Any
 
 import pytest
 import scipy.stats
 import torch
 
 from ildistil.data import Glue, TextData
-from ildistil.metrics import metric_collection
+from ildistil.errors import ConfigError
+from ildistil.metrics import Matthews, default_metrics, metric_collection
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -47,6 +49,73 @@ def test_classification_metrics_agree_with_their_definitions(classes: int) -> No
         "f1": pytest.approx(scores[1] if classes == 2 else sum(scores) / classes),
         "matthews": pytest.approx(matthews(preds, target), abs=1e-6),
     }
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+@pytest.mark.parametrize("constant", ["predictions", "targets", "both"])
+def test_matthews_of_a_constant_is_exactly_zero(classes: int, constant: str) -> None:
+    drawn_rows = torch.randint(classes, (100,), generator=GENERATOR)
+    for value in range(classes):
+        fixed = torch.full((100,), value)
+        preds, target = {"predictions": (fixed, drawn_rows), "targets": (drawn_rows, fixed), "both": (fixed, fixed)}[
+            constant
+        ]
+        assert float(Matthews(classes)(preds, target)) == 0.0
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_matthews_agrees_with_loops_in_whole_numbers_and_with_scikit_learn(classes: int) -> None:
+    reference = pytest.importorskip("sklearn.metrics").matthews_corrcoef
+    for skew in (0.5, 0.97):  # the second: nearly constant predictions
+        target = torch.randint(classes, (500,), generator=GENERATOR)
+        rare = torch.rand(500, generator=GENERATOR) > skew
+        preds = torch.where(rare, target, torch.zeros_like(target))
+        found = float(Matthews(classes)(preds, target))
+        assert found == pytest.approx(reference(target, preds), abs=1e-6)
+        assert found == pytest.approx(matthews(preds.tolist(), target.tolist()), abs=1e-6)
+    assert float(Matthews(classes)(target, target)) == pytest.approx(1.0)
+    if classes == 2:
+        assert float(Matthews(classes)(1 - target, target)) == pytest.approx(-1.0)
+
+
+def test_matthews_of_many_rows_loses_no_digits() -> None:
+    metric = Matthews(2)
+    metric.confmat = torch.tensor([[99_999_000, 500], [499, 1]])  # float32 products are off by more than the result
+    tn, fp, fn, tp = 99_999_000, 500, 499, 1
+    expected = (tn * tp - fp * fn) / math.sqrt((tn + fp) * (tn + fn) * (tp + fp) * (tp + fn))
+    metric._update_count = 1
+    assert float(metric.compute()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_matthews_over_processes_is_that_of_all_rows() -> None:
+    preds, target = torch.randint(3, (2, 40), generator=GENERATOR), torch.randint(3, (2, 40), generator=GENERATOR)
+    there = Matthews(3)
+    there.update(preds[1], target[1])
+    # As with two processes, where torchmetrics gathers each state in compute().
+    gathered = {
+        "dist_sync_fn": lambda state, group=None: [state, there.confmat],
+        "distributed_available_fn": lambda: True,
+    }
+    here = Matthews(3, **gathered)
+    here.update(preds[0], target[0])
+    assert float(here.compute()) == pytest.approx(
+        matthews(preds.flatten().tolist(), target.flatten().tolist()), abs=1e-6
+    )
+
+
+def test_the_metrics_of_a_task_of_which_only_the_labels_are_known() -> None:
+    def names(*args: Any) -> list[str] | None:
+        made = default_metrics(*args)
+        return None if made is None else list(made)
+
+    assert names(2, False) == names(5, False) == ["accuracy"]
+    assert names(1, True) == ["pearson", "spearman"]
+    assert names(None, False) is names(None, True) is names(4, False, True) is names(3, True) is None
+
+
+def test_metrics_of_classes_need_classes() -> None:
+    with pytest.raises(ConfigError, match="'accuracy' needs at least two classes, got 1"):
+        metric_collection(("accuracy",), 1)
 
 
 def test_regression_metrics_agree_with_scipy() -> None:

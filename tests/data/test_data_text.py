@@ -6,21 +6,7 @@ import pytest
 import torch
 
 from ildistil.data import TextData, labelled, loading
-from tiny_data import make_tokenizer
-
-GOOD = {"text": ["a good film", "a bad film", "dull", "fine"], "label": ["yes", "no", "no", "yes"]}
-
-
-def prepared(stage: str | None = None, **kwargs: Any) -> TextData:
-    data = TextData(**({"tokenizer": make_tokenizer()} | kwargs))
-    data.prepare_data()
-    data.setup(stage)
-    return data
-
-
-def labels_of(loader: Any) -> list[Any]:
-    found = {i: x for batch in loader for i, x in zip(batch["row_id"].tolist(), batch["labels"].tolist(), strict=True)}
-    return [found[i] for i in range(len(found))]
+from tiny_data import GOOD, labels_of, make_tokenizer, prepared
 
 
 def test_label_names_are_derived_from_the_train_file_before_anything_is_prepared(write: Any) -> None:

@@ -1,4 +1,4 @@
-"""A tiny tokenizer, and tables in every format, for the tests of the data room."""
+"""A tiny tokenizer, tables in every format, and a prepared data module, for the tests of the data room."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -9,10 +9,13 @@ import datasets
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ildistil.data import TextData
+
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 WORDS = [*SPECIAL, '"', "a", "good", "bad", "film", "the", "cat", "sat", "on", "mat", "dull", "fine"]
 
 Rows = Mapping[str, Sequence[Any]]
+GOOD = {"text": ["a good film", "a bad film", "dull", "fine"], "label": ["yes", "no", "no", "yes"]}
 
 
 def make_tokenizer(special: bool = True, **kwargs: Any) -> PreTrainedTokenizerFast:
@@ -24,6 +27,18 @@ def make_tokenizer(special: bool = True, **kwargs: Any) -> PreTrainedTokenizerFa
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     settings = names | {"model_max_length": 256, "model_input_names": inputs} | kwargs
     return PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+
+
+def prepared(stage: str | None = None, **kwargs: Any) -> TextData:
+    data = TextData(**({"tokenizer": make_tokenizer()} | kwargs))
+    data.prepare_data()
+    data.setup(stage)
+    return data
+
+
+def labels_of(loader: Any) -> list[Any]:
+    found = {i: x for batch in loader for i, x in zip(batch["row_id"].tolist(), batch["labels"].tolist(), strict=True)}
+    return [found[i] for i in range(len(found))]
 
 
 def _separated(separator: str) -> Callable[[Path, Rows], None]:

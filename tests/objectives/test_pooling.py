@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 import tiny
 from ildistil import Distillation, mappings, objectives
-from ildistil.capture import ModelInfo
 from ildistil.errors import ObjectiveError
 from ildistil.objectives import Objective
 from ildistil.stages import Step
@@ -158,17 +157,21 @@ def test_a_head_that_takes_the_mean() -> None:
 
 
 def test_what_is_known_of_the_pooling() -> None:
-    def known(model: nn.Module) -> tuple[bool | None, str | None]:
-        info = ModelInfo.of(model)
-        return info.causal, info.pooling
+    def known(model: nn.Module, batch: dict[str, Tensor], layers: int = 2) -> tuple[bool | None, str]:
+        seen = Capture(model, [Tap("hidden", layers)])(batch)
+        return seen.causal, seen.pooling
 
-    assert known(tiny.bert(2)) == (False, None)
-    assert known(tiny.bert(2, is_decoder=True))[0] is True
-    assert known(gpt2(2)) == (True, None)
-    assert known(llama(2)) == (True, None)
-    assert known(modern("cls")) == (False, "first")
-    assert known(modern("mean")) == (False, "mean")
-    assert known(nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, batch_first=True), 2)) == (None, None)
-    t5 = tf.T5Config(d_model=32, d_kv=8, d_ff=64, num_heads=4, num_layers=2, vocab_size=50)
-    stacks = ModelInfo.of(tf.T5ForConditionalGeneration(t5)).stacks
-    assert {name: info.causal for name, info in stacks.items()} == {"encoder": False, "decoder": True, "cross": True}
+    text = {k: v for k, v in tiny.batch(labels=2).items() if k in ("input_ids", "attention_mask")}
+    assert known(tiny.bert(2), text) == (False, "first")
+    assert known(tiny.bert(2, is_decoder=True).bert, text)[0] is True
+    assert known(gpt2(2), text) == (True, "last")
+    assert known(llama(2), text) == (True, "last")
+    assert known(modern("cls"), text) == (False, "first")
+    assert known(modern("mean"), text) == (False, "mean")
+    plain = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, batch_first=True), 2, enable_nested_tensor=False)
+    assert known(plain, {"src": torch.randn(2, 5, 32)}) == (None, "first")
+    t5 = tf.T5ForConditionalGeneration(
+        tf.T5Config(d_model=32, d_kv=8, d_ff=64, num_heads=4, num_layers=2, vocab_size=50, decoder_start_token_id=0)
+    )
+    seen = Capture(t5, [Tap("hidden", 2, "encoder"), Tap("hidden", 2, "decoder")])(text | {"labels": text["input_ids"]})
+    assert {name: seen.stack(name).causal for name in ("encoder", "decoder")} == {"encoder": False, "decoder": True}

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import handmade
-from ildistil import functional, mappings, schedules
-from ildistil.engine.balance import Balance
+from ildistil import Balance, functional, mappings, schedules
 from ildistil.functional.correlation import pearson_distance
 from ildistil.functional.logits import Divergence
 from ildistil.functional.reduction import unit

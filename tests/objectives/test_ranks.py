@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import handmade
-from ildistil import distributed
-from ildistil.engine.balance import Balance
+from ildistil import Balance, distributed
 from table import CASES
 
 COUPLED = [name for name, case in CASES.items() if case.make().batch_coupled]
