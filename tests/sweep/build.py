@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -156,6 +157,7 @@ def run(model: nn.Module, batch: Batch, **more: Any) -> Any:
         return model(**forward_inputs(model, batch), **more)
 
 
+@cache
 def eager_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy whose attention is the plain one."""
     twin = copy.deepcopy(model)

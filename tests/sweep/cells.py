@@ -11,7 +11,6 @@ from ildistil import Distillation, Step, objectives
 from ildistil.errors import IldistilError
 from sweep import by_hand
 from sweep.architectures import Architecture
-from sweep.batches import Batch
 from sweep.build import Pair
 from sweep.reference import NoReferenceError, Seen, Stack
 
@@ -38,13 +37,19 @@ class Term(NamedTuple):
 def cells(architecture: Architecture, pair: Pair) -> list[Cell]:
     """All cells of a row; the runs by hand come before the library touches the models."""
     stacks = stacks_of(pair)
+    chosen = terms(architecture, stacks)
 
     @cache
     def seen(name: str) -> tuple[Seen, Seen]:
-        return tuple(Seen(model, pair.batches[name], stacks) for model in (pair.student, pair.teacher))  # type: ignore
+        return Seen(pair.student, pair.batches[name], stacks), Seen(pair.teacher, pair.batches[name], stacks)
 
-    expected = [(term, {name: _reference(term, seen, name) for name in pair.batches}) for term in terms(architecture, stacks)]
-    return [_cell(pair, term, values) for term, values in expected]
+    expected = [{name: _reference(term, seen, name) for name in pair.batches} for term in chosen]
+    found = _library(pair, chosen)
+    if any(isinstance(values, Exception) for values in found.values()):  # each alone: which terms are they of?
+        found_alone = [_library(pair, [term]) for term in chosen]
+    else:
+        found_alone = [{name: [values[i]] for name, values in found.items()} for i in range(len(chosen))]
+    return [_cell(*x, pair.dtype) for x in zip(chosen, found_alone, expected, strict=True)]
 
 
 def stacks_of(pair: Pair) -> tuple[Stack, ...]:
@@ -95,35 +100,47 @@ def _reference(term: Term, seen: Callable[[str], tuple[Seen, Seen]], name: str) 
         return _told(error)
 
 
-def _cell(pair: Pair, term: Term, expected: dict[str, float | str]) -> Cell:
-    """Run the library on each batch, after a dry run on the first, as training does."""
-    engine = Distillation(pair.student, pair.teacher).eval()
+def _library(pair: Pair, chosen: list[Term]) -> dict[str, list[float] | Exception]:
+    """The library's values on each batch, after a dry run on the first one, as in training; or what it raised."""
+    engine, found = None, dict[str, list[float] | Exception]()
     try:
-        engine.set_objectives([term.objective()])
+        engine = Distillation(pair.student, pair.teacher).eval()
+        engine.set_objectives({f"term{i}": term.objective() for i, term in enumerate(chosen)})
         engine.dry_run(next(iter(pair.batches.values())))
-        found = [_compared(engine, term, name, batch, expected[name], pair) for name, batch in pair.batches.items()]
+        for name, batch in pair.batches.items():
+            try:
+                with torch.no_grad():
+                    found[name] = [value.item() for value in engine(batch, Step(0)).values.values()]
+            except Exception as error:
+                found[name] = error
     except Exception as error:
-        found = [_failed(term, error, "dry run")]
+        found["dry run"] = error
     finally:
-        engine.release()
-    return min(found, key=lambda cell: RESULTS.index(cell.result))
+        if engine is not None:
+            engine.release()
+    return found
 
 
-def _compared(
-    engine: Distillation, term: Term, name: str, batch: Batch, expected: float | str, pair: Pair
+def _cell(
+    term: Term, found: dict[str, list[float] | Exception], expected: dict[str, float | str], dtype: torch.dtype
 ) -> Cell:  # fmt: skip
-    try:
-        with torch.no_grad():
-            value = next(iter(engine(batch, Step(0)).values.values())).item()
-    except Exception as error:
-        return _failed(term, error, f"{name} batch")
+    compared = []
+    for name, values in found.items():
+        if isinstance(values, Exception):
+            compared.append(_failed(term, values, name))
+        else:
+            compared.append(_compared(term, name, values[0], expected[name], dtype))
+    return min(compared, key=lambda cell: RESULTS.index(cell.result))
+
+
+def _compared(term: Term, name: str, value: float, expected: float | str, dtype: torch.dtype) -> Cell:
     if isinstance(expected, float) and (expected == 0 or expected != expected):
         expected = f"by hand it is {expected}"
     if isinstance(expected, str):
         return Cell(term.name, "no reference", f"{expected} (the library has {value:.6g})")
-    limit = 1e-6 if pair.dtype == torch.float64 else 1e-3
+    limit = 1e-6 if dtype == torch.float64 else 1e-3
     is_right = abs(value - expected) < limit * abs(expected)
-    return Cell(term.name, "right" if is_right else "wrong", f"{value:.8g} for {expected:.8g} on the {name} batch")
+    return Cell(term.name, "right" if is_right else "wrong", f"{value:.8g} for {expected:.8g} [{name}]")
 
 
 def _failed(term: Term, error: Exception, where: str) -> Cell:

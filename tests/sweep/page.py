@@ -61,7 +61,7 @@ class Reasons:
 
 def reason(row: Row, why: str) -> str:
     """The first sentence of a refusal, without what differs between models."""
-    text = re.sub(r"^\w+Error: | \[(dry run|\w+ batch)\]$", "", why)
+    text = re.sub(r"^\w+Error: | \[[a-z ]+\]$", "", why)
     text = re.sub(rf"(student|teacher) {row['name']}\b|\b{row['name']}\b", "model", text)
     text = re.sub(r"\b[A-Z]\w*(Attention|Attn)\w*", "Its attention", text)
     text = re.sub(r"\([\d, ]+\)|\d+", "n", text)
