@@ -104,9 +104,10 @@ def _library(pair: Pair, chosen: list[Term]) -> dict[str, list[float] | Exceptio
     """The library's values on each batch, after a dry run on the first one, as in training; or what it raised."""
     engine, found = None, dict[str, list[float] | Exception]()
     try:
-        engine = Distillation(pair.student, pair.teacher).eval()
+        engine = Distillation(pair.student, pair.teacher)
         engine.set_objectives({f"term{i}": term.objective() for i, term in enumerate(chosen)})
         engine.dry_run(next(iter(pair.batches.values())))
+        engine.eval()
         for name, batch in pair.batches.items():
             try:
                 with torch.no_grad():

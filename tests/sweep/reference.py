@@ -50,19 +50,25 @@ class Seen:
 
     def _path(self, stack: Stack) -> str | None:
         """The path of the list whose modules are the layers."""
+        found = []
         stated = _field(self.output, STATES[stack])
         if stated is not None:
             found = [path for path, calls in self.calls.items() if _matches([gave for _, gave in calls], stated)]
-            if found:
-                return max(found, key=lambda path: len(self.calls[path]))
+            found = sorted(found, key=lambda path: -len(self.calls[path]))[:1]
         root = self.model
         if stack is not None:
             root = self.model.get_encoder() if stack == "encoder" else self.model.get_decoder()
         prefix = next(name for name, module in self.model.named_modules() if module is root)
         depth = _depth(self.model)
-        found = [path for path, calls in self.calls.items() if len(calls) == depth and path.startswith(prefix)]
-        outer = [path for path in found if not any(path.startswith(other + ".") for other in found)]
-        return outer[0] if len(outer) == 1 else None
+        deep = [path for path, calls in self.calls.items() if len(calls) == depth and path.startswith(prefix)]
+        outer = [path for path in deep if not any(path.startswith(other + ".") for other in deep)]
+        found += outer if len(outer) == 1 else []
+        return next((path for path in found if self._reads_tokens(path)), found[0] if found else None)
+
+    def _reads_tokens(self, path: str) -> bool:
+        """Whether states are those of the tokens, where there are tokens: a model may give the states of its images."""
+        ids, state = self.batch.get("input_ids"), self.calls[path][-1][1]
+        return ids is None or (state is not None and ids.shape[1] in state.shape[:2])
 
     def rows_first(self, state: Tensor | None) -> Tensor:
         """(tokens, batch, width) -> (batch, tokens, width); no batch here has as many rows as tokens."""

@@ -19,12 +19,13 @@ def _sections(*numbers: int) -> dict[str, Any]:
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_expand": 2}
 LINEAR = {"layer_types": half("linear_attention", "full_attention")}
 CODES = {"codebook_size": 64}
+SMALL_CONVOLUTIONS = {"width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320}
 SWIN = {"window_size": 4, "depths": (1, 1), "num_heads": (2, 4), "embed_dim": 16}
 SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2], "num_time_features": 1}
 
 # By model type, also of configs inside others; a callable is given the number of layers.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "autoformer": SERIES | {"moving_average": 3},
+    "autoformer": SERIES | {"moving_average": 3, "label_length": 4},
     "informer": SERIES,
     "time_series_transformer": SERIES,
     "bamba": MAMBA | {"attn_layer_indices": lambda depth: list(range(depth // 2, depth))},
@@ -48,10 +49,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "xlstm": {"qk_dim_factor": 0.5, "num_heads": 4, "chunk_size": 8},
     "lilt": {"hidden_size": 48, "channel_shrink_ratio": 2, "max_2d_position_embeddings": 64},
     "layoutlmv3": {"coordinate_size": 5, "shape_size": 6, "input_size": 32, "max_2d_position_embeddings": 64},
-    "bros": {"dim_bbox": 8},
+    "bros": {"hidden_size": 64}, "bit": {"num_groups": 4},
     "perceiver": {"num_latents": 8, "d_latents": 32, "num_self_attends_per_block": lambda depth: depth, "num_blocks": 1,
                   "num_self_attention_heads": 4, "num_cross_attention_heads": 4, "qk_channels": 32, "v_channels": 32},
-    "mobilebert": {"hidden_size": 32, "intra_bottleneck_size": 16, "embedding_size": 32, "true_hidden_size": 16},
+    "mobilebert": {"hidden_size": 32, "intra_bottleneck_size": 16, "embedding_size": 16, "true_hidden_size": 16,
+                   "normalization_type": "layer_norm"},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_group": 1, "n_group": 1, "first_k_dense_replace": 1},
     "swin": SWIN, "donut-swin": SWIN, "maskformer-swin": SWIN, "swinv2": SWIN,
     "big_bird": {"block_size": 2, "num_random_blocks": 1},
@@ -67,10 +69,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": {"rope_parameters": _sections(2, 1, 1)},
     "paddleocr_vl_text": {"rope_parameters": _sections(2, 1, 1)},
     "cosmos3_edge_text": {"rope_parameters": _sections(2, 1, 1)},
+    "hunyuan_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "xdrope_section": [1, 1, 1, 1]}},
     "codegen": {"rotary_dim": 4}, "gptj": {"rotary_dim": 4},
     "whisper": {"max_source_positions": 52}, "speech_to_text": {"max_source_positions": 128},
     "funnel": {"block_sizes": lambda depth: [depth // 2, depth - depth // 2], "d_head": 8},
-    "efficientnet": {"hidden_dim": 1280},
+    "efficientnet": SMALL_CONVOLUTIONS, "align_vision_model": SMALL_CONVOLUTIONS | {"hidden_dim": 80},
     "evolla": {"protein_encoder_config": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
                                           "num_attention_heads": 4}, "resampler_depth": 2},
     "siglip2_vision_model": {"num_patches": 16},
@@ -91,7 +94,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "timesformer": {"num_frames": 2},
     "vjepa2": {"frames_per_clip": 2, "tubelet_size": 2, "crop_size": 32},
     "udop": {"d_model": 32, "image_size": 32},
-    "encodec": CODES, "mimi": CODES, "dac": CODES, "xcodec": CODES, "csm": CODES, "moshi": CODES,
+    "encodec": CODES, "mimi": CODES | {"upsample_groups": 8}, "dac": CODES, "xcodec": CODES, "csm": CODES, "moshi": CODES,
 }  # fmt: skip
 
 
