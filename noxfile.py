@@ -58,7 +58,7 @@ def examples(session: nox.Session) -> None:
 
 @nox.session
 def sweep(session: nox.Session) -> None:
-    """Compare every architecture of transformers with runs by hand, and write docs/models.md; for a few: -- --only bert t5."""
+    """Compare every architecture of transformers with runs by hand; some of them: ``-- --only bert t5``."""
     session.install(*PINNED, "-e", ".[dev]")
     page, env = Path("docs/models.md").resolve(), {"OMP_NUM_THREADS": "1"}
     results = Path(session.create_tmp()).resolve() / "sweep.json"

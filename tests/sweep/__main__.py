@@ -27,10 +27,14 @@ Row = dict[str, Any]
 
 def main() -> None:
     """Sweep, write the results as they come, and print what came of it."""
-    parser = argparse.ArgumentParser(prog="python -m sweep", description="Compare every architecture with runs by hand.")
+    parser = argparse.ArgumentParser(
+        prog="python -m sweep", description="Compare every architecture with runs by hand."
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types, or names of classes")
     parser.add_argument("--again", nargs="+", default=[], metavar="RESULT", help="rows of --json with such a cell only")
-    parser.add_argument("--json", type=Path, default=Path("sweep.json"), help="file of the results; rows of others stay")
+    parser.add_argument(
+        "--json", type=Path, default=Path("sweep.json"), help="file of the results; rows of others stay"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--timeout", type=int, default=90, help="seconds for an architecture")
     parser.add_argument("--page", type=Path, help="a Markdown page to write the tables into")

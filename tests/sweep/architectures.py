@@ -1,4 +1,4 @@
-"""Which classes of transformers are swept: of every model type the base model, and the heads people use most."""
+"""Which classes of transformers are swept: of every model type the heads people use most, or else the base model."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -20,19 +20,6 @@ HEADS = {
     "images": ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES"),
     "sounds": ("MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",),
 }
-OTHER_HEADS = (
-    "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
-    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
-    "MODEL_FOR_CTC_MAPPING_NAMES",
-    "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
-    "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES",
-    "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES",
-    "MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES",
-    "MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES",
-    "MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES",
-    "MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES",
-    "MODEL_FOR_BACKBONE_MAPPING_NAMES",
-)
 
 
 class Architecture(NamedTuple):
@@ -49,9 +36,8 @@ def architectures() -> list[Architecture]:
     for model_type in CONFIG_MAPPING:
         for head, name in _classes(model_type):
             other = found.get(name)
-            if other is None or (other.model_type != model_type and _named_after(name, model_type)):
-                found[name] = Architecture(model_type, head, name)
-            elif other.model_type == model_type and head == "seq2seq":
+            shared = other is not None and other.model_type != model_type
+            if other is None or (_named_after(name, model_type) if shared else head == "seq2seq"):
                 found[name] = Architecture(model_type, head, name)
     return sorted(found.values())
 
@@ -61,14 +47,12 @@ def _named_after(name: str, model_type: str) -> bool:
 
 
 def _classes(model_type: str) -> Iterator[tuple[str, str]]:
-    """The classes with heads; the base model only where there is none of them, and any other class only without it."""
+    """The classes with heads; the base model only where there is none of them."""
     found = {
         head: name
         for head, mappings in HEADS.items()
         if (name := next((n for mapping in mappings if (n := _name(mapping, model_type))), None))
     }
-    if not found:
-        found = {"other": name for mapping in OTHER_HEADS[::-1] if (name := _name(mapping, model_type))}
     if len(found) > 1:
         found.pop("base", None)
     yield from found.items()

@@ -62,7 +62,10 @@ class Shape:
 
     def setting(self, *names: str, default: Any = None) -> Any:
         """The first of these settings that the config, or one inside it, has."""
-        configs = [self.config, *(getattr(self.config, name) for name in self.config.sub_configs if hasattr(self.config, name))]
+        configs = [
+            self.config,
+            *(getattr(self.config, name) for name in self.config.sub_configs if hasattr(self.config, name)),
+        ]
         configs += [getattr(c, n) for c in configs[1:] if c is not None for n in c.sub_configs if hasattr(c, n)]
         for name in names:
             for config in configs:
@@ -165,11 +168,21 @@ class Shape:
 
     def features(self) -> Iterator[Batch]:
         """Sound, as spectrograms."""
-        bins = self.setting("num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels", "feature_projection_input_dim",
-                            "input_feat_size", "input_dim", default=16)
+        bins = self.setting(
+            "num_mel_bins",
+            "input_feat_per_channel",
+            "feature_size",
+            "n_mels",
+            "feature_projection_input_dim",
+            "input_feat_size",
+            "input_dim",
+            default=16,
+        )
         frames = tuple(4 * n for n in self.lengths)
         mask = self.mask(frames)
-        name = next((n for n in ("attention_mask", "input_features_mask", "feature_attention_mask") if n in self.names), None)
+        name = next(
+            (n for n in ("attention_mask", "input_features_mask", "feature_attention_mask") if n in self.names), None
+        )
         masked = {name: mask} if name else {}
         yield {"input_features": self.normal(self.rows, max(frames), bins), **masked, **self._decoder_side()}
         positions = self.setting("max_source_positions", default=16)

@@ -35,7 +35,10 @@ def hidden_mse(student: Seen, teacher: Seen, stack: Stack) -> float:
     """Mean over layer pairs, examples, real tokens and features."""
     real, ours, theirs = _real(student.mask(stack)), student.states[stack], teacher.states[stack]
     return mean([
-        mean([mean([_squares(ours[s][row, i], theirs[t][row, i]) for i in places]) for row, places in enumerate(real) if places])
+        mean([
+            mean([_squares(ours[s][row, i], theirs[t][row, i]) for i in places])
+            for row, places in enumerate(real) if places
+        ])
         for s, t in pairs(len(ours) - 1, len(theirs) - 1)
     ])  # fmt: skip
 

@@ -9,10 +9,14 @@ from typing import Any
 START, END = "<!-- made by nox -s sweep -->", "<!-- end of the sweep -->"
 RESULTS = ("right", "refused", "wrong", "foreign", "no reference")
 KINDS = ("HiddenMSE", "CLSMSE", "AttentionKL", "logits")
-KNOWN = """albert bart beit bert big_bird bloom clip codegen cohere deberta deberta-v2 deepseek_v3 deit dinov2 distilbert
-electra falcon gemma gemma2 gemma3 glm4 gpt2 gpt_neo gpt_neox gpt_oss hubert jamba llama llama4 longformer mamba marian mbart
-mistral mixtral modernbert mpnet mt5 olmo2 opt pegasus phi phi3 qwen2 qwen2_vl qwen3 qwen3_moe rembert roberta siglip
-smollm3 swin t5 t5gemma vit wav2vec2 whisper xlm-roberta xlnet""".split()
+KNOWN = {
+    "albert", "bart", "beit", "bert", "big_bird", "bloom", "clip", "codegen", "cohere", "deberta", "deberta-v2",
+    "deepseek_v3", "deit", "dinov2", "distilbert", "electra", "falcon", "gemma", "gemma2", "gemma3", "glm4", "gpt2",
+    "gpt_neo", "gpt_neox", "gpt_oss", "hubert", "jamba", "llama", "llama4", "longformer", "mamba", "marian", "mbart",
+    "mistral", "mixtral", "modernbert", "mpnet", "mt5", "olmo2", "opt", "pegasus", "phi", "phi3", "qwen2", "qwen2_vl",
+    "qwen3", "qwen3_moe", "rembert", "roberta", "siglip", "smollm3", "swin", "t5", "t5gemma", "vit", "wav2vec2",
+    "whisper", "xlm-roberta", "xlnet",
+}  # fmt: skip
 PREDICTS = {"next": "the next one", "own": "its own", "unknown": "not known", None: ""}
 
 Row = dict[str, Any]
@@ -88,39 +92,42 @@ def _known(rows: list[Row], reasons: Reasons) -> list[str]:
     lines = [f"| class | {' | '.join(KINDS)} | a row of logits predicts |", "|---" * (len(KINDS) + 2) + "|"]
     for row in rows:
         if row["model_type"] in KNOWN and row["cells"] and row["head"] != "texts":
-            cells = [" ".join(_told(row, kind, reasons)) or "-" for kind in KINDS]
+            cells = [_told(row, kind, reasons) for kind in KINDS]
             lines.append(f"| {row['name']} | {' | '.join(cells)} | {PREDICTS[row['predicts']]} |")
     return lines
 
 
-def _told(row: Row, kind: str, reasons: Reasons) -> list[str]:
+def _told(row: Row, kind: str, reasons: Reasons) -> str:
     """The result of a term; of an encoder-decoder for each stack, unless all are alike."""
     found = {}
     for cell in row["cells"]:
         if _kind(cell) == kind:
             number = f" ({reasons.number(row, cell['why'])})" if cell["result"] == "refused" else ""
             found[cell["term"].partition(", ")[2]] = cell["result"] + number
-    if len(set(found.values())) <= 1:
-        return list(found.values())[:1]
-    return [f"{stack}: {result}" for stack, result in found.items()]
+    if len(set(found.values())) > 1:
+        return ", ".join(f"{stack}: {result}" for stack, result in found.items())
+    return next(iter(found.values()), "-")
 
 
 def _rest(rows: list[Row]) -> list[str]:
     """All classes by what they have in common."""
     groups: dict[str, list[str]] = defaultdict(list)
     for row in rows:
-        by_result = defaultdict(list)
-        for cell in row["cells"]:
-            by_result[cell["result"]].append(cell["term"] if "," not in cell["term"] else cell["term"].replace(", ", " of the "))
-        others = [f"{result}: {', '.join(terms)}" for result, terms in by_result.items() if result != "right"]
-        label = "Not built" if not row["cells"] else "; ".join(others).capitalize() if others else "All right"
-        label = re.sub(r"hiddenmse|clsmse|attentionkl|logits(kl|mse)", lambda m: _cased(m[0]), label)
-        groups[label].append(row["name"])
+        groups[_in_common(row)].append(row["name"])
     lines = []
-    for label, names in sorted(groups.items(), key=lambda group: (group[0] != "All right", -len(group[1]))):
+    for label, names in sorted(groups.items(), key=lambda group: (group[0] != "right", -len(group[1]))):
         lines += [f"**{label}** ({len(names)}): {', '.join(names)}.", ""]
-    return lines
+    return lines[:-1]
 
 
-def _cased(word: str) -> str:
-    return next(x for x in ("HiddenMSE", "CLSMSE", "AttentionKL", "LogitsKL", "LogitsMSE") if x.lower() == word)
+def _in_common(row: Row) -> str:
+    """Which terms aren't right, by result."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for kind in KINDS:
+        cells = [cell for cell in row["cells"] if _kind(cell) == kind]
+        for result in RESULTS[1:]:
+            stacks = [cell["term"].partition(", ")[2] for cell in cells if cell["result"] == result]
+            if stacks:
+                found[result].append(kind if len(stacks) == len(cells) else f"{kind} ({' and '.join(stacks)})")
+    told = "; ".join(f"{result}: {', '.join(terms)}" for result, terms in found.items())
+    return told or ("right" if row["cells"] else "not built")

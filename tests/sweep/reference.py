@@ -18,7 +18,12 @@ from sweep.build import eager_copy, first_tensor, run
 
 Stack = str | None
 STATES = {None: "hidden_states", "encoder": "encoder_hidden_states", "decoder": "decoder_hidden_states"}
-MAPS = {None: "attentions", "encoder": "encoder_attentions", "decoder": "decoder_attentions", "cross": "cross_attentions"}
+MAPS = {
+    None: "attentions",
+    "encoder": "encoder_attentions",
+    "decoder": "decoder_attentions",
+    "cross": "cross_attentions",
+}
 
 
 class NoReferenceError(Exception):

@@ -69,7 +69,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": {"rope_parameters": _sections(2, 1, 1)},
     "paddleocr_vl_text": {"rope_parameters": _sections(2, 1, 1)},
     "cosmos3_edge_text": {"rope_parameters": _sections(2, 1, 1)},
-    "hunyuan_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "xdrope_section": [1, 1, 1, 1]}},
+    "hunyuan_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
+                                            "xdrope_section": [1, 1, 1, 1]}},
     "codegen": {"rotary_dim": 4}, "gptj": {"rotary_dim": 4},
     "whisper": {"max_source_positions": 52}, "speech_to_text": {"max_source_positions": 128},
     "funnel": {"block_sizes": lambda depth: [depth // 2, depth - depth // 2], "d_head": 8},
@@ -94,7 +95,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "timesformer": {"num_frames": 2},
     "vjepa2": {"frames_per_clip": 2, "tubelet_size": 2, "crop_size": 32},
     "udop": {"d_model": 32, "image_size": 32},
-    "encodec": CODES, "mimi": CODES | {"upsample_groups": 8}, "dac": CODES, "xcodec": CODES, "csm": CODES, "moshi": CODES,
+    "encodec": CODES, "dac": CODES, "xcodec": CODES, "csm": CODES, "moshi": CODES,
+    "mimi": CODES | {"upsample_groups": 8},
 }  # fmt: skip
 
 
@@ -158,12 +160,12 @@ def _patches(shape: Any) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def _queried(shape: Any) -> dict[str, Tensor]:
-    return {"query_embeds": shape.normal(shape.rows, shape.width, 32)}
-
-
 def _looked_at(shape: Any) -> dict[str, Tensor]:
-    return {**shape.text(), "visual_feats": shape.normal(shape.rows, 4, 32), "visual_pos": shape.normal(shape.rows, 4, 4)}
+    return {
+        **shape.text(),
+        "visual_feats": shape.normal(shape.rows, 4, 32),
+        "visual_pos": shape.normal(shape.rows, 4, 4),
+    }
 
 
 # By model type or class: inputs that no rule gives.
@@ -178,6 +180,5 @@ EXTRAS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "PerceiverForMaskedLM": _perceived_words, "PerceiverForSequenceClassification": _perceived_words,
     "PerceiverModel": _perceived,
     "Siglip2VisionModel": _patches, "Siglip2ForImageClassification": _patches,
-    "blip_2_qformer": _queried,
     "lxmert": _looked_at,
 }  # fmt: skip

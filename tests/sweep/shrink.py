@@ -181,7 +181,8 @@ RULES: list[tuple[str, Callable[[int, int], int]]] = [
      r"hidden_dim_ff|mlp_hidden_size|linear_units|dff|dim_ff|intermediate_size_mlp|feed_forward_hidden_size|"
      r"feedforward_dim|feed_forward_dim)", _to(INNER)),
     (r"(.*_)?(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts)", _to(4)),
-    (r"(.*_)?(num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|num_selected_experts|topk_experts)", _to(2)),
+    (r"(.*_)?(num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|num_selected_experts|"
+     r"topk_experts)", _to(2)),
     (r"n_group|topk_group|num_expert_groups?|n_groups", _to(1)),
     (r"first_k_dense_replace|num_dense_layers", _to(1)),
     (r"num_nextn_predict_layers|num_kv_shared_layers", _exactly(0)),
@@ -191,7 +192,8 @@ RULES: list[tuple[str, Callable[[int, int], int]]] = [
     (r"image_size|max_image_size|spec_size|img_size|crop_size|input_size_image|resolution", _to(32)),
     (r"patch_size", lambda value, depth: 8 if value > 8 else value),
     (r"num_frames|num_frames_per_clip", _to(4)),
-    (r"num_queries|num_object_queries|num_proposals|two_stage_num_proposals|num_denoising|num_detection_tokens", _to(8)),
+    (r"num_queries|num_object_queries|num_proposals|two_stage_num_proposals|num_denoising|"
+     r"num_detection_tokens", _to(8)),
     (r"(.*_)?(hidden_size|d_model|n_embd|embed_dim|embedding_dim|embedding_size|emb_size|projection_dim|hidden_dim|"
      r"proj_size|dim|width|channels|latent_dim|d_inner|output_size|num_filters|num_features|in_dim|out_dim|"
      r"fpn_feature_size|lru_width|state_size|d_state|hidden_channels|initial_channel|model_dim|d_ssm)", _to(WIDTH)),
