@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import lightning  # noqa: F401 (at its import its logger takes standard error, which must not be a test's captured one)
 import pytest
 import torch
 

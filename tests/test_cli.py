@@ -1,7 +1,11 @@
 import csv
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +13,10 @@ import transformers
 
 import tiny
 from ildistil import cli
+from ildistil.commands import predict
+from ildistil.data.task import task_of
+from ildistil.errors import DataError
+from ildistil.teachers.making import Maker
 
 FIT = """
 model:
@@ -20,6 +28,22 @@ objectives:
   task: {class_path: TaskLoss, init_args: {weight: 0.5}}
 data: {class_path: Glue, init_args: {task: sst2, path: glue, batch_size: 8, cache_dir: cache}}
 trainer: {max_epochs: 1, accelerator: cpu, enable_progress_bar: false}
+"""
+
+OWN_DATA = """
+import lightning as L
+from test_distiller import loader
+
+class Own(L.LightningDataModule):
+    label_names = ["negative", "positive"]
+    validation_names = ["dev"]
+    primary_metric = "loss"
+
+    def train_dataloader(self):
+        return loader(labels=2)
+
+    def val_dataloader(self):
+        return loader(rows=8, labels=2)
 """
 
 
@@ -83,6 +107,27 @@ def test_resuming_from_the_last_checkpoint(folder: Path) -> None:
     last = "runs/fit/version_0/checkpoints/last.ckpt"
     cli.main(["fit", "--config=run.yaml", "--trainer.max_epochs=2", f"--ckpt_path={last}"])
     assert torch.load(last, weights_only=True)["global_step"] == 6
+
+
+def test_the_last_checkpoint_is_of_the_last_epoch(folder: Path) -> None:
+    """Also where no epoch after the first is better."""
+    cli.main(["fit", "--config=run.yaml", "--trainer.max_epochs=3", "--model.learning_rate=1e-9"])
+    kept = {name: torch.load(f"runs/fit/version_0/checkpoints/{name}.ckpt") for name in ("best", "last")}
+    assert {name: checkpoint["epoch"] for name, checkpoint in kept.items()} == {"best": 0, "last": 2}
+
+
+def test_the_best_checkpoint_of_a_data_module_of_ones_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is chosen by the metric, and in the direction, that the module declares."""
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "own_data", raising=False)
+    Path("own_data.py").write_text(OWN_DATA)
+    cli.main(["fit", "--config=run.yaml", "--data=own_data.Own", "--trainer.max_epochs=3"])
+    states = torch.load("runs/fit/version_0/checkpoints/last.ckpt", weights_only=True)["callbacks"]
+    assert any("'monitor': 'dev/loss', 'mode': 'min'" in key for key in states)
+    with open("runs/fit/version_0/metrics.csv", newline="") as file:
+        measured = [float(row["dev/loss"]) for row in csv.DictReader(file) if row["dev/loss"]]
+    best = torch.load("runs/fit/version_0/checkpoints/best.ckpt", weights_only=True)
+    assert best["epoch"] == min(range(3), key=lambda epoch: measured[epoch])
 
 
 def test_a_regression_task(folder: Path) -> None:
@@ -172,6 +217,24 @@ def test_commands_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert "There is no command 'fitt'. Did you mean 'fit'?" in fails(capsys, "fitt")
 
 
+def test_the_help_needs_no_torch() -> None:
+    asked = "import sys, ildistil.cli as cli; cli.main([{!r}]); print('torch' in sys.modules)"
+    for word in ("--help", "--version"):
+        done = subprocess.run([sys.executable, "-c", asked.format(word)], capture_output=True, text=True, timeout=60)
+        assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_a_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: ildistil {command}")
+    assert ("Lightning's Trainer:" in shown) == (command not in ("export", "presets", "quickstart"))
+    assert ("--objectives" in shown) == (command in ("fit", "validate", "test", "predict", "precompute"))
+
+
 def test_export_of_what_is_no_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "There is no file 'x.ckpt'" in fails(capsys, "export", "x.ckpt", "out")
     torch.save({"state_dict": {}}, "other.ckpt")
@@ -255,7 +318,7 @@ def test_stored_targets(
         capsys, *precompute, "--model.teacher.path=./three", "--model.targets=others"
     )
     with monkeypatch.context() as context:
-        context.setattr("ildistil.cli.precompute", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        context.setattr("ildistil.commands.precompute.precompute", interrupted)
         with pytest.raises(SystemExit):
             cli.main([*precompute, *steps])
     assert "Interrupted: 12 rows are stored. The same command goes on" in capsys.readouterr().out
@@ -266,6 +329,65 @@ def test_stored_targets(
     assert "there are no targets. Name their folder" in fails(
         capsys, "fit", "--config=run.yaml", "--model.targets_dtype=float32"
     )
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_precompute_that_is_interrupted_goes_on(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precompute, fill = ["precompute", "--config=run.yaml", "--data.batch_size=4"], Maker.fill
+    with monkeypatch.context() as context:
+        context.setattr(Maker, "fill", lambda self, batch: interrupted() if self.store._open else fill(self, batch))
+        with pytest.raises(SystemExit) as stop:
+            cli.main(precompute)
+    assert stop.value.code == 130
+    told = re.search(r"Interrupted: (\d+) rows are stored. The same command goes on from", capsys.readouterr().out)
+    assert told is not None
+    assert 0 < int(told[1]) < 12
+    cli.main(precompute)
+    said = capsys.readouterr().out
+    assert f"12 different ones, of which {told[1]} are stored" in said
+    assert "12 rows are stored. Add --model.targets targets" in said
+
+
+def test_fit_stores_targets_where_there_are_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit = ["fit", "--config=run.yaml", "--trainer.log_every_n_steps=1"]
+    cli.main([*fit, "--model.targets=fresh", "--model.targets_dtype=float32"])
+    cli.main(fit)
+    stored, live = (losses(f"runs/fit/version_{number}/metrics.csv") for number in (0, 1))
+    assert stored == pytest.approx(live, rel=1e-4)
+    cli.main(["precompute", "--config=run.yaml", "--model.targets=fresh"])
+    assert "12 different ones, of which 12 are stored" in capsys.readouterr().out
+
+
+def test_predictions_of_several_processes_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine: list[predict.Row] = [(2, 1, [0.4, 0.6]), (0, 0, [0.9, 0.1])]
+    other: list[predict.Row] = [(1, 1, [0.2, 0.8]), (2, 1, [0.4, 0.6])]  # a row that two processes saw
+
+    def gather(parts: list[Any], own: list[predict.Row]) -> None:
+        parts[:] = [own, other]
+
+    monkeypatch.setattr(predict.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(predict.dist, "all_gather_object", gather)
+    assert predict._over_processes(mine) == [mine[1], *other]
+    unnumbered = [{"logits": torch.zeros(1, 2), "prediction": torch.zeros(1)}]
+    with pytest.raises(DataError, match="no 'row_id'"):
+        list(predict._rows(unnumbered, multi_label=False))
+
+
+def test_predictions_of_rows_with_several_labels(tmp_path: Path) -> None:
+    logits = torch.tensor([[2.0, -2.0, 1.0], [-1.0, -1.0, -1.0]])
+    batch = {"logits": logits, "prediction": logits.argmax(-1)}
+    task = task_of(SimpleNamespace(label_names=["art", "law", "war"], multi_label=True))
+    predict._write(list(predict._rows([batch], multi_label=True)), task, tmp_path / "written.tsv")
+    with (tmp_path / "written.tsv").open(newline="") as file:
+        rows = list(csv.reader(file, delimiter="\t"))
+    assert rows[0] == ["row_id", "prediction", "p_art", "p_law", "p_war"]
+    assert [row[:2] for row in rows[1:]] == [["0", "art, war"], ["1", ""]]
+    assert float(rows[1][2]) == pytest.approx(1 / (1 + math.exp(-2.0)), abs=1e-6)
 
 
 def losses(metrics: str) -> list[float]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
 
 import tiny
 from ildistil import Distillation, init_student, objectives
@@ -65,6 +66,30 @@ def language_models(gains: bool = True) -> dict[str, Any]:
 
 
 NAMES = list(classifiers())
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", SMALL | PLAIN),
+    "roberta": ("Roberta", SMALL | PLAIN),
+    "xlm-roberta": ("XLMRoberta", SMALL | PLAIN),
+    "camembert": ("Camembert", SMALL | PLAIN),
+    "electra": ("Electra", SMALL | PLAIN | {"embedding_size": 32}),
+    "distilbert": ("DistilBert", DISTIL),
+    "albert": ("Albert", SMALL | {"embedding_size": 24}),
+    "gpt2": ("GPT2", GPT | {"scale_attn_by_inverse_layer_idx": True}),
+    "modernbert": ("ModernBert", SMALL | SPECIAL),
+    "llama": ("Llama", LLAMA),
+    "mistral": ("Mistral", LLAMA),
+    "qwen2": ("Qwen2", LLAMA),
+    "qwen3": ("Qwen3", LLAMA | {"head_dim": 8}),
+}
+HEADS = [
+    modeling_auto.MODEL_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+]
 
 
 def batch(**settings: Any) -> dict[str, Tensor]:
@@ -142,6 +167,46 @@ def test_pca_at_full_width_is_a_rotation(name: str) -> None:
         "electra", "albert",
     )  # fmt: skip
     torch.testing.assert_close(logits(student, BATCHES[0]), logits(teacher, BATCHES[0]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", ["importance", "pca"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_at_full_width_every_head_gives_the_same(name: str, width: str) -> None:
+    """Whatever the gains, with the decoder tied to the embeddings and on its own."""
+    family, config = FAMILIES[name]
+    classes = {table[name] for table in HEADS if name in table}
+    assert len(classes) > 3
+    for made in sorted(classes):
+        for tied in (True, False) if made.endswith("LM") else (True,):
+            settings = getattr(tf, f"{family}Config")(**config, tie_word_embeddings=tied, num_labels=2)
+            teacher = make(getattr(tf, made), settings).double()
+            student = init_student(teacher, config={"hidden_size": 32}, width=width, batches=BATCHES[:2])
+            got, want = (model.double().eval()(**BATCHES[0]) for model in (student, teacher))
+            for key in ("logits", "start_logits", "end_logits", "last_hidden_state", "pooler_output"):
+                # A base model's last state is in the rotated basis; what is read from it is not.
+                if getattr(want, key, None) is not None and not (key == "last_hidden_state" and width == "pca"):
+                    error = (got[key] - want[key]).abs().max() / want[key].abs().max()
+                    assert error < 1e-5, (made, tied, key)
+
+
+@pytest.mark.parametrize("made", [tf.ModernBertForSequenceClassification, tf.ModernBertForMaskedLM])
+def test_what_is_inside_a_head_is_not_rotated(made: Any) -> None:
+    """Its activation works on single dimensions; its gains are all different."""
+    config = tf.ModernBertConfig(**SMALL, **SPECIAL, tie_word_embeddings=False)
+    teacher = make(made, config)
+    for norm in (teacher.model.embeddings.norm, teacher.model.final_norm):
+        nn.init.ones_(norm.weight)
+    student = init_student(teacher, config={"hidden_size": 32}, width="pca", batches=BATCHES)
+    assert not torch.allclose(student.head.dense.weight, teacher.head.dense.weight)
+    torch.testing.assert_close(logits(student, BATCHES[0]), logits(teacher, BATCHES[0]), rtol=1e-4, atol=1e-4)
+    small = init_student(teacher, None, narrow_config("modernbert"), width="pca", batches=BATCHES)
+    kept = [int((small.head.norm.weight[i] == teacher.head.norm.weight).nonzero()) for i in range(16)]
+    assert kept == sorted(set(kept))  # entries of the teacher's, chosen and not mixed
+    score = torch.zeros(32)
+    teacher.head.register_forward_hook(lambda _, x, y: score.add_(y.abs().flatten(0, -2).sum(0)))
+    for given in BATCHES:
+        logits(teacher, given)
+    assert kept == sorted(score.argsort(descending=True)[:16].tolist())
 
 
 def test_removed_neurons_that_nobody_reads_change_nothing() -> None:
@@ -237,13 +302,22 @@ def half_a_gpt2(inside: Tensor) -> Any:
     return teacher
 
 
-@pytest.mark.parametrize("make_teacher", [half_a_bert, half_a_gpt2])
+def half_a_gpt2_with_other_scales(inside: Tensor) -> Any:
+    """Its scores aren't divided by the root of the head's size, but by the layer's number."""
+    teacher = half_a_gpt2(inside)
+    teacher.config.scale_attn_weights, teacher.config.scale_attn_by_inverse_layer_idx = False, True
+    for number, block in enumerate(teacher.transformer.h, start=1):
+        block.attn.scaling = 1 / number
+    return teacher
+
+
+@pytest.mark.parametrize("make_teacher", [half_a_bert, half_a_gpt2, half_a_gpt2_with_other_scales])
 def test_a_teacher_that_uses_half_its_width_is_found_in_it(make_teacher: Callable[[Tensor], Any]) -> None:
     """Its residual stream stays in a subspace of 16 dimensions, heads use half their features: pca loses nothing."""
     generator = torch.Generator().manual_seed(0)
     span = torch.linalg.qr(torch.cat([torch.ones(32, 1), torch.randn(32, 15, generator=generator)], 1)).Q
     teacher = make_teacher(span @ span.T)
-    config = {"hidden_size": 16} | ({"n_inner": 128} if make_teacher is half_a_gpt2 else {})
+    config = {"hidden_size": 16} | ({} if make_teacher is half_a_bert else {"n_inner": 128})
     student = init_student(teacher, config=config, width="pca", batches=BATCHES)
     assert student.config.num_attention_heads == 4
     if make_teacher is half_a_bert:  # all neurons of the pooler are kept in no student of 16

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -56,6 +57,72 @@ def test_a_preset_is_shown_and_overridden(folder: Path, capsys: pytest.CaptureFi
     assert sorted(shown["objectives"]) == ["logits", "patience", "task"]
     assert shown["objectives"]["logits"]["init_args"]["temperature"] == 5
     assert shown["objectives"]["patience"]["init_args"]["mapping"]["class_path"] == "ildistil.mappings.Skip"
+
+
+def configuration(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fit", *words, "--print_config"])
+    assert stop.value.code == 0
+    shown: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+    return shown
+
+
+KEPT = """
+objectives:
+  attention: {class_path: AttentionKL, init_args: {mapping: Last, weight: 3.0}}
+  hidden: {class_path: HiddenMSE}
+model: {stages: [{objectives: [attention], epochs: 1, learning_rate: 1.0}, {objectives: [hidden], epochs: 1}]}
+trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/accuracy, mode: max, patience: 9}}]}
+"""
+LATER = """
+objectives: {attention: {class_path: AttentionKL}, task: TaskLoss}
+model: {stages: [{objectives: [attention], epochs: 2}, {objectives: [task], epochs: 2}]}
+trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/loss}}]}
+"""
+
+
+def test_nothing_of_a_preset_stays_in_an_objective_of_a_file(
+    folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """MiniLM's `attention` is of the last layer; an `attention` of one's own is what it is without the preset."""
+    Path("mine.yaml").write_text(RUN + "objectives: {attention: {class_path: AttentionKL}}\n")
+    alone, both = (
+        configuration(capsys, "--config=mine.yaml"),
+        configuration(capsys, "--preset=minilm", "--config=mine.yaml"),
+    )
+    assert both["objectives"] == alone["objectives"]
+    cli.main(["fit", "--preset=minilm", "--config=mine.yaml", "--trainer.fast_dev_run=true"])
+    assert "1<-2 2<-4" in caplog.text
+
+
+def test_of_several_files_the_later_replaces_objectives_and_lists(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in {"kept": KEPT, "later": LATER}.items():
+        Path(f"{name}.yaml").write_text(text)
+    later = configuration(capsys, "--config=run.yaml", "--config=later.yaml")
+    for words in (
+        ["--config=kept.yaml", "--config=later.yaml"],
+        ["--config=kept.yaml", "--objectives.attention.weight=2", "--config=later.yaml"],
+        ["--config=kept.yaml", *(f"--{key}={json.dumps(value)}" for key, value in (
+            ("objectives", yaml.safe_load(LATER)["objectives"]),
+            ("model.stages", yaml.safe_load(LATER)["model"]["stages"]),
+            ("trainer.callbacks", yaml.safe_load(LATER)["trainer"]["callbacks"]),
+        ))],
+    ):  # fmt: skip
+        assert configuration(capsys, "--config=run.yaml", *words) == later
+
+
+def test_single_values_are_overridden(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By an option, and by a file that names no class."""
+    Path("kept.yaml").write_text(KEPT)
+    Path("weight.yaml").write_text("objectives: {attention: {init_args: {weight: 2.0}}}")
+    kept = configuration(capsys, "--config=run.yaml", "--config=kept.yaml")["objectives"]
+    kept["attention"]["init_args"]["weight"] = 2.0
+    by_option = configuration(capsys, "--config=run.yaml", "--config=kept.yaml", "--objectives.attention.weight=2.0")
+    assert by_option["objectives"] == kept
+    by_file = configuration(capsys, "--config=run.yaml", "--config=kept.yaml", "--config=weight.yaml")
+    assert by_file["objectives"] == {"attention": kept["attention"]}
 
 
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,10 +24,8 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
     config = getattr(model, "config", None)
     if isinstance(config, PreTrainedConfig):
         text = config.get_text_config()
-        lengths = {
-            getattr(text, "num_hidden_layers", 0),
-            getattr(text, "num_hidden_groups", None),
-        }  # ALBERT shares layers in groups
+        # ALBERT shares layers in groups; LXMERT's number of layers is a mapping.
+        lengths = (getattr(text, "num_hidden_layers", 0), getattr(text, "num_hidden_groups", None))
         stacks = [stack for stack in stacks if len(stack) in lengths]
     return stacks[0] if len(stacks) == 1 else []
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
+from ildistil.commands._parser import call
 from ildistil.errors import ConfigError
 from ildistil.objectives import AttentionKL, LogitsKL, Objective, TaskLoss
 from ildistil.students.initialise import init_student
@@ -37,7 +38,7 @@ from ildistil.tables import table
 from ildistil.training.distiller import Distiller
 from ildistil.training.export import save_student
 
-__all__ = ["BagOfThings", "Example", "Result", "make_examples", "quickstart"]
+__all__ = ["BagOfThings", "Example", "Result", "main", "make_examples", "quickstart"]
 
 LABELS = ["not_entailment", "entailment"]
 THINGS = ["ball", "bell", "book", "coin", "cup", "hat", "key", "lamp", "ring", "shoe"]
@@ -195,6 +196,11 @@ class Result:
     seconds: float
 
 
+def main(command: str, arguments: Sequence[str]) -> None:
+    """Run the quickstart."""
+    call(quickstart, command, arguments, "overwrite")
+
+
 def quickstart(output: str = "quickstart", seed: int = 0, seeds: int = 1, overwrite: bool = False) -> None:
     """Train a teacher on a generated task, distil three students, and compare them.
 
@@ -207,6 +213,8 @@ def quickstart(output: str = "quickstart", seed: int = 0, seeds: int = 1, overwr
     folder = Path(output)
     if seeds < 1:
         raise ConfigError(f"seeds must be at least 1, got {seeds}.")
+    if folder.is_file():
+        raise ConfigError(f"{output!r} is a file. Name a folder.")
     if folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise ConfigError(f"The folder {output!r} is not empty. Name another one, or add --overwrite=true.")

@@ -19,7 +19,7 @@ _MNLI = ("entailment", "neutral", "contradiction")
 
 @dataclass(frozen=True)
 class GlueTask:
-    """The text columns of a task, its classes in the official order (None: a regression), its metrics."""
+    """Text columns of a task, its classes in the official order (None: a regression), and its metrics."""
 
     text_columns: tuple[str, ...]
     label_names: tuple[str, ...] | None

@@ -40,9 +40,7 @@ def derive_label_names(values: Sequence[Any], where: str) -> list[str]:
         like = by_letters.setdefault(word.strip().casefold(), word)
         if word != like or like.casefold() in ("nan", "null"):
             doubt = f"is {like!r} but for case or blanks" if word != like else "marks a missing value in many files"
-            raise DataError(
-                f"{where}: the label {word!r} {doubt}. Correct the file; if it is a class, set label_names."
-            )
+            raise DataError(f"{where}: the label {word!r} {doubt}. Correct the file, or set label_names.")
     if all(_number(word) is not None for word in words):
         raise DataError(f"{where}: labels such as {min(words)!r} are numbers. For a regression set regression: true.")
     return sorted(words)

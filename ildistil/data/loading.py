@@ -138,7 +138,7 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded.
+        """Tokenizer of the rows, loaded.
 
         Raises:
             RuntimeError: It is not loaded yet.
@@ -245,16 +245,12 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
         # Lightning advises more workers on sight of few. A batch of tokenised rows takes about a millisecond.
         warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")
         sampler, batch_size = self._sampler(rows, training, in_order, *(place or self._place()))
+        workers = self.options.num_workers
         return DataLoader(
-            rows,
-            batch_size=batch_size,
-            sampler=sampler,
-            collate_fn=Collate(self.tokenizer),
-            num_workers=self.options.num_workers,
-            persistent_workers=self.options.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            rows, batch_size=batch_size, sampler=sampler, collate_fn=Collate(self.tokenizer), num_workers=workers,
+            persistent_workers=workers > 0, pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # of the workers' seeds, which would else be drawn from the global state
-        )
+        )  # fmt: skip
 
     def _sampler(
         self, rows: datasets.Dataset, training: bool, in_order: bool, replicas: int, rank: int

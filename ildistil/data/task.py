@@ -170,15 +170,12 @@ def every_row(loader: object) -> Batches:
     plain = (SequentialSampler, RandomSampler, DistributedSampler)
     if loader.batch_sampler is None and type(loader.sampler) not in plain:
         raise DataError(f"{type(loader.sampler).__name__} makes whole batches in an order of its own. {remedy}")
+    size = None if loader.batch_sampler is None else getattr(loader.batch_sampler, "batch_size", None) or 32
     return DataLoader(
-        loader.dataset,
-        batch_size=None if loader.batch_sampler is None else getattr(loader.batch_sampler, "batch_size", None) or 32,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
+        loader.dataset, batch_size=size, collate_fn=loader.collate_fn, num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn, multiprocessing_context=loader.multiprocessing_context,
         generator=torch.Generator(),
-    )
+    )  # fmt: skip
 
 
 class _Checked:

@@ -38,18 +38,10 @@ class TextData(LabelledText):
     validation_required = False
 
     def __init__(
-        self,
-        train_file: str | None = None,
-        validation_file: str | None = None,
-        test_file: str | None = None,
-        text_column: str = "text",
-        text_pair_column: str | None = None,
-        label_column: str = "label",
-        label_names: list[str] | None = None,
-        regression: bool = False,
-        name: str = "text",
-        **loading: Any,
-    ) -> None:
+        self, train_file: str | None = None, validation_file: str | None = None, test_file: str | None = None,
+        text_column: str = "text", text_pair_column: str | None = None, label_column: str = "label",
+        label_names: list[str] | None = None, regression: bool = False, name: str = "text", **loading: Any,
+    ) -> None:  # fmt: skip
         _check_label_names(label_names, regression)
         super().__init__(
             LoadingOptions(**loading),

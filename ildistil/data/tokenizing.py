@@ -72,26 +72,18 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
     Truncation and padding are left out: calling a tokenizer writes its last arguments into these two.
     """
-    content: dict[str, Any] = {
-        "class": type(tokenizer).__name__,
-        "inputs": tokenizer.model_input_names,
-        "cut": tokenizer.truncation_side,
-    }
     if tokenizer.is_fast:
-        rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        content["rules"] = {k: v for k, v in rules.items() if k not in ("truncation", "padding")}
+        rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     else:
-        content["rules"] = [tokenizer.get_vocab(), tokenizer.init_kwargs]
+        rules = [tokenizer.get_vocab(), tokenizer.init_kwargs]
+    content = [type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side, rules]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def tokenize(
-    texts: Sequence[Sequence[str]],
-    labels: Sequence[int] | Sequence[float] | None,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    where: str,
-) -> datasets.Dataset:
+    texts: Sequence[Sequence[str]], labels: Sequence[int] | Sequence[float] | None, tokenizer: PreTrainedTokenizerBase,
+    max_length: int, where: str,
+) -> datasets.Dataset:  # fmt: skip
     """Return rows with ``input_ids``, ``length``, ``row_id``, and ``labels`` and ``token_type_ids`` if there are any.
 
     Args:
@@ -106,7 +98,6 @@ def tokenize(
     """
     columns: dict[str, Any] = {f"text_{i}": column for i, column in enumerate(texts)}
     columns["row_id"] = range(len(texts[0]))
-    label_type = "float32" if labels and isinstance(labels[0], float) else "int64"
     if labels is not None:
         columns["labels"] = labels
     cut = 0
@@ -127,18 +118,13 @@ def tokenize(
         types["token_type_ids"] = datasets.Sequence(datasets.Value("int8"))
     types["row_id"] = datasets.Value("int64")
     if labels is not None:
-        types["labels"] = datasets.Value(label_type)
+        types["labels"] = datasets.Value("float32" if isinstance(labels[0], float) else "int64")
     rows = datasets.Dataset.from_dict(columns)
     rows = rows.map(
-        encode,
-        batched=True,
-        remove_columns=[name for name in columns if name.startswith("text_")],
-        features=datasets.Features(types),
-        keep_in_memory=True,
-        load_from_cache_file=False,
+        encode, batched=True, features=datasets.Features(types), keep_in_memory=True, load_from_cache_file=False,
+        remove_columns=[name for name in columns if name.startswith("text_")], desc=f"Tokenizing {where}",
         new_fingerprint=f"{rows._fingerprint}-ids",  # else datasets pickles the tokenizer to make one
-        desc=f"Tokenizing {where}",
-    )
+    )  # fmt: skip
     if cut:
         rank_zero_info(f"{where}: {cut:,} of {len(rows):,} rows are cut to max_length={max_length} tokens.")
     return rows

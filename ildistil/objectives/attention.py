@@ -262,10 +262,6 @@ class AttentionOutputMSE(StateObjective):
         attention = activations.attention.take(layer)
         return [(kernels.attention_output(attention.scores, attention.value, attention.masks), activations.mask)]
 
-    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Return the squared error of each example."""
-        return functional.hidden_mse(student, teacher, mask)
-
 
 class QKVMSE(StateObjective):
     """Mean squared error of the queries, keys and values of mapped layers themselves.
@@ -312,7 +308,3 @@ class QKVMSE(StateObjective):
         """Join the heads; keys and values have the tokens that are attended to, which in cross attention are others."""
         attention = activations.attention.take(layer)
         return [(attention.vectors(part).transpose(1, 2).flatten(2), attention.real(part)) for part in self.kinds]
-
-    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Return the squared error of each example."""
-        return functional.hidden_mse(student, teacher, mask)

@@ -48,10 +48,6 @@ class HiddenMSE(StateObjective):
     Source: Jiao et al., "TinyBERT", 2020; Wang et al., "How to Distill your BERT", 2023.
     """
 
-    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Return the squared error of each example."""
-        return functional.hidden_mse(student, teacher, mask)
-
 
 class EmbeddingMSE(StateObjective):
     """Mean squared error of the embedding outputs, over all real tokens.
@@ -78,10 +74,6 @@ class EmbeddingMSE(StateObjective):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, Explicit([[0, 0]]), projection, stack, name)
-
-    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Return the squared error of each example."""
-        return functional.hidden_mse(student, teacher, mask)
 
 
 class HiddenCosine(StateObjective):

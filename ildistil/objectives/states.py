@@ -1,7 +1,5 @@
 """Objectives on states, one vector for each token of each layer."""
 
-from abc import abstractmethod
-
 from torch import Tensor
 
 from ildistil import functional
@@ -45,9 +43,9 @@ class StateObjective(PairwiseObjective):
         super().__init__(weight, mapping, stack, name)
         self.projection = option(projection)
 
-    @abstractmethod
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Compare the states of two layers: one value per example."""
+        """Return how far the states of two layers are apart, one value per example: by default the squared error."""
+        return functional.hidden_mse(student, teacher, mask)
 
     def states(self, activations: Activations, layer: int) -> list[tuple[Tensor, Tensor]]:
         """Return the states of a layer, ``(batch, tokens, width)``, and which are real, for each of the kinds."""

@@ -18,7 +18,7 @@ _FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """Give the names of all presets.
+    """Return the names of all presets.
 
     >>> names()[:3]
     ['distilbert', 'minilm', 'minilmv2']
@@ -27,10 +27,10 @@ def names() -> list[str]:
 
 
 def file(name: str) -> Path:
-    """Give the file of a preset.
+    """Return the file of a preset.
 
     Raises:
-        ConfigError: there is no such preset.
+        ConfigError: There is no such preset.
     """
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=1)
@@ -40,7 +40,7 @@ def file(name: str) -> Path:
 
 
 def title(name: str) -> str:
-    """Say in a line what a preset is.
+    """Return a line that describes a preset.
 
     >>> title("minilm")
     'MiniLM: attention and value relations of the last layer'
@@ -61,7 +61,7 @@ def objectives(name: str) -> dict[str, Objective]:
 
 
 def stages(name: str) -> list[Stage]:
-    """Give the stages of a preset; empty for a training in one.
+    """Return the stages of a preset; empty where the training has one only.
 
     >>> [stage.epochs for stage in stages("tinybert")]
     [20, 3]

@@ -1,16 +1,25 @@
 """Make a student: from chosen layers of the teacher or of another checkpoint, as wide or narrower, or at random."""
 
 import copy
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ildistil.capture import find_layers
 from ildistil.errors import ModelError
+from ildistil.students.layers import (
+    PER_LAYER,
+    changed_config,
+    check_between,
+    check_places,
+    origin,
+    pick_weights,
+    picked_config,
+    scale_queries,
+)
 from ildistil.students.narrow import Width, narrowed
 
 __all__ = ["init_student"]
@@ -49,9 +58,11 @@ def init_student(
         the layers as ``init_layers``, which the mapping ``FromInit`` reads.
 
     Raises:
-        ModelError: a layer is out of range; there are neither layers nor config; the config's labels or vocabulary
-            are not the teacher's; shapes differ from those of the copied layers; ``width`` does not know the family
-            or can't reach the widths; or the source's architecture, vocabulary, depth or shapes are not the teacher's.
+        ModelError: a layer is out of range, or would compute something else in its new place; there are neither layers
+            nor config; the config's labels or vocabulary are not the teacher's; transformers can't build the student by
+            its config, or load it again; shapes differ from those of the copied layers; ``width`` does not know the
+            family or can't reach the widths; or the source's architecture, vocabulary, depth or shapes are not the
+            teacher's.
 
     >>> from transformers import BertConfig, BertModel
     >>> tiny = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 11}
@@ -65,10 +76,9 @@ def init_student(
             f"init_student copies transformers models, got {type(teacher).__name__}. Build the student yourself and "
             "pass both to Distiller."
         )
-    depth = teacher.config.get_text_config().num_hidden_layers
     if width is not None:
         _check_width(width, config)
-        layers = range(1, depth + 1) if layers is None else layers
+        layers = range(1, _depth(teacher) + 1) if layers is None else layers
     elif batches is not None:
         raise ModelError("batches are for width=...: pass width='importance' or width='pca' too.")
     if layers is None and source is not None:
@@ -79,9 +89,8 @@ def init_student(
         return _random(teacher, config)
     if isinstance(config, PreTrainedConfig):
         raise ModelError("With layers=..., config takes only changed values, such as {'hidden_dropout_prob': 0.0}.")
-    numbers = _resolve(layers, depth)
-    origin = teacher if source is None else _merged(teacher, source)
-    return _from_layers(origin, numbers, config or {}, width, batches)
+    numbers = _resolve(layers, _depth(teacher))
+    return _from_layers(teacher if source is None else _merged(teacher, source), numbers, config or {}, width, batches)
 
 
 def _check_width(width: str, config: object) -> None:
@@ -92,7 +101,7 @@ def _check_width(width: str, config: object) -> None:
 
 
 def _merged(teacher: PreTrainedModel, source: PreTrainedModel) -> PreTrainedModel:
-    """Give a model of the teacher's class with the source's weights, and the teacher's where the source has none."""
+    """Return a model of the teacher's class with the source's weights, and the teacher's where the source has none."""
     if not isinstance(source, PreTrainedModel) or type(source.config) is not type(teacher.config):
         got = type(source).__name__
         raise ModelError(f"source must be of the teacher's architecture, {type(teacher).__name__}; got a {got}.")
@@ -116,21 +125,39 @@ def _merged(teacher: PreTrainedModel, source: PreTrainedModel) -> PreTrainedMode
                 )
             weights[own] = value
     with torch.random.fork_rng(devices=[]):
-        merged = type(teacher)(_changed(teacher.config, {}))
+        merged = type(teacher)(changed_config(teacher.config, {}))
     merged.load_state_dict(weights)
     return merged.to(teacher.device)
 
 
 def _ties(weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Give, for each name, all names of the same tensor: embeddings and the decoder that is tied to them."""
+    """Return, for each name, all names of the same tensor: embeddings and the decoder that is tied to them."""
     names: dict[tuple[int, torch.Size], list[str]] = {}
     for name, value in weights.items():
         names.setdefault((value.data_ptr(), value.shape), []).append(name)
     return {name: same for same in names.values() for name in same}
 
 
+def _depth(teacher: PreTrainedModel) -> int:
+    if not find_layers(teacher):
+        raise ModelError(_no_stack(teacher))
+    depth: int = teacher.config.get_text_config().num_hidden_layers
+    return depth
+
+
+def _no_stack(teacher: PreTrainedModel) -> str:
+    return (
+        f"{type(teacher).__name__} has no single stack of layers to choose from, whose number is in its config. Make "
+        "the student with config=... or build it yourself."
+    )
+
+
 def _random(teacher: PreTrainedModel, config: PreTrainedConfig | Mapping[str, Any] | None) -> PreTrainedModel:
-    own = _changed(config, {}) if isinstance(config, PreTrainedConfig) else _changed(teacher.config, config or {})
+    start, changes = (config, {}) if isinstance(config, PreTrainedConfig) else (teacher.config, config or {})
+    own = changed_config(start, changes)
+    depth, before = (getattr(c.get_text_config(), "num_hidden_layers", 0) for c in (own, start))
+    if depth < before:  # settings with a value for each layer: those of the first ones
+        own = changed_config(picked_config(start, [*range(1, depth + 1)]), changes)
     own.init_layers = None
     for key, what in (("vocab_size", "vocabulary"), ("num_labels", "number of labels")):
         mine, theirs = getattr(own, key, None), getattr(teacher.config, key, None)
@@ -144,34 +171,61 @@ def _random(teacher: PreTrainedModel, config: PreTrainedConfig | Mapping[str, An
             f"init_student makes a {type(teacher).__name__}; got a {type(own).__name__}. For a student of another "
             "family build it yourself, and pass it to Distiller."
         )
-    return _finished(type(teacher)(own), teacher)
+    return _finished(_built(teacher, own), teacher)
 
 
 def _from_layers(
     teacher: PreTrainedModel,
     layers: list[int],
     changes: Mapping[str, Any],
-    width: Width | None = None,
-    batches: Iterable[Mapping[str, Any]] | None = None,
+    width: Width | None,
+    batches: Iterable[Mapping[str, Any]] | None,
 ) -> PreTrainedModel:
     stack = find_layers(teacher)
-    if not stack:
-        raise ModelError(
-            f"{type(teacher).__name__} has no single stack of layers to choose from. Make the student with config=... "
-            "or build it yourself."
-        )
-    config = _changed(teacher.config, {})
-    _keep_layers(config, layers)
-    config = _changed(config, changes)
+    path = next(name for name, module in teacher.named_modules() if module is stack[0]).removesuffix(".0")
+    shared = len(stack) != _depth(teacher)  # ALBERT: few modules run L times
+    if shared:
+        _check_groups(len(stack), _depth(teacher), layers)
+    check_between(teacher.config, layers)
+    config = changed_config(picked_config(teacher.config, layers), changes)
     config.init_layers = list(layers)
+    if config.get_text_config().num_hidden_layers != len(layers):
+        raise ModelError(f"layers={layers} says how many layers the student has: leave their number out of config.")
+    same = changed_config(teacher.config, {k: v for k, v in changes.items() if not PER_LAYER.fullmatch(k)})
     # The random weights are all overwritten: making them must not disturb the caller's random state.
     with torch.random.fork_rng(devices=[]):
-        student = type(teacher)(config)
-    shared = len(stack) != teacher.config.get_text_config().num_hidden_layers  # ALBERT: one module runs L times
-    weights = teacher.state_dict() if width is None else narrowed(teacher, student, width, batches)
-    weights = weights if shared else _select(weights, _path(teacher, stack), layers)
+        student = _built(teacher, config)
+        with torch.device("meta"):
+            whole = _built(teacher, same)
+    if not shared and len(dict(student.named_modules()).get(path, ())) != len(layers):
+        raise ModelError(_no_stack(teacher))
+    name_in_teacher = str if shared else origin(path, layers)
+    check_places(student, whole, path, name_in_teacher)
+    weights = dict(teacher.state_dict()) if width is None else narrowed(teacher, student, width, batches)
+    weights = weights if shared else pick_weights(weights, path, layers)
+    scale_queries(weights, teacher, student, name_in_teacher)
     _load(student, weights)
     return _finished(student, teacher)
+
+
+def _check_groups(groups: int, depth: int, layers: list[int]) -> None:
+    """Check that layers which share weights, in groups of consecutive ones, find those of their group."""
+    for place, layer in enumerate(layers):
+        if (layer - 1) * groups // depth != place * groups // len(layers):
+            raise ModelError(
+                f"The teacher's {depth} layers share the weights of {groups} groups, and layer {layer} would be of "
+                f"another group as layer {place + 1} of {len(layers)}. Choose as many layers of each group."
+            )
+
+
+def _built(teacher: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        return type(teacher)(config)
+    except Exception as error:  # whatever the model's own code raises
+        raise ModelError(
+            f"transformers can't build a {type(teacher).__name__} by this config: {error}. Choose other values in "
+            "config=..., or other layers."
+        ) from error
 
 
 def _resolve(layers: Sequence[int], depth: int) -> list[int]:
@@ -183,49 +237,6 @@ def _resolve(layers: Sequence[int], depth: int) -> list[int]:
     return resolved
 
 
-def _changed(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
-    config = copy.deepcopy(config)
-    unknown = [key for key in changes if not hasattr(config, key)]
-    if unknown:
-        raise ModelError(f"{type(config).__name__} has no {unknown[0]!r}. Name values of the teacher's config.")
-    for key, value in changes.items():
-        setattr(config, key, value)
-    # A teacher under capture runs a recording twin of its attention; the student starts with the plain one.
-    implementation = config._attn_implementation
-    if implementation is not None:
-        config._attn_implementation = implementation.removeprefix("ildistil_")
-    return config
-
-
-def _keep_layers(config: PreTrainedConfig, layers: list[int]) -> None:
-    text = config.get_text_config()
-    depth = text.num_hidden_layers
-    for key, value in list(vars(text).items()):
-        # Per-layer settings, such as ModernBERT's and Qwen's layer_types.
-        if isinstance(value, list) and len(value) == depth and "layer" in key:
-            setattr(text, key, [value[layer - 1] for layer in layers])
-    text.num_hidden_layers = len(layers)
-
-
-def _path(teacher: PreTrainedModel, stack: list[nn.Module]) -> str:
-    name: str = next(name for name, module in teacher.named_modules() if module is stack[0])
-    return name.removesuffix(".0")
-
-
-def _select(teacher: Mapping[str, Tensor], path: str, layers: list[int]) -> dict[str, Tensor]:
-    """The teacher's weights under the student's names."""
-    inside = re.compile(re.escape(path) + r"\.(\d+)\.(.*)")
-    weights: dict[str, Tensor] = {}
-    for name, value in teacher.items():
-        if match := inside.fullmatch(name):
-            for new, old in enumerate(layers):
-                if old == int(match[1]) + 1:
-                    weights[f"{path}.{new}.{match[2]}"] = value
-        else:
-            weights[name] = value
-    return weights
-
-
 def _load(student: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     own = student.state_dict()
     wrong = [name for name in own if name not in weights or own[name].shape != weights[name].shape]
@@ -233,13 +244,25 @@ def _load(student: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     if wrong:
         raise ModelError(
             f"These weights of the teacher don't fit the student: {wrong[:3]}. Either the config changes a shape, "
-            "which copied layers can't follow (use width='importance', or layers=None for random weights), or a layer "
-            "differs in kind from the one whose place it takes (ModernBERT's first layer has no norm: it must stay "
-            "the first)."
+            "which copied layers can't follow (use width='importance', or layers=None for random weights), or weights "
+            "depend on the number of layers or on a layer's place (the first of WavLM has position embeddings)."
         )
     student.load_state_dict(weights)
 
 
 def _finished(student: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedModel:
+    """Check that the student's config can be saved and loaded again, and put the student where the teacher is."""
+    try:
+        saved = student.config.to_dict()
+        again = type(student.config).from_dict(copy.deepcopy(saved)).to_dict()
+    except Exception as error:  # whatever the config's own checks raise
+        raise ModelError(
+            f"The student could not be loaded again: {error} Choose other values in config=..., or other layers."
+        ) from error
+    if changed := next((key for key in saved if again.get(key) != saved[key]), None):
+        raise ModelError(
+            f"The student would be another one when it is loaded again: {changed} is {saved[changed]!r}, and becomes "
+            f"{again.get(changed)!r}. Name it in config=..., or choose other layers."
+        )
     device = torch.device("cpu") if teacher.device.type == "meta" else teacher.device  # a teacher known by its config
     return student.float().to(device).train()

@@ -1,23 +1,26 @@
 """Where models come from, in types that a YAML file can name."""
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ildistil.errors import ModelError
 from ildistil.students.initialise import init_student
+from ildistil.students.layers import changed_config
 from ildistil.students.narrow import Width
 
 __all__ = ["ModelSource", "StudentOptions", "load", "pretrained"]
 
 Head = Literal["sequence-classification", "masked-lm", "causal-lm", "none"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 _AUTO: dict[Head, str] = {
     "sequence-classification": "AutoModelForSequenceClassification",
     "masked-lm": "AutoModelForMaskedLM",
@@ -27,40 +30,57 @@ _AUTO: dict[Head, str] = {
 
 
 class ModelSource(ABC):
-    """Where a model comes from; subclass it to name your own in a YAML file."""
+    """Where a model comes from; a subclass can be named as ``class_path`` in a YAML file.
+
+    Only :meth:`load` must be written. ``tokenizer`` spares naming the tokenizer again, ``digest`` lets stored targets
+    be used without loading the model.
+
+    >>> class Tiny(ModelSource):
+    ...     def load(self):
+    ...         return transformers.BertModel(transformers.BertConfig(hidden_size=8, num_attention_heads=2))
+    >>> Tiny().load().config.hidden_size
+    8
+    """
 
     @abstractmethod
     def load(self) -> PreTrainedModel:
-        """Give the model."""
+        """Return the model, with its trained weights.
+
+        Raises:
+            ModelError: it can't be loaded.
+        """
 
     @property
     def tokenizer(self) -> str | None:
-        """Name or folder of the tokenizer that belongs to the model."""
+        """Name or folder of the tokenizer that belongs to the model; ``None`` where there is none to name."""
         return None
 
     def digest(self) -> str | None:
-        """Give a hash of everything the model is made of, without loading it; ``None`` where that isn't possible."""
+        """Return a hash of all that the model is made of, without loading it; ``None`` where that isn't possible."""
         return None
 
 
 @dataclass(frozen=True)
 class pretrained(ModelSource):  # noqa: N801 (in YAML it reads as the verb it is)
-    """A trained model of the hub or a local folder.
+    """A trained model of the hub or a local folder; every weight of it must be in the checkpoint.
+
+    Code that comes with a checkpoint is never run, and weights are read from safetensors, or as weights only.
 
     Args:
         path: name on the hub, or a folder that ``save_pretrained`` wrote.
-        head: what is on top.
+        head: what is on top: ``"sequence-classification"``, ``"masked-lm"``, ``"causal-lm"`` or ``"none"``.
         dtype: precision of the weights; half precision saves memory of a frozen teacher.
-        config: values to change in the model's config, such as ``{"attention_probs_dropout_prob": 0.0}``.
+        config: values to change in the model's config, such as ``{"attention_probs_dropout_prob": 0.0}``. They must
+            leave all shapes alone.
     """
 
     path: str
     head: Head = "sequence-classification"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     config: dict[str, Any] | None = None
 
     def load(self) -> PreTrainedModel:
-        """Load the model; every weight must be in the checkpoint."""
+        """Return the model, see :func:`load`."""
         return load(self.path, self.head, dtype=self.dtype, config=self.config)
 
     @property
@@ -69,7 +89,7 @@ class pretrained(ModelSource):  # noqa: N801 (in YAML it reads as the verb it is
         return self.path
 
     def digest(self) -> str | None:
-        """Hash the files of a folder and the options; of a model of the hub nothing is known before it is loaded."""
+        """Return a hash of the files of a folder and the options; ``None`` for a model of the hub."""
         folder = Path(self.path)
         files = [p for kind in ("config.json", "*.safetensors", "*.bin") for p in sorted(folder.glob(kind))]
         if not files:
@@ -83,13 +103,14 @@ class pretrained(ModelSource):  # noqa: N801 (in YAML it reads as the verb it is
 
 @dataclass(frozen=True)
 class StudentOptions:
-    """Where the student comes from.
+    """Where the student comes from: layers of the teacher or of ``source``, another model, or random weights.
 
     Args:
-        layers: teacher layers to start from, numbered ``1..L``.
-        path: instead: another pretrained model, by name or folder.
-        config: values to change in the teacher's config; without ``layers`` the student starts at random
-            (``{num_hidden_layers: 3}``).
+        layers: teacher layers to start from, numbered ``1..L`` (negative: from the end).
+        path: instead: another pretrained model, by name or folder, with the teacher's tokenizer. It gets a head like
+            the teacher's.
+        config: values to change in the config; without ``layers``, ``width`` and ``path`` the student starts from
+            random weights (``{num_hidden_layers: 3}``).
         width: ``importance`` makes the student narrower by ``config`` (``{hidden_size: 256, ...}``), from the teacher's
             largest weights. ``pca`` needs calibration batches, which only ``init_student`` in Python takes.
         source: with ``layers``: another checkpoint of the teacher's architecture that they come from, by name or
@@ -108,7 +129,16 @@ class StudentOptions:
         return self.path is None and (self.layers is not None or self.width is not None)
 
     def make(self, teacher: PreTrainedModel, source: ModelSource) -> PreTrainedModel:
-        """Give the student for a teacher."""
+        """Return the student for a teacher.
+
+        Args:
+            teacher: the teacher, or a model of its config where no weights are copied.
+            source: where the teacher came from; its tokenizer must be that of ``path`` or ``source``.
+
+        Raises:
+            ModelError: the options contradict each other, or the student can't be made, see :func:`init_student` and
+                :func:`load`.
+        """
         if self.path is None:
             return self._from_teacher(teacher, source)
         if self.layers is not None:
@@ -117,7 +147,12 @@ class StudentOptions:
             raise ModelError("A student with a path is that model as it is: leave out width and source, or the path.")
         if source.tokenizer is not None:
             _check_tokenizers(self.path, source.tokenizer)
-        head: Head = next((h for h, a in _AUTO.items() if _has_head(teacher, a)), "none")
+        head = next((h for h in _AUTO if isinstance(teacher, _classes(h, teacher.config))), None)
+        if head is None:
+            raise ModelError(
+                f"A student with a path gets the teacher's head, which is one of {', '.join(_AUTO)}; the teacher is a "
+                f"{type(teacher).__name__}. Build the student in Python, and pass both to Distiller."
+            )
         labels = {"num_labels": teacher.config.num_labels, "id2label": teacher.config.id2label}
         labels |= {"label2id": teacher.config.label2id, "problem_type": teacher.config.problem_type}
         return load(self.path, head, config=labels | (self.config or {}), new_head=True).train()
@@ -141,41 +176,82 @@ def load(
     path: str,
     head: Head = "sequence-classification",
     *,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
     config: Mapping[str, Any] | None = None,
     new_head: bool = False,
 ) -> PreTrainedModel:
-    """Load a transformers model by name or folder, and make sure that no weight of it is random.
+    """Return a transformers model by name or folder, none of whose weights is random.
 
     Args:
         path: name on the hub, or a folder.
         head: what is on top.
         dtype: precision of the weights.
         config: values to change in the config.
-        new_head: allow a head whose weights are not in the checkpoint, as for fine-tuning.
+        new_head: allow a head and a pooler whose weights are not in the checkpoint, as for fine-tuning.
 
     Raises:
-        ModelError: the folder or the name doesn't exist, or weights are missing from the checkpoint.
+        ModelError: the folder or the name doesn't exist, its files can't be read or need code of their own, there is
+            no such head, the config has no such value, or weights are missing or of other shapes.
     """
-    _check_folder(path)
-    auto = getattr(transformers, _AUTO[head])
+    if own := {"dtype", "torch_dtype"} & {*(config or ())}:
+        raise ModelError(f"{own.pop()} is no value of a config, but an option beside it: dtype={dtype!r}.")
+    settings = changed_config(_config(path), config or {})
+    heads = [h for h in _AUTO if _classes(h, settings)]
+    if head not in heads or dtype not in get_args(Dtype):
+        raise ModelError(
+            f"The model {path!r} can't be loaded with head={head!r} and dtype={dtype!r}. A {settings.model_type} has "
+            f"the heads {', '.join(heads)}; the precisions are {', '.join(get_args(Dtype))}."
+        )
     try:
-        model, info = auto.from_pretrained(
-            path, dtype=getattr(torch, dtype), output_loading_info=True, **(dict(config) if config else {})
-        )
-    except OSError as error:
+        model, info = getattr(transformers, _AUTO[head]).from_pretrained(
+            path, config=settings, dtype=getattr(torch, dtype), weights_only=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # whatever the readers of files raise
         raise ModelError(
-            f"The model {path!r} could not be loaded. Name a folder made by save_pretrained, or a model of the hub "
-            f"(which needs a connection): {error}"
+            f"The weights of the model {path!r} can't be loaded: {error} Save or download them again, and check what "
+            "config=... changes."
         ) from error
-    missing = sorted(info["missing_keys"])
-    if missing and not new_head:
-        raise ModelError(
-            f"The checkpoint {path!r} has no weights for {', '.join(missing[:4])}: its head would be random. Fine-tune "
-            "it on the task first (ildistil finetune), or choose the head it was saved with."
-        )
     assert isinstance(model, PreTrainedModel)
+    if other := sorted(info["mismatched_keys"]):
+        name, saved, wanted = other[0]
+        raise ModelError(
+            f"{name} has the shape {tuple(saved)} in the checkpoint {path!r}, and {tuple(wanted)} by its config. Leave "
+            "out of config=... what changes shapes; a head for other labels needs a checkpoint without one."
+        )
+    body = "" if head == "none" else f"{model.base_model_prefix}."
+    layers = sorted(n for n in info["missing_keys"] if n.startswith(body) and "pooler" not in n)
+    if missing := layers if new_head else sorted(info["missing_keys"]):
+        raise ModelError(
+            f"The checkpoint {path!r} has no weights for {', '.join(missing[:4])}: "
+            f"{'weights of its layers' if layers else 'its head'} would be random. Fine-tune it on the task first "
+            "(ildistil finetune), or choose the head it was saved with."
+        )
     return model
+
+
+def _config(path: str) -> PreTrainedConfig:
+    folder = Path(path)
+    if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        near = sorted(p.name for p in folder.parent.iterdir() if p.is_dir())[:8] if folder.parent.is_dir() else []
+        raise ModelError(f"There is no folder {path!r}. Folders beside it: {', '.join(near) or 'none'}.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise ModelError(f"The folder {path!r} has no config.json, but {found}. Name one that save_pretrained wrote.")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # a connection, a file, a value, or a kind of model that transformers doesn't have
+        raise ModelError(
+            f"The model {path!r} can't be loaded. Name a folder made by save_pretrained, or a model of the hub (which "
+            "needs a connection) that runs without code of its own; build others yourself, and pass them to "
+            f"Distiller: {error}"
+        ) from error
+
+
+def _classes(head: Head, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
+    """The model classes of a config with a head; usually one."""
+    found: Any = getattr(transformers, _AUTO[head])._model_mapping.get(type(config), ())
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _without_random_weights(path: str) -> PreTrainedModel:
@@ -183,28 +259,15 @@ def _without_random_weights(path: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         try:
             return load(path, "none")
-        except ValueError as error:
+        except ModelError as error:
             try:
                 return load(path, "masked-lm")
-            except ValueError:
+            except ModelError:
                 raise error from None
 
 
-def _check_folder(path: str) -> None:
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).is_dir():
-        parent = Path(path).parent
-        near = sorted(p.name for p in parent.iterdir() if p.is_dir())[:8] if parent.is_dir() else []
-        raise ModelError(f"There is no folder {path!r}. Folders beside it: {', '.join(near) or 'none'}.")
-
-
-def _has_head(model: PreTrainedModel, auto: str) -> bool:
-    mapping = getattr(transformers, auto)._model_mapping
-    return type(model.config) in mapping and isinstance(model, mapping[type(model.config)])
-
-
 def _check_tokenizers(student: str, teacher: str) -> None:
-    mine, theirs = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (student, teacher))
+    mine, theirs = _vocabulary(student), _vocabulary(teacher)
     if mine != theirs:
         example = next((w for w in theirs if mine.get(w) != theirs[w]), next(iter(mine)))
         raise ModelError(
@@ -212,3 +275,14 @@ def _check_tokenizers(student: str, teacher: str) -> None:
             f"in one and {theirs.get(example)} in the other. Both models must read the same token ids; choose a "
             "student with the teacher's tokenizer."
         )
+
+
+def _vocabulary(path: str) -> dict[str, int]:
+    files = [p.name for p in Path(path).glob("*")]
+    if files and not any(re.search(r"token|vocab|merges|\.model$", name) for name in files):
+        raise ModelError(f"The folder {path!r} has no tokenizer. Save it beside the model.")
+    try:
+        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(path, trust_remote_code=False).get_vocab()
+    except Exception as error:  # whatever the readers of files raise
+        raise ModelError(f"The tokenizer of {path!r} can't be loaded. Save it beside the model: {error}") from error
+    return vocabulary

@@ -168,6 +168,8 @@ class Store:
 
     def _refuse_other_files(self) -> None:
         """Refuse to begin in a folder that somebody uses for something else."""
+        if self.folder.is_file():
+            raise TargetsError(f"{self.folder} is a file. Targets need a folder of their own.")
         ours = (DESCRIPTION, "shard-*.safetensors")
         others = sorted(x.name for x in self.folder.glob("[!.]*") if not any(x.match(name) for name in ours))
         if others:

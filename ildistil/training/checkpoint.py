@@ -108,7 +108,10 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file makes zipfile, pickle or torch raise
-        raise CheckpointError(f"{str(path)!r} is no checkpoint that can be read ({error}). Name another.") from error
+        raise CheckpointError(
+            f"{str(path)!r} is no checkpoint that can be read: it is damaged, or holds other things than tensors and "
+            "plain values. Name another."
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{str(path)!r} holds a {type(content).__name__}, not a checkpoint. Name another.")
     return content

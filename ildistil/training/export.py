@@ -38,6 +38,8 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None, overwrite
         overwrite: write into a folder that has files already.
     """
     target = Path(output)
+    if target.is_file():
+        raise CheckpointError(f"{output!r} is a file. Name a folder.")
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise CheckpointError(f"The folder {output!r} is not empty. Name another one, or add --overwrite=true.")
     content, saved = _read(checkpoint)

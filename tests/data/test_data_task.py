@@ -1,6 +1,9 @@
 """What other rooms ask of a data module: declared, by default, or refused."""
 
+import dataclasses
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +15,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import MeanSquaredError
 
-from ildistil.data import Glue, Task, TextData, every_row, label_config, set_names, task_of
+from ildistil.data import Glue, LoadingOptions, Task, TextData, every_row, label_config, set_names, task_of
 from ildistil.errors import DataError
 from tiny_data import make_tokenizer
 
@@ -249,3 +252,15 @@ def test_every_row_of_our_modules(tmp_path: Any, options: dict[str, Any]) -> Non
         longest = [max(i * 7 % 13 for i in batch) for batch in found[0][:-1]]
         shortest = [min(i * 7 % 13 for i in batch) for batch in found[0][:-1]]
         assert sum(b - a for a, b in zip(shortest, longest, strict=True)) <= 12
+
+
+def test_the_tables_of_the_docs_list_what_there_is() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+
+    def first_column(header: str) -> list[str]:
+        _, table = page.split(f"| {header} |", maxsplit=1)
+        rows = table.split("\n\n", maxsplit=1)[0].splitlines()[2:]
+        return [name for row in rows for name in re.findall(r"`(\w+)[()]*`", row.split("|")[1])]
+
+    assert first_column("option") == [field.name for field in dataclasses.fields(LoadingOptions)]
+    assert sorted(first_column("name")) == sorted(MEMBERS)

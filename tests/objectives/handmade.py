@@ -18,6 +18,7 @@ def built(case: Case, dtype: torch.dtype) -> Objective:
     """The objective, its projections made for these sizes."""
     objective = case.make()
     known = {"width": WIDTH, "heads": HEADS, "labels": CLASSES, "attention_width": WIDTH}
+    known["value_width"] = WIDTH
     objective.build(ModelInfo("student", STUDENT, **known), ModelInfo("teacher", TEACHER, **known))
     objective.projections.to(dtype)
     return objective

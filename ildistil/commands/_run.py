@@ -1,0 +1,212 @@
+"""What the commands with a Trainer share: their options, models, data and callbacks, and Lightning's errors."""
+
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+import transformers
+from jsonargparse.typing import NonNegativeInt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+
+import ildistil.data  # so that a YAML file can name Glue and TextData  # noqa: F401
+from ildistil.commands._config import ConfigFile
+from ildistil.commands._parser import Parser, own_errors
+from ildistil.data.task import task_of
+from ildistil.errors import ConfigError, IldistilError
+from ildistil.objectives import Objective
+from ildistil.training import checkpoint
+from ildistil.training.distiller import Distiller
+from ildistil.training.monitor import Throughput
+
+__all__ = ["Run", "lightning_errors"]
+
+_EPILOG = """\
+'--data.help TextData' shows the options of one class; the other options that end in .help do the same."""
+
+
+@contextmanager
+def lightning_errors() -> Iterator[None]:
+    """Raise as a `ConfigError` what Lightning refuses: it was told so by the configuration.
+
+    That is its own exception, and others that its code, or that of its callbacks and loggers, raises by itself. What
+    comes from further inside, such as an objective, passes.
+    """
+    try:
+        yield
+    except (MisconfigurationException, ValueError, RuntimeError, ImportError, OSError) as error:
+        raised_in = list(traceback.walk_tb(error.__traceback__))[-1][0].f_globals.get("__name__", "")
+        by_lightning = isinstance(error, MisconfigurationException) or raised_in.startswith("lightning.")
+        if isinstance(error, IldistilError) or not by_lightning:
+            raise
+        raise ConfigError(str(error)) from error
+
+
+class Run(LightningCLI):
+    """One command's models, data and Trainer, made from its arguments.
+
+    Args:
+        command: Name of the command.
+        model: What makes the module; its parameters are the options ``--model.NAME``.
+        arguments: The words after the command.
+        description: What the command does, for its help.
+
+    Raises:
+        IldistilError: The configuration is wrong.
+    """
+
+    trains: ClassVar[bool] = False
+    usage: ClassVar[str] = "[--config FILE] [options]"
+
+    def __init__(
+        self, command: str, model: Callable[..., Distiller], arguments: Sequence[str], description: str | None
+    ) -> None:
+        self.command = command
+        usage = f"ildistil {command} {self.usage}"
+        with lightning_errors(), own_errors():
+            super().__init__(
+                model_class=model,
+                datamodule_class=L.LightningDataModule,
+                subclass_mode_data=True,
+                run=False,
+                args=list(arguments),
+                seed_everything_default=0,
+                parser_class=Parser,
+                parser_kwargs={"usage": usage, "description": description, "epilog": _EPILOG},
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                trainer_defaults={
+                    "max_epochs": 3,
+                    "enable_model_summary": False,
+                    "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": command}},
+                },
+            )
+
+    # Options
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make the parser."""
+        parser = Parser(**kwargs)
+        help = "A YAML file with any of the options below; of several, the later wins."
+        parser.add_argument("-c", "--config", action=ConfigFile, metavar="FILE", help=help)
+        return parser
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options that hold for the whole process."""
+        parser.add_argument(
+            "--seed_everything", type=NonNegativeInt | bool, default=0, metavar="SEED",
+            help="Seed of initial weights, dropout and the order of the data; true draws one.",
+        )  # fmt: skip
+        parser.add_argument(
+            "--matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="highest",
+            help="Precision of float32 matrix products: 'high' is TF32 on GPUs that have it, 'medium' bfloat16 there "
+            "and on CPUs that have it. Losses are then less exact, too.",
+        )
+        parser.add_argument(
+            "--ckpt_path", type=str | None, default=None, metavar="FILE", help="Checkpoint to start from."
+        )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what is our own before the Trainer's many options."""
+        parser.add_lightning_class_args(self._model_class, "model")
+        self.add_objectives(parser)
+        parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+        titles = {"data": "The data: Glue, TextData, or a data module of your own", "trainer": "Lightning's Trainer"}
+        for name, group in (parser.groups or {}).items():
+            group.title = titles.get(name, group.title)
+
+    def add_objectives(self, parser: LightningArgumentParser) -> None:
+        """Add options for the objectives, if they can be chosen."""
+
+    # Parts
+
+    def before_instantiate_classes(self) -> None:
+        """Set what holds for the whole process, and look at the checkpoint before a model is loaded."""
+        transformers.utils.logging.disable_progress_bar()
+        torch.set_float32_matmul_precision(self.config.matmul_precision)
+        if self.config.ckpt_path is not None:
+            checkpoint.Saved.read(checkpoint.load(self.config.ckpt_path), repr(self.config.ckpt_path))
+
+    def objectives(self) -> dict[str, Objective]:
+        """Return the named objectives of this run."""
+        return {}
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Make the Trainer, with the objectives and the usual callbacks."""
+        config = self.config_init.trainer
+        configured = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks]
+        callbacks = [callback for callback in configured if callback is not None]
+        for name, objective in self.objectives().items():
+            objective.name = name
+            callbacks.append(objective)
+        callbacks.append(Throughput())
+        if config.logger is False:
+            self.save_config_callback = None  # it would write to the working folder
+        else:
+            callbacks.append(LearningRateMonitor("step"))
+        if not self.trains:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+            kwargs["enable_checkpointing"] = False
+        elif not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+            keeps = not config.fast_dev_run and config.enable_checkpointing is not False
+            callbacks += self._checkpoints() if keeps else []
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _checkpoints(self) -> list[ModelCheckpoint]:
+        """Keep the best student and the last; the last one alone where nothing is measured."""
+        task = task_of(self.datamodule)
+        options: list[dict[str, Any]] = [{"filename": "last"}]
+        names = task.validation_names if self.config_init.trainer.limit_val_batches != 0 else []
+        if names and task.primary_metric is not None:
+            monitor = f"{names[0]}/{task.primary_metric}"
+            options.insert(0, {"monitor": monitor, "mode": task.primary_mode, "filename": "best"})
+        made = [ModelCheckpoint(enable_version_counter=False, **each) for each in options]
+        if (path := self.config.ckpt_path) is not None:
+            # A run that goes on keeps its folder of checkpoints, and so what was best before.
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            for each in made:
+                each.dirpath = _folder_of(path)
+        return made
+
+    # Running
+
+    def start(self, method: Callable[..., Any]) -> Any:
+        """Call a method of the Trainer.
+
+        Raises:
+            IldistilError: The configuration turns out to be wrong.
+        """
+        if not self.trains and self.config.ckpt_path is None:
+            rank_zero_info("Without --ckpt_path this is the student as it starts, before any training.")
+        with lightning_errors():
+            return method(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path, weights_only=True)
+
+    def report_best(self) -> None:
+        """Print where the best student is, and how to go on."""
+        kept = self.trainer.checkpoint_callback
+        if not self.trainer.is_global_zero or not isinstance(kept, ModelCheckpoint):
+            return
+        if path := kept.best_model_path or kept.last_model_path:
+            best, score = os.path.relpath(path), kept.best_model_score
+            print(f"Best student: {best}{'' if score is None else f' ({kept.monitor} = {score:.4f})'}")
+            print(f"Export it:    ildistil export {best} FOLDER")
+
+
+def _folder_of(path: str) -> str:
+    """Return the folder of a checkpoint, spelled as when it was written: Lightning compares the words."""
+    folder = str(Path(path).parent)
+    states = checkpoint.load(path).get("callbacks", {})
+    spelled = (state.get("dirpath") for key, state in states.items() if key.startswith("ModelCheckpoint"))
+    return next((s for s in spelled if s and Path(s).resolve() == Path(folder).resolve()), folder)
