@@ -279,13 +279,17 @@ def test_a_layer_that_does_not_run_is_found_in_each_stack(family: str) -> None:
 
 
 def test_a_causal_model_predicts_the_next_token() -> None:
-    gpt2 = tf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50)
+    def next_token(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> bool | None:
+        return Capture(model, {Tap("logits")})(batch).next_token
+
+    gpt2 = tf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, pad_token_id=0)
     llama = tf.LlamaConfig(**SMALL, **SPECIAL)
-    assert ModelInfo.of(tf.GPT2LMHeadModel(gpt2)).next_token
-    assert ModelInfo.of(tf.LlamaForCausalLM(llama)).next_token
-    assert not ModelInfo.of(tf.BertForMaskedLM(tiny.bert(1).config)).next_token
-    assert not ModelInfo.of(tf.GPT2ForSequenceClassification(gpt2)).next_token
-    assert not ModelInfo.of(ENCODER_DECODERS["T5"]()).next_token
+    text = {key: tiny.batch()[key] for key in ("input_ids", "attention_mask")}
+    assert next_token(tf.GPT2LMHeadModel(gpt2), text)
+    assert next_token(tf.LlamaForCausalLM(llama), text)
+    assert next_token(tf.BertForMaskedLM(tiny.bert(1).config), text) is False
+    assert next_token(tf.GPT2ForSequenceClassification(gpt2), text) is None
+    assert next_token(ENCODER_DECODERS["T5"](), translation()) is False
 
 
 def test_images_have_no_padding() -> None:

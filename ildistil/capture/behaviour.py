@@ -1,6 +1,6 @@
-"""What only runs tell of a model: the layout of its states, its causality, and which label its logits predict."""
+"""What only runs tell of a model: its causality, where its head pools, and which label its logits predict."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -9,23 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from ildistil.capture.activations import Pooling
-from ildistil.capture.inputs import main_input
-from ildistil.capture.recorder import Key, PaddingMasks
-from ildistil.capture.taps import Tap
+from ildistil.capture.layout import Layout, States
 from ildistil.capture.trial import Trial, depends_on_later_tokens, pooled_states, predicts_next_token, undisturbed
-from ildistil.errors import CaptureError, ModelRunError
+from ildistil.errors import ModelRunError
 
 __all__ = ["Behaviour", "TriedTraits"]
 
 
 class Behaviour:
-    """Learns from a model's runs, each thing once, where need be by trial runs on one row of a batch.
+    """Learns about a model, each thing once, by trial runs on one row of a batch.
 
     Args:
         model: the module itself, without ``torch.compile``'s wrapper.
-        name: what messages call it.
         layers: the modules that give the states of each stack's layers.
         states: runs it on some inputs, and returns the states of a layer as the layer gave them.
+        layout: which dimension of these is the batch.
 
     Attributes:
         next_token: whether the logits at a position predict the token after it; ``None`` where that isn't known.
@@ -35,99 +33,16 @@ class Behaviour:
     def __init__(
         self,
         model: nn.Module,
-        name: str,
         layers: Mapping[str | None, list[nn.Module]],
-        states: Callable[[Mapping[str, Any], Key], Tensor],
+        states: States,
+        layout: Layout,
     ) -> None:
-        self.model, self.name, self._layers, self._states = model, name, layers, states
-        # torch's own attention says which dimension is which.
-        attention = {stack: getattr(found[0], "self_attn", None) for stack, found in layers.items() if found}
-        self._said = {
-            stack for stack, a in attention.items() if isinstance(a, nn.MultiheadAttention) and not a.batch_first
-        }
-        self._tokens_first: dict[str | None, bool] = dict.fromkeys(self._said, True)
+        self.model, self._layers, self._states, self._layout = model, layers, states, layout
         self._causal: dict[str | None, bool] = {}
         self._pooling: dict[str | None, Pooling | None] = {}
         self.next_token: bool | None = None
         self.why_not_known = "no run with its logits was long enough to tell"
         self.is_settled = False  # whether next_token needs no further trial
-
-    # Layout
-
-    def arranged(
-        self, hidden: Mapping[Key, Tensor], masks: PaddingMasks, inputs: Mapping[str, Any]
-    ) -> dict[Key, Tensor]:
-        """Return hidden states as ``(batch, tokens, width)``, whatever the layout of the layers.
-
-        Args:
-            hidden: the states as the layers gave them.
-            masks: the real tokens of every stack.
-            inputs: what the model was given.
-
-        Raises:
-            CaptureError: their shape is not that of the batch.
-        """
-        found: dict[Key, Tensor] = {}
-        for place, state in hidden.items():
-            mask = masks[place[0]][0]
-            rows, tokens = self._rows(place[0], inputs), None
-            if mask is not None:
-                rows, tokens = mask.shape
-            first = self._are_tokens_first(place, state, rows, tokens, inputs)
-            found[place] = state.transpose(0, 1) if first else state
-        for stack in masks:
-            lengths = {state.shape[1] for place, state in found.items() if place[0] == stack}
-            if len(lengths) > 1:
-                raise CaptureError(
-                    f"The layers of the {self.name} have different numbers of tokens: {sorted(lengths)}. Map layers of "
-                    "one length only, or tap its modules by their paths."
-                )
-        return found
-
-    def _rows(self, stack: str | None, inputs: Mapping[str, Any]) -> int:
-        return main_input(self.model, inputs).shape[1 if stack in self._said else 0]
-
-    def _are_tokens_first(
-        self, place: Key, state: Tensor, rows: int, tokens: int | None, inputs: Mapping[str, Any]
-    ) -> bool:
-        known = self._tokens_first.get(place[0])
-        straight, turned = (
-            state.ndim == 3 and state.shape[a] == rows and tokens in (None, state.shape[1 - a]) for a in (0, 1)
-        )
-        if not (straight and known is not True) and not (turned and known is not False):
-            raise self._misfit(place, state, rows, tokens)
-        if known is not None or state.shape[:2] == (1, 1):
-            return bool(known)
-        if turned and (straight or tokens is None):
-            turned = self._is_turned_in_a_trial(place, state, rows, inputs)
-        self._tokens_first[place[0]] = turned
-        return turned
-
-    def _is_turned_in_a_trial(self, place: Key, state: Tensor, rows: int, inputs: Mapping[str, Any]) -> bool:
-        """Return whether one row alone is in the second dimension: a batch may have as many rows as tokens."""
-        if rows > 1:
-            trial = Trial.of(inputs, torch.ones(rows, 1, dtype=torch.bool, device=state.device))
-            if trial.rows != 1:
-                raise CaptureError(
-                    f"{Tap('hidden', place[1], place[0])} of the {self.name} has the shape {tuple(state.shape)}, of "
-                    "which either dimension may be the batch. Begin with a batch of another number of rows."
-                )
-            with undisturbed(self.model):
-                state = self._states(trial.inputs, place)
-        if state.ndim != 3 or 1 not in state.shape[:2]:
-            raise self._misfit(place, state, 1, None)
-        return state.shape[0] != 1
-
-    def _misfit(self, place: Key, state: Tensor, rows: int, tokens: int | None) -> CaptureError:
-        of = "" if tokens is None else f" of {tokens} tokens"
-        return CaptureError(
-            f"{Tap('hidden', place[1], place[0])} of the {self.name} has the shape {tuple(state.shape)}, which is not "
-            f"(batch, tokens, width) for a batch of {rows} rows{of}: the model makes other tokens of its input, or "
-            "pads it. Leave attention_mask out if nothing is padded, pad to the length that the model works with "
-            "(pad_to_multiple_of), or tap its modules by their paths."
-        )
-
-    # Trials
 
     def is_causal(self, stack: str | None, layer: int, inputs: Mapping[str, Any], real: Tensor) -> bool | None:
         """Return whether a stack is causal; ``None`` where that isn't known, as of a model that reads no token ids.
@@ -144,7 +59,7 @@ class Behaviour:
 
             def states(inputs: Mapping[str, Any]) -> Tensor:
                 state = self._states(inputs, (stack, layer))
-                return state.transpose(0, 1) if self._tokens_first.get(stack) else state
+                return state.movedim(self._layout.token_dimension(stack), 1)
 
             with undisturbed(self.model), suppress(ModelRunError):  # it may not run on a single row
                 depends = depends_on_later_tokens(states, Trial.of(inputs, real), name)
@@ -157,7 +72,7 @@ class Behaviour:
         if stack not in self._pooling and stack in (None, "decoder") and stack in self._layers:
             last = self._layers[stack][-1]
             with undisturbed(self.model), suppress(ModelRunError):
-                tokens = 0 if self._tokens_first.get(stack) else 1
+                tokens = self._layout.token_dimension(stack)
                 self._pooling[stack] = pooled_states(self.model, last, Trial.of(inputs, real), tokens)
         found = self._pooling.get(stack)
         # Without a head of classes; a decoder's first state sees all that the encoder read.

@@ -20,6 +20,7 @@ from ildistil.capture.info import ModelInfo
 from ildistil.capture.inputs import decoder_mask, encoder_mask, main_input, model_inputs, token_mask, without_labels
 from ildistil.capture.interface import recording
 from ildistil.capture.layers import coders, unwrapped
+from ildistil.capture.layout import Layout
 from ildistil.capture.recorder import Key, PaddingMasks, Recorder, Records, StopForward
 from ildistil.capture.taps import Role, Tap, merged
 from ildistil.errors import CaptureError, IldistilError, ModelRunError
@@ -69,7 +70,8 @@ class Capture:
         # What is known of the output layer from runs that were verified: does it make the logits, and they the loss?
         self._agrees: dict[str, bool] = {}
         self._hooks = Hooks(unwrapped(model), self.info, self._name, self.wanted, self._recorder)
-        self._behaviour = Behaviour(unwrapped(model), self._name, self._hooks.ends, self._states)
+        self._layout = Layout(unwrapped(model), self._name, self._hooks.ends, self._states)
+        self._behaviour = Behaviour(unwrapped(model), self._hooks.ends, self._states, self._layout)
 
     def __call__(
         self, batch: Mapping[str, Any], *, wanted: Iterable[Tap] | None = None, verify: bool = False
@@ -92,34 +94,38 @@ class Capture:
             ModelRunError: the model itself failed on the batch.
         """
         taps = self._of_this_run(wanted)
-        new = taps | {frozenset(key for key, value in batch.items() if value is not None)}
+        inputs = self.inputs(batch, taps)
+        new = taps | {frozenset(name for name, value in inputs.items() if value is not None)}
         verify = verify or not new <= self._verified
         self._verified |= new
         # As plain code, or a compiled model would be compiled once more for it.
         with torch.compiler.set_stance("force_eager") if verify and self.is_compiled else nullcontext():
-            return self._recorded(batch, taps, verify)
+            return self._recorded(batch, inputs, taps, verify)
 
-    def _recorded(self, batch: Mapping[str, Any], wanted: frozenset[Tap], verify: bool) -> Activations:
+    def _recorded(
+        self, batch: Mapping[str, Any], inputs: dict[str, Any], wanted: frozenset[Tap], verify: bool
+    ) -> Activations:
         self._hooks.refuse_reentrant_checkpointing()
-        inputs, masks = self.inputs(batch, wanted), self._masks(batch)
+        masks = self._masks(batch)
         stops = not verify and self._may_stop(wanted, batch)
         output, records = self._records(self._run, inputs, wanted, masks, verify, stops)
         check_complete(self._name, self._recorder, records, None if output is None else self._depths)
         if verify:
             check_between_layers(self._name, records)
-        records = records._replace(hidden=self._behaviour.arranged(records.hidden, masks, inputs))
+        records = records._replace(hidden=self._layout.arranged(records.hidden, masks, inputs))
         if records.attention:
             rows = len(main_input(unwrapped(self.model), inputs))
             check_attention_shapes(self._name, records.attention, masks, rows)
         self._check_masks(records.attention, records.masks_passed, verify)
         real = {stack: self._real(stack, mask, records, inputs) for stack, (mask, _) in masks.items()}
-        makes_logits = self._recorder.wants_head and output is not None and (verify or not self.is_compiled)
+        names = {tap.name for tap in wanted}
+        makes_logits = bool({"logits", "loss"} & names) and output is not None and (verify or not self.is_compiled)
         if makes_logits and not self._behaviour.is_settled:
             tokens = real["decoder" if self.info.stacks else None]
             self._behaviour.learn_next_token(self.inputs(batch, frozenset()), tokens, output)
         lazy_logits = self._lazy_logits(records.head_states, batch)
         # A first batch may have had no label: then a later one tells.
-        unknown = {"logits", "loss"} & {tap.name for tap in wanted} - self._agrees.keys()
+        unknown = {"logits", "loss"} & names - self._agrees.keys()
         if lazy_logits is not None and output is not None and (verify or (unknown and not self.is_compiled)):
             self._agrees = agrees(lazy_logits, output, self._agrees)
         if all(tap.layer is not None for tap in wanted):
@@ -136,7 +142,7 @@ class Capture:
             # A checkpointed layer that is left halfway must be recomputed whole: torch doesn't know where it ended.
             with recording(self._recorder), set_checkpoint_early_stop(False) if stops else nullcontext():
                 output = run(inputs)
-        except IldistilError:
+        except (IldistilError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a model raises: it is not ours, and the batch may be made up
             raise self._failed(inputs, error) from error

@@ -65,24 +65,23 @@ class Trial(NamedTuple):
         return cls(one, 1, 0, start, end)
 
     def changed(self, name: str) -> dict[str, Any] | None:
-        """Return the inputs with another last token; ``None`` where the row has but one.
+        """Return the inputs with other tokens behind the first one; ``None`` where the row has but one.
 
         Args:
-            name: the token ids.
+            name: the token ids; ``"labels"`` where the decoder's input is made of them, by shifting.
         """
+        later = slice(self.start, self.end - 1) if name == "labels" else slice(self.start + 1, self.end)
         ids = self.inputs[name].clone()
-        # The decoder's input is made of labels by shifting them, so its last token is the label before the last.
-        last = self.end - (2 if name == "labels" else 1)
-        if last <= self.start:
+        row = ids[self.row, later]
+        if not len(row):
             return None
-        others = ids[self.row, self.start : last + 1]
-        others = others[(others != ids[self.row, last]) & (others >= 0)]
-        ids[self.row, last] = others[0] if len(others) else (ids[self.row, last].clamp(min=0) + 1) % 3
+        rolled = row.roll(1)
+        ids[self.row, later] = torch.where(rolled != row, rolled, (row.clamp(min=0) + 1) % 3)
         return {**self.inputs, name: ids}
 
 
 def depends_on_later_tokens(states: Callable[[Mapping[str, Any]], Tensor], trial: Trial, name: str) -> bool | None:
-    """Return whether the first token's state changes with the last token; ``None`` where that can't be tried.
+    """Return whether the first token's state changes with all later tokens; ``None`` where that can't be tried.
 
     Args:
         states: runs the model, and returns the states of a layer, ``(batch, tokens, width)``.
@@ -92,11 +91,10 @@ def depends_on_later_tokens(states: Callable[[Mapping[str, Any]], Tensor], trial
     changed = trial.changed(name)
     if changed is None:
         return None
-    before, after = (states(inputs)[trial.row, trial.start : trial.end].double() for inputs in (trial.inputs, changed))
-    moved = (after - before).norm(dim=-1)
-    if not bool(moved[-1] > 0):
-        return None
-    return bool(moved[0] > 1e-6 * moved[-1])
+    before, after = (states(inputs)[trial.row, trial.start : trial.end] for inputs in (trial.inputs, changed))
+    moved = (after.double() - before.double()).norm(dim=-1)
+    noise = 10 * torch.finfo(before.dtype).eps * moved.max()
+    return bool(moved[0] > noise) if bool(noise > 0) else None
 
 
 def pooled_states(model: nn.Module, layer: nn.Module, trial: Trial, tokens: int) -> Pooling | None:
@@ -146,6 +144,8 @@ def _replaced_run(
 def _run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     try:
         return model(**inputs)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # whatever a model raises on a row that was taken out, or labels that were made up
         raise ModelRunError(f"it fails in a trial run ({type(error).__name__}: {error})") from error
 
