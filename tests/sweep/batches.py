@@ -137,7 +137,7 @@ class Shape:
 
     def images(self) -> Iterator[Batch]:
         """Images."""
-        size = self.setting("image_size", "img_size", "crop_size", "input_size", default=32)
+        size = self.setting("image_size", "img_size", "crop_size", "input_size", default=64)
         height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
         channels = self.setting("num_channels", "in_channels", "in_chans", default=3)
         channels = channels if isinstance(channels, int) else 3

@@ -146,10 +146,10 @@ def pooling(seen: Seen, stack: Stack) -> str:
     kinds = set()
     for row, real in enumerate(_real(seen.mask(stack))):
         read = [i for i in range(reached.shape[1]) if reached[row, i] > 0]
-        ways = {"first": real[:1], "last": real[-1:], "mean": real}
-        kinds.add(next((way for way, places in ways.items() if read == places), "other"))
+        most = len(set(read) & set(real)) > len(real) / 2  # some leave out a special token, or count padding
+        kinds.add("first" if read == real[:1] else "last" if read == real[-1:] else "mean" if most else "other")
     if len(kinds) != 1 or kinds == {"other"}:
-        raise NoReferenceError("the head reads neither the first, nor the last, nor all real tokens")
+        raise NoReferenceError("the head reads neither the first, nor the last, nor most tokens")
     return kinds.pop()
 
 

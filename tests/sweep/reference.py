@@ -87,7 +87,7 @@ class Seen:
         of = "decoder" if stack == "cross" else stack
         if of not in self.states:
             raise NoReferenceError("its layers aren't found by their outputs")
-        tokens, given = self.states[of][-1].shape[1], self.batch.get("attention_mask")
+        tokens, given = self.states[of][-1].shape[-2], self.batch.get("attention_mask")
         if of == "decoder":
             labels = self.batch.get("labels")
             if labels is not None and labels.ndim == 2:
