@@ -154,7 +154,7 @@ def pooling(seen: Seen, stack: Stack) -> str:
 
 
 def _by_what_is_seen(seen: Seen) -> str:
-    """By a change of the last token of the first row: does its first state notice?"""
+    """By a change of the last token of the first row: does the state before it, which any window reaches, notice?"""
     real, ids = _real(seen.mask(None))[0], seen.batch.get("input_ids")
     if ids is None or seen.mask(None).shape != ids.shape:
         return "first"
@@ -164,4 +164,4 @@ def _by_what_is_seen(seen: Seen) -> str:
     state = seen.states[None][-1]
     # Experts take tokens together, so even what can't see the change may be rounded otherwise.
     moved = (other[0] - state[0]).norm(dim=-1)
-    return "last" if moved[real[0]] < 1e-5 * moved[real[-1]] else "first"
+    return "last" if moved[real[-2]] < 1e-5 * moved[real[-1]] else "first"

@@ -77,6 +77,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "efficientnet": SMALL_CONVOLUTIONS, "align_vision_model": SMALL_CONVOLUTIONS | {"hidden_dim": 80},
     "evolla": {"protein_encoder_config": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
                                           "num_attention_heads": 4}, "resampler_depth": 2},
+    "owlvit_text_model": {"max_position_embeddings": 64}, "owlv2_text_model": {"max_position_embeddings": 64},
     "siglip2_vision_model": {"num_patches": 16},
     "fsmt": {"src_vocab_size": 96, "tgt_vocab_size": 96},
     "cpmant": {"prompt_length": 4, "prompt_types": 4, "segment_types": 4, "position_bias_num_buckets": 16},
