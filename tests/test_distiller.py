@@ -449,7 +449,10 @@ def test_plain_ddp_trains_what_some_terms_do_not_reach(tmp_path: Path) -> None:
 
 def check_shared_targets(ranks: list[dict[str, Any]], folder: Path) -> None:
     """One process stores all rows before the training, in which both read them."""
-    assert [found["runs"] for found in ranks] == [1 + 2 + 4, 0]  # for the layout, is padding read, four batches
+    assert [found["runs"] for found in ranks] == [
+        1 + 2 + 4 + 4,
+        0,
+    ]  # for the layout, is padding read, four batches, four trials
     assert len(list(folder.glob("shard-*"))) == 1
     assert len(StoredTeacher(folder).store) == 16
     for name, value in ranks[0]["live"].items():

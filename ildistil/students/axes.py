@@ -41,16 +41,8 @@ _ROLES = [
     (r"(?:output\.|attention\.)?LayerNorm|\w*(?:layer_?norm|_norm)|ln_[12f]|norm", "r", "-"),
     (r"(?:word|position|token_type|tok)_embeddings|wte|wpe|embed_tokens", "-", "e"),
     (r"embeddings_project|embedding_hidden_mapping_in", "r", "e"),
-    (
-        r"pooler(?:\.dense)?|(?:classifier|discriminator_predictions)\.dense|pre_classifier|sequence_summary\.\w+",
-        "p",
-        "r",
-    ),
-    (
-        r"classifier(?:\.out_proj)?|seq_relationship|dense_prediction|qa_outputs|score|multiple_choice_head\.\w+",
-        "-",
-        "p",
-    ),
+    (r"pooler(?:\.dense)?|pre_classifier|(?:classifier|discriminator_predictions)\.dense|\w+_summary\.\w+", "p", "r"),
+    (r"classifier(?:\.out_proj)?|seq_relationship|dense_prediction|qa_outputs|score|\w+_head\.summary", "-", "p"),
     (r"(?:transform|(?:generator_)?predictions|lm_head|head)\.dense|vocab_transform", "t", "r"),
     (r"decoder|vocab_projector|generator_lm_head|lm_head", "-", "t"),
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ildistil.capture import Capture, Tap, find_layers
+from ildistil.capture import Capture, Tap
 from ildistil.errors import ModelError
 
 __all__ = ["Measured", "measure"]
@@ -30,18 +30,15 @@ def measure(
     """Run the model on the batches, and sum up its states and what the named modules read and write.
 
     Raises:
-        ModelError: there is no batch, or the model has no single stack of layers.
+        ModelError: there is no batch.
     """
-    depth = model.config.num_hidden_layers
-    if not find_layers(model):
-        raise ModelError(f"{type(model).__name__} has no single stack of layers to measure.")
     seen: dict[str, list[Tensor]] = defaultdict(list)
     named = dict(model.named_modules())
     handles = [named[n].register_forward_pre_hook(lambda _, x, n=n: seen[n].append(x[0])) for n in reads]
     handles += [named[n].register_forward_hook(lambda _, x, y, n=n: seen[n].append(y)) for n in writes]
     modes = {module: module.training for module in model.modules()}
     # The modules are tapped so that the model runs to the last of them.
-    taps = [Tap("hidden", i) for i in range(depth + 1)] + [Tap(name) for name in reads]
+    taps = [Tap("hidden", i) for i in range(model.config.num_hidden_layers + 1)] + [Tap(name) for name in reads]
     capture = Capture(model, taps, role="teacher")
     moment = residual = torch.zeros(())
     totals: dict[str, Tensor] = {}

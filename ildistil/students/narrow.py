@@ -88,12 +88,8 @@ def _check_embeddings(modules: list[Module], students: list[Module]) -> None:
 def _norms_before(modules: list[Module], readers: Mapping[str, str]) -> dict[str, Module]:
     """Return the norms whose gains move into their readers, by the reader's name."""
     by_name = {m.name: m for m in modules}
-    found = {}
-    for m in modules:
-        norm = by_name.get(f"{m.block}.{readers.get(m.name.removeprefix(m.block + '.'))}")
-        if norm is not None and (norm.bias is None or m.bias is not None):
-            found[m.name] = norm
-    return found
+    pairs = [(m, by_name.get(f"{m.block}.{readers.get(m.name.removeprefix(m.block + '.'))}")) for m in modules]
+    return {m.name: norm for m, norm in pairs if norm is not None and (norm.bias is None or m.bias is not None)}
 
 
 def _works_on_dimensions(modules: list[Module], bare: set[str]) -> bool:
@@ -103,10 +99,7 @@ def _works_on_dimensions(modules: list[Module], bare: set[str]) -> bool:
 
 
 def _norm_factor(moment: Tensor, basis: Tensor, centred: bool) -> float:
-    """Return the factor of the norms' gains that makes a normed vector as long as what the basis keeps of it.
-
-    A norm divides by the root of the mean square: over fewer dimensions that is another number.
-    """
+    """Return what makes up for norms that divide by the root mean square of fewer dimensions."""
     kept = basis.T @ moment @ basis
     energy = [float(m.trace() - (m.mean() * len(m) if centred else 0)) for m in (kept, moment)]
     return math.sqrt(energy[0] / energy[1] * len(moment) / len(kept))
