@@ -23,5 +23,7 @@ def test_one_model_of_each_kind_is_right(tmp_path: Path) -> None:
         "T5ForConditionalGeneration": "own",
     }
     text = table.read_text(encoding="utf-8")
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
     assert "| GPT2LMHeadModel | right | right | right | right | the next one |" in text
