@@ -36,7 +36,7 @@ def main() -> None:
         "--json", type=Path, default=Path("sweep.json"), help="file of the results; rows of others stay"
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--timeout", type=int, default=90, help="seconds for an architecture")
+    parser.add_argument("--timeout", type=int, default=60, help="seconds for an architecture")
     parser.add_argument("--page", type=Path, help="a Markdown page to write the tables into")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
