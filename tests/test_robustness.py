@@ -16,7 +16,7 @@ import tiny
 from ildistil import Distillation, Distiller, cli, init_student, mappings, objectives
 from ildistil.capture import Capture, Tap
 from ildistil.engine.synthetic import synthetic_batch
-from ildistil.errors import CaptureError, ModelRunError, ObjectiveError
+from ildistil.errors import CaptureError, DataError, ModelRunError, ObjectiveError
 from ildistil.objectives import Objective
 from ildistil.stages import Step
 from test_distiller import loader, pair, trainer
@@ -370,3 +370,21 @@ def test_a_step_begins_once_for_a_batch() -> None:
     steps = run.global_step
     assert begun[-steps:] == list(range(steps))
     assert begun[:-steps] == [0, 0]  # the dry runs
+
+
+def test_the_label_of_a_row_of_padding_does_not_count() -> None:
+    engine = Distillation(*pair(), [objectives.TaskLoss(), objectives.LogitsKL(weight=0.5)])
+    batch = tiny.batch((7, 4, 6, 2))
+    whole = engine({k: v[:3] for k, v in batch.items()})
+    batch["attention_mask"][3] = 0
+    padded = engine(batch)
+    torch.testing.assert_close(padded.total, whole.total)
+    assert int(padded.counts["task_loss"].number) == 3
+
+
+def test_the_number_of_a_row_of_padding_is_refused() -> None:
+    engine = Distillation(tiny.bert(2, labels=1), None, [objectives.TaskLoss()])
+    batch = tiny.batch((7, 4, 6), labels=1)
+    batch["attention_mask"][1] = 0
+    with pytest.raises(DataError, match="Row 1 of a batch has no token and the label .*Leave rows of padding out"):
+        engine.dry_run(batch)

@@ -22,7 +22,7 @@ from ildistil.attention import Attention
 from ildistil.capture.activations import Activations, KnownTraits, Layers, Pooling
 from ildistil.capture.head import LazyLogits
 from ildistil.capture.info import ModelInfo
-from ildistil.capture.inputs import model_inputs, separate_configs
+from ildistil.capture.inputs import model_inputs, real_labels, separate_configs
 from ildistil.capture.layers import find_layers, find_stacks, unwrapped
 from ildistil.capture.run import Capture
 from ildistil.capture.taps import Role, Tap, merged
@@ -42,6 +42,7 @@ __all__ = [
     "find_stacks",
     "merged",
     "model_inputs",
+    "real_labels",
     "separate_configs",
     "unwrapped",
 ]

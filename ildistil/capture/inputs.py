@@ -19,6 +19,7 @@ __all__ = [
     "input_names",
     "main_input",
     "model_inputs",
+    "real_labels",
     "separate_configs",
     "token_mask",
     "without_labels",
@@ -48,6 +49,18 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     if "use_cache" in names:
         inputs["use_cache"] = False
     return inputs
+
+
+def real_labels(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the batch without the labels of rows that have no token: they are set to -100, which no loss counts.
+
+    Labels that are numbers stay: a mean of squares has no way to leave one out.
+    """
+    labels, mask = batch.get("labels"), token_mask(batch)
+    if mask is None or not isinstance(labels, Tensor) or labels.is_floating_point() or len(labels) != len(mask):
+        return batch
+    real = mask.any(1).view(-1, *(1,) * (labels.ndim - 1))
+    return {**batch, "labels": torch.where(real, labels, -100)}
 
 
 def without_labels(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,15 @@ from ildistil.errors import DataError, ModelError, ObjectiveError
 from ildistil.objectives import Objective
 from ildistil.schedules import Schedule
 
-__all__ = ["check_batch", "check_label_order", "check_learned_parts", "check_models", "named_objectives", "no_weight"]
+__all__ = [
+    "check_batch",
+    "check_label_order",
+    "check_learned_parts",
+    "check_models",
+    "check_numbers_of_real_rows",
+    "named_objectives",
+    "no_weight",
+]
 
 NO_OBJECTIVE = (
     "There is no objective. Give at least one, such as objectives.LogitsKL(): as a callback of the Trainer, in a YAML "
@@ -88,6 +96,23 @@ def check_batch(batch: Any, positions: int | None) -> None:
         raise DataError(
             f"A sequence of {tokens.shape[1]} tokens is longer than the models' {positions} positions. Cut the texts "
             f"at {positions} tokens (max_length={positions} in the data module, truncation in your tokenizer)."
+        )
+
+
+def check_numbers_of_real_rows(batch: Mapping[str, Any]) -> None:
+    """Refuse labels that are numbers in rows without any token: no loss of a model can leave them out.
+
+    Raises:
+        DataError: there is such a row.
+    """
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    if not isinstance(labels, Tensor) or not isinstance(mask, Tensor) or not labels.is_floating_point():
+        return
+    empty = (mask == 0).flatten(1).all(1).nonzero().flatten().tolist()
+    if empty and len(labels) == len(mask):
+        raise DataError(
+            f"Row {empty[0]} of a batch has no token and the label {labels[empty[0]].tolist()}, which the student's "
+            "own loss would count. Leave rows of padding out of the data."
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ildistil.capture import Activations, Capture, Layers, ModelInfo, Role, Tap, model_inputs, unwrapped
+from ildistil.capture import Activations, Capture, Layers, ModelInfo, Role, Tap, model_inputs, real_labels, unwrapped
 from ildistil.engine import checks
 from ildistil.engine.balance import Balance
 from ildistil.engine.dry_run import DryRun, check_terms, without_trace
@@ -245,6 +245,7 @@ class Distillation(nn.Module):
         if self._capture is None or not active.keys() <= self._hooked:
             self.attach()  # for the first time, after detach(), or because somebody raised a weight from 0
         assert self._capture is not None
+        batch = real_labels(batch)
         teacher, wanted = _NOTHING, self._reads("teacher", active)
         if self.teacher is not None and wanted:
             teacher = self.teacher(batch, wanted, verify=verify)
@@ -283,10 +284,13 @@ class Distillation(nn.Module):
 
         Raises:
             ObjectiveError: a term is not finite, or reaches no trainable parameter.
+            DataError: a row without any token has a number as its label, which the model's loss would count.
         """
         used = {name: o for name, o in self.objectives.items() if o.weight != 0}
         for objective in used.values():
             objective.begin(Step(self._step.number or 0))  # the step they are in: nothing is drawn or learned anew
+        if any(tap.name == "loss" for tap in self._reads("student", used)):
+            checks.check_numbers_of_real_rows(batch)
         with without_trace(self), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             values, _ = self._run(batch, used, verify=True)
             found, reach = check_terms(values, [p for p in self.parameters() if p.requires_grad])
