@@ -44,7 +44,7 @@ class Hooks:
         self.ends: dict[str | None, list[nn.Module]] = {}
         self.output_layer: nn.Module | None = None
         self._handles: list[Any] = []
-        self._previous_attention: str | None = None
+        self._is_bound = False
         try:
             self._attach()
         except BaseException:
@@ -56,9 +56,9 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._previous_attention is not None and isinstance(self.model, PreTrainedModel):
-            unbind(self.model, self._previous_attention)
-            self._previous_attention = None
+        if self._is_bound and isinstance(self.model, PreTrainedModel):
+            unbind(self.model)
+            self._is_bound = False
 
     def refuse_reentrant_checkpointing(self) -> None:
         """Refuse a model whose layers are checkpointed in a way that gives captured tensors wrong gradients.
@@ -116,7 +116,8 @@ class Hooks:
 
     def _attach_attention(self) -> None:
         if isinstance(self.model, PreTrainedModel) and goes_through_interface(self.model):
-            self._previous_attention = bind(self.model)
+            bind(self.model)
+            self._is_bound = True
             return
         layers = [layer for layers in self.layers.values() for layer in layers]
         handles = families.attach(layers, self.recorder)

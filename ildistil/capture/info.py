@@ -1,7 +1,9 @@
 """What is known of a model before it runs."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -87,9 +89,9 @@ class ModelInfo:
         info = cls(
             name=type(model).__name__,
             depth=getattr(text, "num_hidden_layers", 0),
-            width=getattr(text, "hidden_size", None),
-            heads=getattr(text, "num_attention_heads", None),
-            vocabulary=getattr(text, "vocab_size", None),
+            width=_setting(text, "hidden_size"),
+            heads=_setting(text, "num_attention_heads"),
+            vocabulary=_setting(text, "vocab_size"),
             labels=config.num_labels if has_classes else None,
             problem_type=getattr(config, "problem_type", None),
             positions=_positions(model),
@@ -133,8 +135,8 @@ def _stack_info(model: nn.Module, whole: ModelInfo) -> dict[str, ModelInfo]:
     info: dict[str, ModelInfo] = {}
     for name, coder in coders(model).items():
         config = getattr(coder, "config", None)
-        heads = getattr(config, f"{name}_attention_heads", None) or getattr(config, "num_attention_heads", whole.heads)
-        width = getattr(config, "hidden_size", whole.width)
+        heads = _setting(config, f"{name}_attention_heads", "num_attention_heads") or whole.heads
+        width = _setting(config, "hidden_size") or whole.width
         info[name] = _with_attention(replace(whole, depth=len(only_stack(coder)), width=width, heads=heads), config)
     return info | {"cross": info["decoder"]} if info else {}
 
@@ -148,21 +150,22 @@ def _count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _with_attention(info: ModelInfo, config: object) -> ModelInfo:
-    """Add the widths of the attention: a head may have a size of its own, and another one for values."""
-
-    def size(*names: str) -> int | None:
+def _setting(config: object, *names: str) -> Any:
+    """Return the first of some settings that a config makes; ``None`` if it makes none, or layers differ in it."""
+    with suppress(RuntimeError):  # how transformers says that they differ
         return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
-    query = size("head_dim", "d_kv")
-    if (latent := size("qk_nope_head_dim")) is not None:  # DeepSeek: head_dim is that of the rotary part
-        query = latent + (size("qk_rope_head_dim") or 0)
-    width = size("true_hidden_size") or info.width  # MobileBERT attends in a bottleneck
 
-    def total(head: int | None) -> int | None:
-        return width if head is None or info.heads is None else head * info.heads
-
-    return replace(info, attention_width=total(query), value_width=total(size("v_head_dim") or query))
+def _with_attention(info: ModelInfo, config: object) -> ModelInfo:
+    """Add the widths of the attention: a head may have a size of its own, and another one for values."""
+    if getattr(config, "is_heterogeneous", False):
+        return replace(info, attention_width=None, value_width=None)
+    query, value = _setting(config, "head_dim", "d_kv"), _setting(config, "v_head_dim", "head_dim", "d_kv")
+    if (latent := _setting(config, "qk_nope_head_dim")) is not None:  # DeepSeek's head_dim is that of the rotary part
+        query = latent + (_setting(config, "qk_rope_head_dim") or 0)
+    width = _setting(config, "true_hidden_size") or info.width  # MobileBERT attends in a bottleneck
+    widths = (width if head is None or info.heads is None else head * info.heads for head in (query, value))
+    return replace(info, attention_width=next(widths), value_width=next(widths))
 
 
 def _positions(model: nn.Module) -> int | None:

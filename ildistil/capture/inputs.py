@@ -64,14 +64,11 @@ def real_labels(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def without_labels(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Leave the labels out; a decoder that would have made its input of them gets this input."""
+    """Leave the labels out, unless the model makes its decoder's input of them, as it knows best how."""
     labels = inputs.get("labels")
     given = any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
     if labels is not None and labels.ndim == 2 and not given and "decoder_input_ids" in input_names(model):
-        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        if shift is None:  # only the model itself knows how, as Whisper
-            return inputs
-        inputs["decoder_input_ids"] = shift(labels=labels)
+        return inputs
     return {name: value for name, value in inputs.items() if name != "labels"}
 
 

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -45,8 +45,8 @@ class AttentionRecorder(Protocol):
 
 
 _active: AttentionRecorder | None = None
-# The number of captures that a model is bound for: two engines may share one teacher.
-_bound: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+# The captures that a model is bound for, as two engines may share one teacher, and what its configs said before.
+_bound: WeakKeyDictionary[nn.Module, tuple[int, list[tuple[PreTrainedConfig, str]]]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -92,30 +92,40 @@ def goes_through_interface(model: nn.Module) -> bool:
     return isinstance(model, PreTrainedModel) and bool(model._can_set_attn_implementation())
 
 
-def bind(model: PreTrainedModel) -> str:
-    """Switch a model to the recording twin of its attention implementation, and return the previous one."""
-    _bound[model] = _bound.get(model, 0) + 1
-    previous: str = model.config._attn_implementation
-    if previous.startswith(PREFIX):
-        return previous.removeprefix(PREFIX)
-    twin = PREFIX + previous.replace("/", "_")
+def bind(model: PreTrainedModel) -> None:
+    """Switch a model, and each model inside it, to the recording twin of its own attention implementation."""
+    captures, previous = _bound.get(model, (0, []))
+    if captures == 0:
+        parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and goes_through_interface(m)]
+        configs = {id(config): config for part in parts for config in _nested(part.config)}
+        previous = [(config, said) for config in configs.values() if (said := config._attn_implementation) is not None]
+    for config, implementation in previous:
+        config._attn_implementation = {"": _twin(implementation)}
+    _bound[model] = captures + 1, previous
+
+
+def unbind(model: PreTrainedModel) -> None:
+    """Switch a model back to its own attention implementations, unless another capture needs the twins."""
+    captures, previous = _bound.pop(model)
+    if captures > 1:
+        _bound[model] = captures - 1, previous
+        return
+    for config, implementation in previous:
+        config._attn_implementation = {"": implementation}
+
+
+def _nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for name in config.sub_configs:
+        if (inside := getattr(config, name, None)) is not None:
+            yield from _nested(inside)
+
+
+def _twin(implementation: str) -> str:
+    if implementation.startswith(PREFIX):  # as of a copy of a model that was bound
+        return implementation
+    twin = PREFIX + implementation.replace("/", "_")
     if twin not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        AttentionInterface.register(twin, _recording(previous))
-        AttentionMaskInterface.register(twin, ALL_MASK_ATTENTION_FUNCTIONS[previous])
-    _switch(model, twin)
-    return previous
-
-
-def unbind(model: PreTrainedModel, previous: str) -> None:
-    """Switch a model back to its own attention implementation, unless another capture needs the twin."""
-    _bound[model] -= 1
-    if _bound[model] == 0:
-        _switch(model, previous)
-
-
-def _switch(model: PreTrainedModel, implementation: str) -> None:
-    model.set_attn_implementation(implementation)
-    # Before 5.23 transformers leaves out models inside whose config is a copy of the whole one's, as T5's stacks have.
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part.config._attn_implementation != implementation:
-            part.set_attn_implementation(implementation)
+        AttentionInterface.register(twin, _recording(implementation))
+        AttentionMaskInterface.register(twin, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return twin

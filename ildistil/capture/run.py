@@ -175,19 +175,11 @@ class Capture:
             wanted: the taps of this run; all by default.
 
         Returns:
-            The inputs by name. Labels stay where the model makes its decoder's input of them itself.
-
-        Raises:
-            ModelRunError: the model can't make its decoder's input of these labels.
+            The inputs by name; labels stay where the model makes its decoder's input of them.
         """
         model = unwrapped(self.model)
         inputs = model_inputs(model, batch)
-        if Tap("loss") in (self.wanted if wanted is None else wanted):
-            return inputs
-        try:
-            return without_labels(model, inputs)
-        except Exception as error:
-            raise self._failed(inputs, error) from error
+        return inputs if Tap("loss") in (self.wanted if wanted is None else wanted) else without_labels(model, inputs)
 
     def close(self) -> None:
         """Remove the hooks and give the model its attention implementation back."""

@@ -49,13 +49,15 @@ class Trial(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], mask: Tensor) -> "Trial":
-        """Take the longest row.
+        """Take the longest row that has padding, which some models mind, or else the longest one.
 
         Args:
             inputs: a model's inputs.
             mask: its real tokens, boolean ``(batch, tokens)``.
         """
-        row = int(mask.sum(1).argmax())
+        lengths = mask.sum(1)
+        padded = torch.where((lengths < mask.shape[1]) & (lengths > 2), lengths, 0)
+        row = int((padded if bool(padded.any()) else lengths).argmax())
         places = mask[row].nonzero()[:, 0].tolist() or [0]
         start, end = places[0], places[-1] + 1
         tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
