@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sweep.architectures import Architecture
 from sweep.batches import LONG, SHORT, Batch, candidates, forward_names
 from sweep.settings import EXTRAS
-from sweep.shrink import tiny_config
+from sweep.shrink import MIDDLE, tiny_config
 
 
 class NotBuiltError(Exception):
@@ -73,7 +73,7 @@ def _of_config(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrain
         inside = (getattr(config, name) for name in config.sub_configs)
         config = next((part for part in inside if isinstance(part, cls.config_class)), config)
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = 0
+        config.decoder_start_token_id = MIDDLE - 1  # no padding token: its row of attention would be empty
     return cls(config)
 
 
