@@ -72,8 +72,10 @@ def _of_config(cls: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrain
     if cls.config_class is not None and not isinstance(config, cls.config_class):
         inside = (getattr(config, name) for name in config.sub_configs)
         config = next((part for part in inside if isinstance(part, cls.config_class)), config)
-    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = MIDDLE - 1  # no padding token: its row of attention would be empty
+    if config.is_encoder_decoder:  # a decoder starts with no padding token: its row of attention would be empty
+        for name, token in (("pad_token_id", 0), ("decoder_start_token_id", MIDDLE - 1)):
+            if getattr(config, name, None) is None:
+                setattr(config, name, token)
     return cls(config)
 
 
