@@ -1,4 +1,5 @@
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tiny
@@ -47,14 +48,15 @@ def test_attention_is_what_the_model_attends_with(family: str, monkeypatch: pyte
     with torch.no_grad():
         plain = model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits
         capture = Capture(model, ALL)
-        recording = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
+        eager = getattr(sys.modules[type(model).__module__], "eager_attention_forward", None)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(model.config._attn_implementation, eager)
 
         def keep_output(*args: Any, **kwargs: Any) -> Any:
-            result = recording(*args, **kwargs)
+            result = attend(*args, **kwargs)
             outputs.append(result[0])
             return result
 
-        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, model.config._attn_implementation, keep_output)
+        monkeypatch.setitem(AttentionInterface._global_mapping, model.config._attn_implementation, keep_output)
         seen = capture(batch, verify=True)
     assert torch.equal(seen.logits, plain)
     assert sorted(seen.attention) == [1, 2, 3, 4]
@@ -507,7 +509,9 @@ def test_a_shared_config_is_separated() -> None:
 def test_release_gives_the_models_back() -> None:
     student, teacher = tiny.bert(2), tiny.bert(4)
     engine = Distillation(student, teacher, [objectives.AttentionKL(), objectives.HiddenMSE()])
-    assert student.config._attn_implementation == "ildistil_sdpa"
+    for model in (student, teacher):
+        assert model.config._attn_implementation == "sdpa"
+    engine(tiny.batch())
     engine.release()
     for model in (student, teacher):
         assert model.config._attn_implementation == "sdpa"

@@ -109,6 +109,14 @@ def test_resuming_from_the_last_checkpoint(folder: Path) -> None:
     assert torch.load(last, weights_only=True)["global_step"] == 6
 
 
+def test_a_checkpoint_of_another_student_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["fit", "--config=run.yaml"])
+    best = "--ckpt_path=runs/fit/version_0/checkpoints/best.ckpt"
+    error = fails(capsys, "validate", "--config=run.yaml", "--model.student.layers=[1,2,3]", best)
+    assert "The checkpoint is of another student than this run's." in error
+    assert 'Missing key(s) in state_dict: "distillation.student.bert.encoder.layer.2.' in error
+
+
 def test_the_last_checkpoint_is_of_the_last_epoch(folder: Path) -> None:
     """Also where no epoch after the first is better."""
     cli.main(["fit", "--config=run.yaml", "--trainer.max_epochs=3", "--model.learning_rate=1e-9"])

@@ -5,10 +5,10 @@ model's own supervised loss), or the path of any submodule, whose output is then
 model, records only the wanted layers, and leaves outputs and speed of the model as they were:
 
 - hidden states come from forward hooks on the model's stack of layers;
-- attention comes from the function that transformers' ``AttentionInterface`` calls in each layer: ours records query,
-  key and value (after rotary embedding, before dropout) and calls the implementation the model had (sdpa, eager,
-  flash, flex). No attention map is ever requested from the model. A few families outside ``AttentionInterface`` are
-  read by hooks on their projections.
+- attention comes from the functions that transformers' ``AttentionInterface`` calls in each layer: during a run they
+  record query, key and value (after rotary embedding, before dropout) and go on as ever, whatever the implementation
+  (sdpa, eager, flash, flex). No attention map is ever requested from the model. A few families outside
+  ``AttentionInterface`` are read by hooks on their projections.
 
 What arrives is checked against the batch, and what only a run tells is learned from one: whether the model's layers put
 tokens first, whether its attention is causal, and which label a row of its logits predicts.

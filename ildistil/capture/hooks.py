@@ -3,12 +3,11 @@
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from ildistil.capture import families
 from ildistil.capture.head import output_layer
 from ildistil.capture.info import ModelInfo
-from ildistil.capture.interface import bind, goes_through_interface, unbind
+from ildistil.capture.interface import goes_through_interface
 from ildistil.capture.layers import find_stacks
 from ildistil.capture.recorder import Recorder
 from ildistil.capture.taps import Tap
@@ -44,7 +43,6 @@ class Hooks:
         self.ends: dict[str | None, list[nn.Module]] = {}
         self.output_layer: nn.Module | None = None
         self._handles: list[Any] = []
-        self._is_bound = False
         try:
             self._attach()
         except BaseException:
@@ -52,13 +50,10 @@ class Hooks:
             raise
 
     def close(self) -> None:
-        """Remove the hooks and give the model its attention implementation back."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._is_bound and isinstance(self.model, PreTrainedModel):
-            unbind(self.model)
-            self._is_bound = False
 
     def refuse_reentrant_checkpointing(self) -> None:
         """Refuse a model whose layers are checkpointed in a way that gives captured tensors wrong gradients.
@@ -115,9 +110,7 @@ class Hooks:
                 self._handles += self.recorder.hook_layer(layer, end, stack, number if once else None)
 
     def _attach_attention(self) -> None:
-        if isinstance(self.model, PreTrainedModel) and goes_through_interface(self.model):
-            bind(self.model)
-            self._is_bound = True
+        if goes_through_interface(self.model):
             return
         layers = [layer for layers in self.layers.values() for layer in layers]
         handles = families.attach(layers, self.recorder)

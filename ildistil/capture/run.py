@@ -182,7 +182,7 @@ class Capture:
         return inputs if Tap("loss") in (self.wanted if wanted is None else wanted) else without_labels(model, inputs)
 
     def close(self) -> None:
-        """Remove the hooks and give the model its attention implementation back."""
+        """Remove the hooks."""
         self._hooks.close()
 
     def _run_model(self, inputs: dict[str, Any]) -> Any:

@@ -57,7 +57,7 @@ def _read(source: str) -> dict[str, Any]:
         close = difflib.get_close_matches(source, files, n=1)
         hint = f"Did you mean {close[0]!r}?" if close else f"YAML files beside it: {', '.join(files[:8]) or 'none'}."
         raise ConfigError(f"There is no file {source!r}. {hint}")
-    where = "The YAML given" if inline else source
+    where = "The value given" if inline else source
     try:
         text = source if inline else path.read_text(encoding="utf-8")
         root, found = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)

@@ -58,6 +58,9 @@ class Parser(LightningArgumentParser):
 
     _owner: str | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """Remember the class that this parser parses the arguments of, for its messages."""
         if nested_key is None:
@@ -83,7 +86,7 @@ class Parser(LightningArgumentParser):
         super().validate(namespace, skip_unset=False, skip_required=True)
 
     def _known_words(self) -> set[str]:
-        options = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+        options = [option.strip("-+") for action in self._actions for option in action.option_strings]
         words = {part for option in options for part in option.split(".")}
         for base in (Objective, LayerMapping, Schedule, ModelSource, L.LightningDataModule, L.Callback, Logger):
             for cls in _subclasses(base):
@@ -111,8 +114,8 @@ def _plain(message: str) -> str:
     Given value: many
     """
     keys = re.findall(r'^Parser key "([^"]+)":\s', message)
-    lines = [line for line in message.splitlines() if not _NOISE.match(line)]
-    text = ": ".join([*keys, "\n".join(re.sub(r"^\s*- |^\s+", "", line) for line in lines)])
+    lines = [re.sub(r"^\s*- |^\s+", "", line) for line in message.splitlines() if not _NOISE.match(line)]
+    text = ": ".join([*keys, "\n".join(dict.fromkeys(lines))])
     for pattern, plain in _PLAIN.items():
         text = re.sub(pattern, plain, text, flags=re.DOTALL)
     return text

@@ -42,7 +42,7 @@ def lightning_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (MisconfigurationException, ValueError, RuntimeError, ImportError, OSError) as error:
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         raised_in = list(traceback.walk_tb(error.__traceback__))[-1][0].f_globals.get("__name__", "")
         by_lightning = isinstance(error, MisconfigurationException) or raised_in.startswith("lightning.")
         if isinstance(error, IldistilError) or not by_lightning:

@@ -333,7 +333,7 @@ def _verdict(by_model: dict[str, list[Result]]) -> str:
 
 
 def _figure(results: Sequence[Result], path: Path) -> str:
-    """Draw the accuracies; gives the file's name for the closing line."""
+    """Draw the accuracies, and return the file's name for the closing line."""
     try:
         import matplotlib as mpl
     except ImportError:

@@ -76,7 +76,7 @@ class Balance:
         }
 
     def gradient_shares(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give each term's part of the sum of gradient norms, where these are what is balanced."""
+        """Return each term's part of the sum of gradient norms, where these are what is balanced."""
         if self.by != "gradient":
             return {}
         norms = {name: weight * self.sizes.get(name, torch.zeros(())) for name, weight in weights.items()}
@@ -84,7 +84,7 @@ class Balance:
         return {name: norm / whole for name, norm in norms.items()}
 
     def state_dict(self) -> dict[str, float]:
-        """Give the sizes for a checkpoint."""
+        """Return the sizes for a checkpoint."""
         return {name: float(size) for name, size in self.sizes.items()}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:

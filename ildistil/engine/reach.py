@@ -1,4 +1,4 @@
-"""Let every trainable parameter take part in every backward pass, as plain ``ddp`` needs."""
+"""Every trainable parameter takes part in every backward pass, as plain ``ddp`` needs."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -58,7 +58,7 @@ def _texts(model: PreTrainedModel, tokens: int) -> Batch | None:
 
 
 def _rows(model: PreTrainedModel, vocabulary: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Give two rows of ordinary tokens, the second one shorter, and their mask."""
+    """Make two rows of ordinary tokens, the second one shorter, and their mask."""
     config = model.config
     special = {getattr(config, f"{k}_token_id", None) for k in ("pad", "bos", "eos", "cls", "sep", "mask")}
     ordinary = [i for i in range(min(vocabulary, 64)) if i not in special] or [0]

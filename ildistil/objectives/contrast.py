@@ -160,7 +160,7 @@ class CLSContrast(_Contrast):
             self._forget()
 
     def begin(self, step: Step) -> None:
-        """Let the bank learn what was met in the step before; within a step it stays, whatever is accumulated."""
+        """Learn what was met in the step before; within a step it stays, whatever is accumulated."""
         super().begin(step)
         if step.number is None:
             raise ObjectiveError(

@@ -220,12 +220,16 @@ def load(
             "out of config=... what changes shapes; a head for other labels needs a checkpoint without one."
         )
     body = "" if head == "none" else f"{model.base_model_prefix}."
-    layers = sorted(n for n in info["missing_keys"] if n.startswith(body) and "pooler" not in n)
-    if missing := layers if new_head else sorted(info["missing_keys"]):
+    missing = sorted(info["missing_keys"])
+    if layers := [name for name in missing if name.startswith(body) and "pooler" not in name]:
         raise ModelError(
-            f"The checkpoint {path!r} has no weights for {', '.join(missing[:4])}: "
-            f"{'weights of its layers' if layers else 'its head'} would be random. Fine-tune it on the task first "
-            "(ildistil finetune), or choose the head it was saved with."
+            f"The checkpoint {path!r} has no weights for {', '.join(layers[:4])}: weights of its layers would be "
+            "random. Name the folder of a whole model, as save_pretrained writes it."
+        )
+    if missing and not new_head:
+        raise ModelError(
+            f"The checkpoint {path!r} has no weights for {', '.join(missing[:4])}: its head would be random. Fine-tune "
+            "it on the task first (ildistil finetune), or choose the head it was saved with."
         )
     return model
 

@@ -131,7 +131,7 @@ class Store:
         self.refresh()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let copies open the files themselves: copying or pickling what is mapped would read all of it."""
+        """Make copies open the files themselves: copying or pickling what is mapped would read all of it."""
         return Store, (self.folder, self.shard_bytes, self.expected)
 
     def __len__(self) -> int:

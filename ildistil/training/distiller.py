@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ildistil.capture import ModelInfo, unwrapped
 from ildistil.data.task import task_of
 from ildistil.engine import Balance, Distillation, DryRun
-from ildistil.errors import ConfigError, DataError
+from ildistil.errors import CheckpointError, ConfigError, DataError
 from ildistil.objectives import Objective
 from ildistil.stages import Stage, Step, Timeline
 from ildistil.teachers import Teacher
@@ -285,6 +285,20 @@ class Distiller(L.LightningModule):
             if self.distillation.balance is not None:
                 self.distillation.balance.load_state_dict(saved.balance)
         checkpoint["state_dict"] |= {key: saved.projections.get(key, value) for key, value in own.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the weights of a checkpoint.
+
+        Raises:
+            CheckpointError: they are of another model.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            raise CheckpointError(
+                "The checkpoint is of another student than this run's. Build the student as the run did that wrote it, "
+                f"with the same 'model' part of the configuration. {str(error).splitlines()[1].strip()[:200]} ..."
+            ) from error
 
     def _specifications(self) -> dict[str, str]:
         return {name: specification(objective) for name, objective in self.distillation.objectives.items()}

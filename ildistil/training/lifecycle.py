@@ -33,7 +33,7 @@ class Lifecycle(Callback):
             self._frozen.append(parameter)
 
     def copy_again(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Let callbacks that average weights copy the module once more, now that it has its projections."""
+        """Make callbacks that average weights copy the module once more, now that it has its projections."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, StochasticWeightAveraging):
                 callback.setup(trainer, module, "fit")
@@ -53,7 +53,7 @@ class Lifecycle(Callback):
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Let early stopping and the best checkpoint watch from the last stage on."""
+        """Start early stopping and the best checkpoint with the last stage."""
         self._resume()
         if not pl_module.timeline.is_last(trainer.global_step):
             self._waiting = [c for c in trainer.callbacks if watches(c)]  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ __all__ = ["prepare_targets"]
 def prepare_targets(
     trainer: L.Trainer, teacher: Teacher | None, objectives: Sequence[Objective], student: nn.Module
 ) -> None:
-    """Let the teacher prepare for every row of the training set, on the Trainer's device.
+    """Prepare the teacher for every row of the training set, on the Trainer's device.
 
     Raises:
         TargetsError: they can't be stored, or were made with another tokenizer.
