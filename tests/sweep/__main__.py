@@ -46,7 +46,7 @@ def main() -> None:
     if arguments.only:
         chosen = [a for a in chosen if {a.model_type, a.name} & set(arguments.only)]
     if arguments.again:
-        chosen = [a for a in chosen if page.results(rows[a.name]) & set(arguments.again)]
+        chosen = [a for a in chosen if a.name in rows and page.results(rows[a.name]) & set(arguments.again)]
     if not (arguments.only or arguments.again):
         rows = {}
     for number, row in enumerate(sweep(chosen, arguments.jobs, arguments.timeout), 1):
