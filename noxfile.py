@@ -57,6 +57,16 @@ def examples(session: nox.Session) -> None:
 
 
 @nox.session
+def sweep(session: nox.Session) -> None:
+    """Compare every architecture of transformers with runs by hand; some of them: ``-- --only bert t5``."""
+    session.install(*PINNED, "-e", ".[dev]")
+    page, env = Path("docs/models.md").resolve(), {"OMP_NUM_THREADS": "1"}
+    results = Path(session.create_tmp()).resolve() / "sweep.json"
+    session.chdir("tests")
+    session.run("python", "-m", "sweep", "--json", str(results), "--page", str(page), *session.posargs, env=env)
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """Build the wheel, install it into an empty environment, and run the quickstart in another folder."""
     session.install(*PINNED, "build", "hatchling")
