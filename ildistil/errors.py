@@ -5,6 +5,11 @@ without this library in mind would expect. Whatever is none of these is a bug, i
 and is never swallowed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
 __all__ = [
     "CaptureError",
     "CheckpointError",
@@ -18,6 +23,8 @@ __all__ = [
     "NotFiniteError",
     "ObjectiveError",
     "TargetsError",
+    "WriteError",
+    "writing",
 ]
 
 
@@ -63,6 +70,27 @@ class TargetsError(CaptureError):
 
 class CheckpointError(IldistilError, ValueError):
     """A checkpoint that can't be read, or isn't of this run."""
+
+
+class WriteError(IldistilError, OSError):
+    """A file that can't be written."""
+
+
+@contextmanager
+def writing(where: object) -> Iterator[None]:
+    """Raise a `WriteError` where a file can't be written, for want of space or of permission.
+
+    Raises:
+        WriteError: the operating system refuses.
+    """
+    try:
+        yield
+    except IldistilError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise WriteError(
+            f"{where} can't be written ({error}). Free some space, or name a folder that is yours."
+        ) from error
 
 
 class NotFiniteError(IldistilError, FloatingPointError):

@@ -388,3 +388,19 @@ def test_the_number_of_a_row_of_padding_is_refused() -> None:
     batch["attention_mask"][1] = 0
     with pytest.raises(DataError, match="Row 1 of a batch has no token and the label .*Leave rows of padding out"):
         engine.dry_run(batch)
+
+
+def test_a_data_set_of_batches() -> None:
+    batches = [dict(tiny.batch(seed=seed)) for seed in range(3)]
+    run = trainer(objectives.TaskLoss(), objectives.LogitsKL(), max_epochs=1)
+    run.fit(Distiller(*pair()), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    assert run.global_step == 3
+
+
+def test_a_loss_that_is_no_tensor_is_refused() -> None:
+    class Number(objectives.LogitsKL):
+        def loss(self, student: Any, teacher: Any, batch: Any) -> Any:
+            return 1.0
+
+    with pytest.raises(ObjectiveError, match="The loss of number must be a scalar, got a float"):
+        Distillation(*pair(), [Number()])(tiny.batch())

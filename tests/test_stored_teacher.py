@@ -39,7 +39,7 @@ from transformers import (
 import tiny
 from ildistil import Distillation, Distiller, Stage, mappings, objectives
 from ildistil.capture import Tap
-from ildistil.errors import ObjectiveError, TargetsError
+from ildistil.errors import ObjectiveError, TargetsError, WriteError
 from ildistil.objectives import Objective
 from ildistil.stages import Step
 from ildistil.teachers import Estimate, StoredTeacher, estimate, precompute
@@ -700,3 +700,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(TargetsError, match=r"holds no targets but other files, such as train.tsv. Name a folder"):
         StoredTeacher(tmp_path, tiny.bert(4))
     assert [x.name for x in tmp_path.iterdir()] == ["train.tsv"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(WriteError, match=r"full can't be written \(.*No space left on device\). Free some space, or"):
+        stored(tmp_path / "full", [objectives.HiddenMSE()])
+    assert not list((tmp_path / "full").glob("*shard*"))

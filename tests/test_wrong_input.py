@@ -19,6 +19,13 @@ class KeyBug(Objective):
     def loss(self, student, teacher, batch):
         return student.logits.mean() * {}["nothing"]
 
+class ShapeBug(Objective):
+    taps = ("hidden[-1]",)
+
+    def loss(self, student, teacher, batch):
+        return (student.hidden[-1][..., :5] - teacher.hidden[-1]).square().mean()
+
+
 class ValueBug(KeyBug):
     def loss(self, student, teacher, batch):
         raise ValueError("a bug of mine")
@@ -171,6 +178,12 @@ def test_a_bug_of_ones_own_keeps_its_traceback(name: str, error: type[Exception]
     with pytest.raises(error) as caught:
         cli.main(words(f"--objectives.bug=mine.{name}"))
     assert caught.traceback[-1].path.name == "mine.py"
+
+
+def test_a_bug_that_torch_finds_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match="size of tensor a") as caught:
+        cli.main(words("--objectives.bug=mine.ShapeBug"))
+    assert "mine.py" in [entry.path.name for entry in caught.traceback]
 
 
 def test_the_traceback_of_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

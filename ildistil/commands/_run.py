@@ -43,7 +43,9 @@ def lightning_errors() -> Iterator[None]:
     try:
         yield
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
-        raised_in = list(traceback.walk_tb(error.__traceback__))[-1][0].f_globals.get("__name__", "")
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        # Lightning watches what torch does while a module is configured: that it was in between tells nothing.
+        raised_in = [f.f_globals.get("__name__", "") for f in frames if f.f_code.co_name != "__torch_function__"][-1]
         by_lightning = isinstance(error, MisconfigurationException) or raised_in.startswith("lightning.")
         if isinstance(error, IldistilError) or not by_lightning:
             raise

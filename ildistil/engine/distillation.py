@@ -256,8 +256,10 @@ class Distillation(nn.Module):
         values, counts = {}, {}
         for name, objective in active.items():
             values[name] = objective.loss(student, teacher, batch)
-            if values[name].ndim:
-                raise ObjectiveError(f"The loss of {name} must be a scalar, got the shape {tuple(values[name].shape)}.")
+            if not isinstance(values[name], Tensor) or values[name].ndim:
+                got = getattr(values[name], "shape", None)
+                what = f"the shape {tuple(got)}" if got is not None else f"a {type(values[name]).__name__}"
+                raise ObjectiveError(f"The loss of {name} must be a scalar, got {what}.")
             with torch.no_grad():
                 one = torch.ones((), device=values[name].device)  # the same in all processes: the whole batch's already
                 counts[name] = Count(one) if objective.batch_coupled else objective.count(student, batch)
@@ -286,6 +288,7 @@ class Distillation(nn.Module):
             ObjectiveError: a term is not finite, or reaches no trainable parameter.
             DataError: a row without any token has a number as its label, which the model's loss would count.
         """
+        checks.check_batch(batch, self._positions)
         used = {name: o for name, o in self.objectives.items() if o.weight != 0}
         for objective in used.values():
             objective.begin(Step(self._step.number or 0))  # the step they are in: nothing is drawn or learned anew

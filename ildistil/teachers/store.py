@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ildistil.errors import TargetsError
+from ildistil.errors import TargetsError, writing
 from ildistil.teachers.layout import Column, Dtype, Header, TeacherFacts, torch_dtype
 from ildistil.teachers.rows import KEY_BYTES
 
@@ -247,18 +247,20 @@ class Store:
 
         Raises:
             TargetsError: another process wrote another one.
+            WriteError: the folder can't be written to.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         draft = self.folder / f".{DESCRIPTION}-{uuid.uuid4().hex[:12]}"
-        draft.write_text(header.to_json(), encoding="utf-8")
-        try:
-            os.link(draft, self.folder / DESCRIPTION)  # unlike a rename it fails where there is one
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            draft.rename(self.folder / DESCRIPTION)
-        finally:
-            draft.unlink(missing_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draft.write_text(header.to_json(), encoding="utf-8")
+            try:
+                os.link(draft, self.folder / DESCRIPTION)  # unlike a rename it fails where there is one
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without links
+                draft.rename(self.folder / DESCRIPTION)
+            finally:
+                draft.unlink(missing_ok=True)
         found = self._read_header()
         if found != header:
             raise TargetsError(f"Another run has just begun to write other targets into {self.folder}. {_ELSEWHERE}")
@@ -308,13 +310,13 @@ class Store:
             self._check_space()
             name = f"shard-{uuid.uuid4().hex[:12]}.safetensors"
             draft = self.folder / f".{name}"
-            try:
-                draft.write_bytes(
-                    save(tensors, {_OF: self.header.digest})
-                )  # save_file would hide it from all other users
-                draft.rename(self.folder / name)
-            finally:
-                draft.unlink(missing_ok=True)
+            with writing(self.folder):
+                try:
+                    # save_file would hide it from all other users
+                    draft.write_bytes(save(tensors, {_OF: self.header.digest}))
+                    draft.rename(self.folder / name)
+                finally:
+                    draft.unlink(missing_ok=True)
             self._open, self._open_keys, self._open_bytes = [], set(), 0
         self.refresh()
 

@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ildistil.errors import CheckpointError
+from ildistil.errors import CheckpointError, writing
 from ildistil.training.checkpoint import STUDENT, Saved, load
 
 __all__ = ["export", "load_student", "save_student"]
@@ -68,11 +68,15 @@ def save_student(
         folder: the folder to write.
         tokenizer: its tokenizer.
         card: the text of ``README.md``.
+
+    Raises:
+        WriteError: the folder can't be written.
     """
-    student.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if card is not None:
-        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+    with writing(folder):
+        student.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if card is not None:
+            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
 
 
 def _read(checkpoint: str | Path) -> tuple[dict[str, Any], Saved]:

@@ -5,10 +5,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import IterableDataset
+from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from ildistil.engine import Distillation, DryRun
 from ildistil.errors import ModelRunError, TargetsError
+
+_ONE_BY_ONE = (SequentialSampler, RandomSampler, DistributedSampler)
 
 __all__ = ["try_first_batch", "try_synthetic_batch"]
 
@@ -48,7 +50,10 @@ def _first_batch(trainer: L.Trainer) -> Any | None:
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not len(dataset):
         return None  # a stream: taking a batch would lose it
     # Neither through the loader nor its sampler: they may hold random states and workers of their own.
-    size = getattr(loader.batch_sampler, "batch_size", None) or 2
     with isolate_rng():
-        batch = loader.collate_fn([dataset[row] for row in range(min(8, size, len(dataset)))])
+        if loader.batch_sampler is None and type(loader.sampler) in _ONE_BY_ONE:
+            batch = loader.collate_fn(dataset[0])  # the data set's items are batches
+        else:
+            size = getattr(loader.batch_sampler, "batch_size", None) or 2
+            batch = loader.collate_fn([dataset[row] for row in range(min(8, size, len(dataset)))])
     return trainer.strategy.batch_to_device(batch, trainer.lightning_module.device)
