@@ -259,3 +259,18 @@ def test_eager_attention_is_that_of_the_family() -> None:
     for layer in model.bert.encoder.layer:
         layer.attention.self.__class__ = Subclassed
     assert list(Capture(model, {Tap("attention", 2)})(tiny.batch()).attention) == [2]
+
+
+class Unmasked(tf.LlamaModel):
+    """Attends to padding, which nobody sees while it stands behind the text."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        return super().forward(input_ids)
+
+
+def test_padding_that_a_model_attends_to_is_noticed_where_it_counts() -> None:
+    capture = Capture(Unmasked(tf.LlamaConfig(**GROUPED, num_hidden_layers=1)), {Tap("attention", 1)})
+    for _ in range(2):
+        assert list(capture(text(LONG)).attention) == [1]
+    with pytest.raises(CaptureError, match=NOT_UNDERSTOOD):
+        capture(text(LONG, left=1))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ildistil.attention import Attention, Masks
+from ildistil.attention import Attention, Masks, allowed_map
 from ildistil.capture.recorder import Key, PaddingMasks, Recorder, Records
 from ildistil.capture.taps import Tap
 from ildistil.errors import CaptureError
@@ -157,19 +157,22 @@ def reads_at_once(device: torch.device) -> bool:
 
 def _differs(record: Attention, passed: Any) -> Tensor:
     """Return whether a mask is another one than understood, as a boolean scalar on its device."""
-    queries, keys = record.query.shape[2], record.key.shape[2]
-    if not isinstance(passed, Tensor):  # flex attention is passed a rule
+    queries, keys, device = record.query.shape[2], record.key.shape[2], record.query.device
+    understood = record.allowed_map()
+    added: Tensor | bool = False
+    if passed is None:  # padding is not masked
+        allowed = allowed_map(record.query, record.key, record.masks._replace(key_mask=None))
+    elif isinstance(passed, Tensor) and passed.ndim != 4:  # a flash kernel gets the padding mask itself
+        return torch.zeros((), dtype=torch.bool, device=device)
+    elif not isinstance(passed, Tensor):  # flex attention is passed a rule
         from torch.nn.attention.flex_attention import create_mask  # slow to import
 
-        passed = create_mask(passed.mask_mod, len(record.query), 1, queries, keys, device=record.query.device)
-    if passed.ndim != 4:
-        return torch.zeros((), dtype=torch.bool, device=passed.device)  # a flash kernel got the padding mask itself
-    passed = passed[..., :keys]
-    if passed.shape[-2] not in (1, queries) or passed.shape[-1] not in (1, keys):
-        return torch.ones((), dtype=torch.bool, device=passed.device)
-    allowed = passed > torch.finfo(passed.dtype).min / 2 if passed.is_floating_point() else passed.bool()
-    differs = allowed != record.allowed_map()
-    if passed.is_floating_point():  # what isn't minus infinity is added to the scores
-        differs |= allowed & (passed != 0)
-    wrong: Tensor = (differs & record.real()[:, None, :, None]).any()
+        allowed = create_mask(passed.mask_mod, len(record.query), 1, queries, keys, device=device)
+    else:
+        passed = passed[..., :keys]
+        if passed.shape[-2] not in (1, queries) or passed.shape[-1] not in (1, keys):
+            return torch.ones((), dtype=torch.bool, device=device)
+        allowed = passed > torch.finfo(passed.dtype).min / 2 if passed.is_floating_point() else passed.bool()
+        added = allowed & (passed != 0) if passed.is_floating_point() else False  # to the scores
+    wrong: Tensor = (((allowed != understood) | added) & record.real()[:, None, :, None]).any()
     return wrong

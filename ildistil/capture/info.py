@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ildistil.capture.layers import coders, find_layers, only_stack, unwrapped
+from ildistil.capture.layers import coder_layers, coders, find_layers, layered_config, unwrapped
 from ildistil.errors import CaptureError
 
 __all__ = ["ModelInfo", "check_stack", "is_classifier"]
@@ -70,8 +70,8 @@ class ModelInfo:
         (2, 8, 9)
         """
         model = unwrapped(model)
-        config = getattr(model, "config", None)
-        if not isinstance(config, PreTrainedConfig):
+        layered = layered_config(model)
+        if layered is None:
             layers = find_layers(model)
             attention = getattr(layers[0], "self_attn", None) if layers else None
             return cls(
@@ -83,15 +83,15 @@ class ModelInfo:
                 value_width=getattr(attention, "embed_dim", None),
                 parameters=_count_parameters(model),
             )
-        text = config.get_text_config()
+        config: Any = model.config
         init_layers = getattr(config, "init_layers", None)
-        has_classes = "vocab_size" not in vars(text) or is_classifier(model)
+        has_classes = "vocab_size" not in vars(layered) or is_classifier(model)
         info = cls(
             name=type(model).__name__,
-            depth=getattr(text, "num_hidden_layers", 0),
-            width=_setting(text, "hidden_size"),
-            heads=_setting(text, "num_attention_heads"),
-            vocabulary=_setting(text, "vocab_size"),
+            depth=depth if isinstance(depth := _setting(layered, "num_hidden_layers"), int) else 0,
+            width=_setting(layered, "hidden_size"),
+            heads=_setting(layered, "num_attention_heads"),
+            vocabulary=_setting(layered, "vocab_size"),
             labels=config.num_labels if has_classes else None,
             problem_type=getattr(config, "problem_type", None),
             positions=_positions(model),
@@ -100,7 +100,7 @@ class ModelInfo:
             parameters=_count_parameters(model),
             source=getattr(model, "name_or_path", None) or None,
         )
-        info = _with_attention(info, text)
+        info = _with_attention(info, layered)
         return replace(info, stacks=_stack_info(model, info))
 
     def stack(self, name: str | None) -> "ModelInfo":
@@ -137,7 +137,9 @@ def _stack_info(model: nn.Module, whole: ModelInfo) -> dict[str, ModelInfo]:
         config = getattr(coder, "config", None)
         heads = _setting(config, f"{name}_attention_heads", "num_attention_heads") or whole.heads
         width = _setting(config, "hidden_size") or whole.width
-        info[name] = _with_attention(replace(whole, depth=len(only_stack(coder)), width=width, heads=heads), config)
+        info[name] = _with_attention(
+            replace(whole, depth=len(coder_layers(name, coder)), width=width, heads=heads), config
+        )
     return info | {"cross": info["decoder"]} if info else {}
 
 

@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["coders", "find_layers", "find_stacks", "only_stack", "unwrapped"]
+__all__ = ["coder_layers", "coders", "find_layers", "find_stacks", "layered_config", "unwrapped"]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -11,6 +11,20 @@ def unwrapped(model: nn.Module) -> nn.Module:
     inner = getattr(model, "_orig_mod", model)
     assert isinstance(inner, nn.Module)
     return inner
+
+
+def layered_config(model: nn.Module) -> PreTrainedConfig | None:
+    """Return the config of a model's layers: that of its text model, or of images where it has no text model.
+
+    ``None`` for a plain module.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return None
+    text: PreTrainedConfig = config.get_text_config()
+    parts = {type(module.config) for module in model.modules() if isinstance(module, PreTrainedModel)}
+    images = getattr(config, "vision_config", None)
+    return images if type(text) not in parts and type(images) in parts else text
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:
@@ -21,19 +35,15 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
     if coders(model):
         return []
     stacks = _outermost(model)
-    config = getattr(model, "config", None)
-    if isinstance(config, PreTrainedConfig):
-        text = config.get_text_config()
-        # ALBERT shares layers in groups; LXMERT's number of layers is a mapping.
-        lengths = (getattr(text, "num_hidden_layers", 0), getattr(text, "num_hidden_groups", None))
-        stacks = [stack for stack in stacks if len(stack) in lengths]
+    if (config := layered_config(model)) is not None:  # ALBERT shares layers in groups
+        stacks = _as_deep(stacks, config, "num_hidden_layers", "num_hidden_groups")
     return stacks[0] if len(stacks) == 1 else []
 
 
 def find_stacks(model: nn.Module) -> dict[str | None, list[nn.Module]]:
     """Find the layers of every stack: ``encoder`` and ``decoder``, or those of the only stack under ``None``."""
     found = coders(model)
-    return {name: only_stack(coder) for name, coder in found.items()} if found else {None: find_layers(model)}
+    return {name: coder_layers(name, coder) for name, coder in found.items()} if found else {None: find_layers(model)}
 
 
 def coders(model: nn.Module) -> dict[str, nn.Module]:
@@ -46,10 +56,22 @@ def coders(model: nn.Module) -> dict[str, nn.Module]:
     return {} if alone else {"encoder": encoder, "decoder": decoder}
 
 
-def only_stack(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a module with a single stack; none if it has more."""
-    stacks = _outermost(model)
+def coder_layers(name: str, coder: nn.Module) -> list[nn.Module]:
+    """Return the layers of an encoder or a decoder: its only outermost ``ModuleList``, or the one that is long enough.
+
+    Args:
+        name: ``"encoder"`` or ``"decoder"``.
+        coder: the module.
+    """
+    stacks, config = _outermost(coder), getattr(coder, "config", None)
+    if len(stacks) > 1:
+        stacks = _as_deep(stacks, config, f"{name}_layers", f"num_{name}_layers", "num_hidden_layers")
     return stacks[0] if len(stacks) == 1 else []
+
+
+def _as_deep(stacks: list[list[nn.Module]], config: object, *names: str) -> list[list[nn.Module]]:
+    depths = [getattr(config, name, None) for name in names]
+    return [stack for stack in stacks if len(stack) in depths]
 
 
 def _outermost(model: nn.Module) -> list[list[nn.Module]]:

@@ -19,7 +19,7 @@ PaddingMasks = dict[str | None, tuple[Tensor | None, Tensor | None]]  # of queri
 _HARMLESS = {
     "dropout", "is_causal", "sliding_window", "softcap", "position_bias", "position_ids", "use_cache", "cache",
     "cache_position", "past_key_values", "output_attentions", "output_hidden_states", "return_dict", "deterministic",
-    "layer_idx", "target_dtype", "num_items_in_batch", "encoder_hidden_states", "token_type_ids",
+    "layer_idx", "target_dtype", "num_items_in_batch", "encoder_hidden_states", "token_type_ids", "logits_to_keep",
 }  # fmt: skip
 
 
@@ -202,7 +202,7 @@ class Recorder:
         causal = bool(getattr(module, "is_causal", False) if causal is None else causal)
         masks = Masks(query_mask, key_mask, causal, kwargs.get("sliding_window"))
         self.attention[place] = Attention(raw, masks, kept["v"], unknown)
-        if isinstance(mask, Tensor) or (self.verify and mask is not None):
+        if mask is None or isinstance(mask, Tensor) or self.verify:
             self.masks_passed[place] = mask
         self._stop_if_enough()
 
