@@ -188,6 +188,13 @@ def test_layers_whose_place_counts_are_refused(family: str, config: Any, layers:
         init_student(teacher, *arguments)
 
 
+def test_a_config_without_one_number_of_layers_is_refused() -> None:
+    sizes = {"hidden_size": 32, "vocab_size": 50, "num_decoder_layers": 2, "num_encoder_layers": 2}
+    teacher = tf.ProphetNetForCausalLM(tf.ProphetNetConfig(**sizes, num_decoder_attention_heads=4))
+    with pytest.raises(ModelError, match="ProphetNetConfig doesn't take a number of layers"):
+        init_student(teacher, layers=[1])
+
+
 def test_layers_of_a_group_find_its_weights() -> None:
     """Two of four layers of ALBERT, one of each of two groups, against the groups run by hand."""
     teacher = tf.AlbertModel(tf.AlbertConfig(**TEXT, num_hidden_groups=2, embedding_size=16)).eval()

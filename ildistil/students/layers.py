@@ -60,7 +60,11 @@ def changed_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreT
 
 
 def picked_config(config: PreTrainedConfig, layers: list[int]) -> PreTrainedConfig:
-    """Return a copy of a config that describes these layers only."""
+    """Return a copy of a config that describes these layers only.
+
+    Raises:
+        ModelError: the config doesn't take their number.
+    """
     config = copy.deepcopy(config)
     text = config.get_text_config()
     depth = text.num_hidden_layers
@@ -76,7 +80,10 @@ def picked_config(config: PreTrainedConfig, layers: list[int]) -> PreTrainedConf
     own = {int(n): value for n, value in (text.to_dict().get("per_layer_config") or {}).items()}
     names = getattr(text, "stage_names", None) or ()
     outputs = [layers.index(i) + 1 for i in getattr(text, "out_indices", None) or () if i in layers]
-    text.num_hidden_layers = len(layers)
+    try:
+        text.num_hidden_layers = len(layers)
+    except NotImplementedError as error:
+        raise ModelError(f"{type(text).__name__} doesn't take a number of layers: {error}") from error
     if own:
         text.per_layer_config = {place: own[n - 1] for place, n in enumerate(layers) if n - 1 in own}
     if len(names) == depth + 1:  # a vision backbone: each layer is a stage that can be an output
