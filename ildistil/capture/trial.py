@@ -115,13 +115,13 @@ def pooled_states(model: nn.Module, layer: nn.Module, trial: Trial, tokens: int)
     if plain is None or plain.ndim != 2:
         return None
     read = []
-    between = (start + 1, (start + end) // 2, end - 1)
-    for place in ((start, start + 1), between[:2], between[1:], (end - 1, end)):
-        logits, _ = _replaced_run(model, layer, trial, tokens, slice(*place), last=calls)
+    middle = (start + end) // 2
+    for place in (slice(start, start + 1), slice(start + 1, middle), slice(middle, end)):
+        logits, _ = _replaced_run(model, layer, trial, tokens, place, last=calls)
         read.append(logits is not None and not torch.equal(logits[trial.row], plain[trial.row]))
-    if read[1] and read[2]:
+    if read[1:] == [True, True]:
         return "mean"
-    return {(1, 0, 0, 0): "first", (0, 0, 0, 1): "last"}.get(tuple(map(int, read)))  # type: ignore[arg-type, return-value]
+    return "first" if read == [True, False, False] else "last" if read == [False, False, True] else None
 
 
 def _replaced_run(
