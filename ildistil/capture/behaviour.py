@@ -70,10 +70,11 @@ class Behaviour:
     def pooling(self, stack: str | None, layer: int, inputs: Mapping[str, Any], real: Tensor) -> Pooling:
         """Return which state of a stack stands for a whole example; the arguments are those of :meth:`is_causal`."""
         if stack not in self._pooling and stack in (None, "decoder") and stack in self._layers:
-            last = self._layers[stack][-1]
+            trial, last = Trial.of(inputs, real), self._layers[stack][-1]
             with undisturbed(self.model), suppress(ModelRunError):
-                tokens = self._layout.token_dimension(stack)
-                self._pooling[stack] = pooled_states(self.model, last, Trial.of(inputs, real), tokens)
+                if trial.end - trial.start > 1:  # else all poolings are the same
+                    tokens = self._layout.token_dimension(stack)
+                    self._pooling[stack] = pooled_states(self.model, last, trial, tokens)
         found = self._pooling.get(stack)
         # Without a head of classes; a decoder's first state sees all that the encoder read.
         return found or ("last" if stack is None and self.is_causal(stack, layer, inputs, real) else "first")

@@ -10,16 +10,21 @@ from torch import Tensor, nn
 from ildistil.capture.activations import Pooling
 from ildistil.capture.inputs import input_names
 from ildistil.capture.recorder import layer_states
-from ildistil.errors import ModelRunError
+from ildistil.errors import CaptureError, ModelRunError
 
 __all__ = ["Trial", "depends_on_later_tokens", "pooled_states", "predicts_next_token", "undisturbed"]
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a model plainly in eval mode, without gradients, and leave its mode and the random state as they were."""
+    """Run a model plainly in eval mode, without gradients, and leave its mode and the random state as they were.
+
+    Raises:
+        CaptureError: the model changes its own weights in eval mode.
+    """
     modes = {module: module.training for module in model.modules()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    versions = _versions(model)
     plainly = torch.compiler.set_stance("force_eager")
     with torch.random.fork_rng(devices=devices), torch.no_grad(), plainly:
         model.eval()
@@ -28,6 +33,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+    if versions != _versions(model):
+        raise CaptureError(
+            f"The {type(model).__name__} changes its own weights when it runs in eval mode, and so can't be tried "
+            "between forward and backward. Switch that off (RWKV: rescale_every=0 in its config)."
+        )
+
+
+def _versions(model: nn.Module) -> int:
+    """Return how often trained parameters have been written to."""
+    return sum(parameter._version for parameter in model.parameters() if parameter.requires_grad)
 
 
 class Trial(NamedTuple):
@@ -56,7 +71,7 @@ class Trial(NamedTuple):
             mask: its real tokens, boolean ``(batch, tokens)``.
         """
         lengths = mask.sum(1)
-        padded = torch.where((lengths < mask.shape[1]) & (lengths > 2), lengths, 0)
+        padded = torch.where((lengths < mask.shape[1]) & (lengths > 3), lengths, 0)
         row = int((padded if bool(padded.any()) else lengths).argmax())
         places = mask[row].nonzero()[:, 0].tolist() or [0]
         start, end = places[0], places[-1] + 1
@@ -109,19 +124,19 @@ def pooled_states(model: nn.Module, layer: nn.Module, trial: Trial, tokens: int)
         tokens: which dimension of these states is the tokens.
     """
     start, end = trial.start, trial.end
-    if end - start < 4:
-        return None
     plain, calls = _replaced_run(model, layer, trial, tokens, slice(0, 0), last=0)
     if plain is None or plain.ndim != 2:
         return None
+    # The first one, and the others in two parts: who reads both of these reads them all.
+    second = start + 1 + max(1, (end - start - 1) // 2)
+    places = [slice(start, start + 1), slice(start + 1, second), slice(second, end)]
     read = []
-    middle = (start + end) // 2
-    for place in (slice(start, start + 1), slice(start + 1, middle), slice(middle, end)):
+    for place in places if end - second > 0 else places[:2]:
         logits, _ = _replaced_run(model, layer, trial, tokens, place, last=calls)
         read.append(logits is not None and not torch.equal(logits[trial.row], plain[trial.row]))
-    if read[1:] == [True, True]:
+    if all(read[-2:]):
         return "mean"
-    return "first" if read == [True, False, False] else "last" if read == [False, False, True] else None
+    return "first" if read[0] and not any(read[1:]) else "last" if read[-1] and not any(read[:-1]) else None
 
 
 def _replaced_run(
