@@ -1,6 +1,7 @@
 """What only runs tell of a model: which label its logits predict, how its states are laid out, what sees what."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import tiny
 from ildistil import Distillation, objectives
 from ildistil.capture import Capture, ModelInfo, Tap
 from ildistil.errors import CaptureError, ObjectiveError
+from ildistil.teachers import StoredTeacher, precompute
 
 Make = Callable[[], PreTrainedModel]
 CODERS = BART | {"encoder_layers": 2, "decoder_layers": 2}
@@ -403,6 +405,39 @@ def test_pooling_is_where_the_head_reads(family: str, tokens: int) -> None:
     assert seen.pooling == pooling
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
+
+
+def mean_pooling(layers: int, seed: int) -> tf.PreTrainedModel:
+    torch.manual_seed(seed)
+    config = tf.ModernBertConfig(
+        hidden_size=16, num_attention_heads=2, intermediate_size=16, num_hidden_layers=layers, vocab_size=50,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, classifier_pooling="mean",
+        initializer_range=0.3,
+    )  # fmt: skip
+    return tf.ModernBertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_short_texts_tell_as_much_as_long_ones(tokens: int) -> None:
+    """A first batch that is too short to tell anything by itself must not decide for all later ones."""
+    text = {k: v for k, v in tiny.batch().items() if k in ("input_ids", "attention_mask")}
+    short = {k: v[:, :tokens] for k, v in text.items()}
+    capture = Capture(mean_pooling(2, 0), [Tap("hidden", 2)])
+    assert (capture(short).causal, capture(short).pooling) == (False, "mean")
+    padding = text | {"attention_mask": torch.zeros_like(text["attention_mask"])}
+    capture = Capture(mean_pooling(2, 0), [Tap("hidden", 2)])
+    _ = capture(padding).pooling  # nothing to tell by
+    assert capture(text).pooling == "mean"
+
+
+def test_what_is_stored_of_a_teacher_does_not_depend_on_the_first_batch(tmp_path: Path) -> None:
+    text = {k: v for k, v in tiny.batch().items() if k in ("input_ids", "attention_mask")}
+    short = {k: v[:, :1] for k, v in tiny.batch(seed=1).items() if k in ("input_ids", "attention_mask")}
+    student, teacher = mean_pooling(2, 0), mean_pooling(4, 1)
+    live = Distillation(student, teacher, [objectives.CLSMSE()]).eval()(text).total
+    precompute(StoredTeacher(tmp_path, teacher, dtype="float32"), [objectives.CLSMSE()], student, [short, text])
+    stored = Distillation(student, StoredTeacher(tmp_path), [objectives.CLSMSE()]).eval()(text).total
+    torch.testing.assert_close(stored, live, rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_that_reads_two_of_many_tokens_is_none_of_a_kind() -> None:

@@ -70,9 +70,9 @@ class Behaviour:
     def pooling(self, stack: str | None, layer: int, inputs: Mapping[str, Any], real: Tensor) -> Pooling:
         """Return which state of a stack stands for a whole example; the arguments are those of :meth:`is_causal`."""
         if stack not in self._pooling and stack in (None, "decoder") and stack in self._layers:
-            trial, last = Trial.of(inputs, real), self._layers[stack][-1]
+            last, trial = self._layers[stack][-1], Trial.of(inputs, real)
             with undisturbed(self.model), suppress(ModelRunError):
-                if trial.end - trial.start > 1:  # else all poolings are the same
+                if trial.tells:
                     tokens = self._layout.token_dimension(stack)
                     self._pooling[stack] = pooled_states(self.model, last, trial, tokens)
         found = self._pooling.get(stack)
@@ -93,7 +93,8 @@ class Behaviour:
         found: bool | str | None = f"its logits are of the shape {tuple(logits.shape)}, not of its tokens"
         if logits.ndim == 3 and logits.shape[:2] == real.shape:
             with undisturbed(self.model):
-                found = predicts_next_token(self.model, Trial.of(inputs, real), logits.shape)
+                trial = Trial.of(inputs, real, repeats=False)  # rows of equal tokens have like logits
+                found = predicts_next_token(self.model, trial, logits.shape[-1])
         if isinstance(found, str):
             self.why_not_known = found
         self.next_token = found if isinstance(found, bool) else None

@@ -14,6 +14,8 @@ from ildistil.errors import CaptureError, ModelRunError
 
 __all__ = ["Trial", "depends_on_later_tokens", "pooled_states", "predicts_next_token", "undisturbed"]
 
+_TELLING = 5  # tokens
+
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
@@ -54,6 +56,7 @@ class Trial(NamedTuple):
         row: where it is among them.
         start: its first real token.
         end: where its real tokens end.
+        tokens: how many there are, padding included.
     """
 
     inputs: Mapping[str, Any]
@@ -61,25 +64,38 @@ class Trial(NamedTuple):
     row: int
     start: int
     end: int
+    tokens: int
+
+    @property
+    def tells(self) -> bool:
+        """Whether the row has tokens enough to tell a first, a last and those between apart."""
+        return self.end - self.start >= _TELLING
 
     @classmethod
-    def of(cls, inputs: Mapping[str, Any], mask: Tensor) -> "Trial":
+    def of(cls, inputs: Mapping[str, Any], mask: Tensor, repeats: bool = True) -> "Trial":
         """Take the longest row that has padding, which some models mind, or else the longest one.
 
         Args:
             inputs: a model's inputs.
             mask: its real tokens, boolean ``(batch, tokens)``.
+            repeats: repeat the tokens of a row that is too short to tell its first, last and other ones apart.
         """
         lengths = mask.sum(1)
-        padded = torch.where((lengths < mask.shape[1]) & (lengths > 3), lengths, 0)
+        padded = torch.where((lengths < mask.shape[1]) & (lengths > 2), lengths, 0)
         row = int((padded if bool(padded.any()) else lengths).argmax())
-        places = mask[row].nonzero()[:, 0].tolist() or [0]
-        start, end = places[0], places[-1] + 1
+        places, tokens = mask[row].nonzero()[:, 0].tolist(), mask.shape[1]
+        start, end = (places[0], places[-1] + 1) if places else (0, 0)
         tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
         if any(value.ndim == 0 or len(value) != len(mask) for value in tensors):
-            return cls(inputs, len(mask), row, start, end)
+            return cls(inputs, len(mask), row, start, end, tokens)
         one = {k: v[row : row + 1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        return cls(one, 1, 0, start, end)
+        if repeats and 0 < end - start < _TELLING:
+            times = -(-_TELLING // (end - start))
+            for name, value in one.items():
+                if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == tokens:
+                    one[name] = value[:, start:end].repeat(1, times, *(1,) * (value.ndim - 2))
+            start, end, tokens = 0, times * (end - start), times * (end - start)
+        return cls(one, 1, 0, start, end, tokens)
 
     def changed(self, name: str) -> dict[str, Any] | None:
         """Return the inputs with other tokens behind the first one; ``None`` where the row has but one.
@@ -128,15 +144,13 @@ def pooled_states(model: nn.Module, layer: nn.Module, trial: Trial, tokens: int)
     if plain is None or plain.ndim != 2:
         return None
     # The first one, and the others in two parts: who reads both of these reads them all.
-    second = start + 1 + max(1, (end - start - 1) // 2)
-    places = [slice(start, start + 1), slice(start + 1, second), slice(second, end)]
-    read = []
-    for place in places if end - second > 0 else places[:2]:
+    middle, read = (start + end) // 2, []
+    for place in (slice(start, start + 1), slice(start + 1, middle), slice(middle, end)):
         logits, _ = _replaced_run(model, layer, trial, tokens, place, last=calls)
         read.append(logits is not None and not torch.equal(logits[trial.row], plain[trial.row]))
-    if all(read[-2:]):
+    if all(read[1:]):
         return "mean"
-    return "first" if read[0] and not any(read[1:]) else "last" if read[-1] and not any(read[:-1]) else None
+    return "first" if read == [True, False, False] else "last" if read == [False, False, True] else None
 
 
 def _replaced_run(
@@ -169,7 +183,7 @@ def _run(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         raise ModelRunError(f"it fails in a trial run ({type(error).__name__}: {error})") from error
 
 
-def predicts_next_token(model: nn.Module, trial: Trial, shape: torch.Size) -> bool | str | None:
+def predicts_next_token(model: nn.Module, trial: Trial, vocabulary: int) -> bool | str | None:
     """Return whether the logits of a position predict the label of the next one, or the label of its own.
 
     The cross-entropy of a label ``v`` at position ``j`` is ``logsumexp(z_r) - z_rv`` for the row ``r`` that predicts
@@ -179,7 +193,7 @@ def predicts_next_token(model: nn.Module, trial: Trial, shape: torch.Size) -> bo
     Args:
         model: gives ``logits`` and, for ``labels``, a ``loss``.
         trial: the row to try it on.
-        shape: of the logits, ``(batch, tokens, vocabulary)``.
+        vocabulary: how many logits a token has.
 
     Returns:
         Whether they do; or why that isn't known; or ``None`` where the row is too short to tell.
@@ -189,15 +203,15 @@ def predicts_next_token(model: nn.Module, trial: Trial, shape: torch.Size) -> bo
     at = min(trial.start + 2, trial.end - 1)
     if at == trial.start:
         return None
-    first = shape[-1] * 2 // 3
+    first = vocabulary * 2 // 3
     try:
-        loss, logits = _labelled_run(model, trial, shape[1], at, first)
-        if logits.shape[1:] != shape[1:]:
+        loss, logits = _labelled_run(model, trial, at, first)
+        if logits.shape[1:] != (trial.tokens, vocabulary):
             return f"with labels it gives logits of the shape {tuple(logits.shape)}"
         before, own = logits[trial.row, at - 1 : at + 1].double()
         tried = [(own - before).argmax(), (own - before).argmin(), before.argmax(), own.argmin()]
         labels = sorted({int(label) for label in tried} - {first})
-        changes = torch.stack([_labelled_run(model, trial, shape[1], at, label)[0] for label in labels]) - loss
+        changes = torch.stack([_labelled_run(model, trial, at, label)[0] for label in labels]) - loss
     except ModelRunError as error:
         return str(error)
     same, following = (_agree(changes, row[first] - row[labels]) for row in (own, before))
@@ -206,14 +220,14 @@ def predicts_next_token(model: nn.Module, trial: Trial, shape: torch.Size) -> bo
     return following
 
 
-def _labelled_run(model: nn.Module, trial: Trial, tokens: int, at: int, label: int) -> tuple[Tensor, Tensor]:
+def _labelled_run(model: nn.Module, trial: Trial, at: int, label: int) -> tuple[Tensor, Tensor]:
     """Return loss and logits for made-up labels up to a position, with this label there.
 
     Raises:
         ModelRunError: the model doesn't run with them, or gives no loss.
     """
     reference = next(v for v in trial.inputs.values() if isinstance(v, Tensor))
-    labels = torch.full((trial.rows, tokens), -100, device=reference.device)
+    labels = torch.full((trial.rows, trial.tokens), -100, device=reference.device)
     labels[trial.row, trial.start : at] = torch.arange(at - trial.start, device=reference.device) + 3
     labels[trial.row, at] = label
     output = _run(model, {**trial.inputs, "labels": labels})
