@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import tiny
 from ildistil import Distillation, objectives
-from ildistil.capture import Capture, Tap
+from ildistil.capture import Capture, ModelInfo, Tap
 from ildistil.errors import CaptureError, ObjectiveError
 from ildistil.teachers import StoredTeacher, precompute
 
@@ -388,14 +388,15 @@ HEADS: dict[str, tuple[Make, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("tokens", [7, 3, 2])
 @pytest.mark.parametrize("family", HEADS)
-def test_pooling_is_where_the_head_reads(family: str) -> None:
+def test_pooling_is_where_the_head_reads(family: str, tokens: int) -> None:
     make, pooling = HEADS[family]
     model = seeded(make).train()
     inputs = {
         "pixel_values": torch.randn(3, 3, *(2 * (getattr(model.config, "image_size", 8),)), dtype=torch.double),
         "input_values": torch.randn(3, 60, dtype=torch.double),
-        "input_ids": tiny.batch((7, 6, 7))["input_ids"],
+        "input_ids": tiny.batch((tokens, tokens - 1, tokens))["input_ids"],
     }
     batch = {model.main_input_name: inputs[model.main_input_name]}
     state, modes = torch.get_rng_state(), [module.training for module in model.modules()]
@@ -437,3 +438,41 @@ def test_what_is_stored_of_a_teacher_does_not_depend_on_the_first_batch(tmp_path
     precompute(StoredTeacher(tmp_path, teacher, dtype="float32"), [objectives.CLSMSE()], student, [short, text])
     stored = Distillation(student, StoredTeacher(tmp_path), [objectives.CLSMSE()]).eval()(text).total
     torch.testing.assert_close(stored, live, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_reads_two_of_many_tokens_is_none_of_a_kind() -> None:
+    """AST's reads the class and the distillation token; then it is as without a head."""
+    config = tf.ASTConfig(**WIDE, num_hidden_layers=2, max_length=32, num_mel_bins=16, patch_size=8)
+    seen = Capture(tf.ASTForAudioClassification(config), {Tap("hidden", 2)})({"input_values": torch.randn(2, 32, 16)})
+    assert seen.hidden[2].shape[1] > 4
+    assert seen.pooling == "first"
+
+
+def test_a_model_that_changes_its_weights_in_eval_mode_is_not_tried() -> None:
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
+    batch = {"input_ids": labelled()["input_ids"]}
+    for rescale, message in ((2, "changes its own weights when it runs in eval mode.*rescale_every=0"), (0, None)):
+        models = [tf.RwkvForCausalLM(tf.RwkvConfig(**sizes, rescale_every=rescale)) for _ in range(2)]
+        engine = Distillation(*models, [objectives.LogitsKL()])
+        if message is None:
+            engine(batch).total.backward()
+        else:
+            with pytest.raises(CaptureError, match=message):
+                engine(batch)
+
+
+def test_layers_are_found_in_towers_and_behind_convolutions() -> None:
+    eyes, words = EYES | {"patch_size": 8, "num_hidden_layers": 3}, BERT | {"num_hidden_layers": 2}
+    clip = tf.CLIPForImageClassification(tf.CLIPConfig(text_config=words, vision_config=eyes))
+    info = ModelInfo.of(clip)
+    assert (info.depth, info.width, info.heads) == (3, 16, 2)
+    seen = Capture(clip, {Tap("hidden", 3)})({"pixel_values": torch.randn(2, 3, 16, 16)})
+    assert seen.hidden[3].shape == (2, 5, 16)
+    speech = {k: v for k, v in CODERS.items() if k != "max_position_embeddings"} | {"encoder_layers": 3}
+    model = tf.Speech2TextForConditionalGeneration(tf.Speech2TextConfig(**speech, input_feat_per_channel=8))
+    assert {name: stack.depth for name, stack in ModelInfo.of(model).stacks.items()} == {
+        "encoder": 3, "decoder": 2, "cross": 2,
+    }  # fmt: skip
+    batch = {"input_features": torch.randn(2, 20, 8), "attention_mask": (torch.arange(20) < 20).expand(2, 20).long()}
+    seen = Capture(model, {Tap("hidden", 3, "encoder")})(batch | {"labels": torch.ones(2, 4, dtype=torch.long)})
+    assert seen.stack("encoder").hidden[3].shape == (2, 5, 32)

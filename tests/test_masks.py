@@ -274,3 +274,21 @@ def test_padding_that_a_model_attends_to_is_noticed_where_it_counts() -> None:
         assert list(capture(text(LONG)).attention) == [1]
     with pytest.raises(CaptureError, match=NOT_UNDERSTOOD):
         capture(text(LONG, left=1))
+
+
+class Handing(tf.LlamaModel):
+    """Hands the mask down without naming it."""
+
+    def forward(self, input_ids: Tensor, **more: Any) -> Any:
+        return super().forward(input_ids, **more)
+
+
+def test_a_mask_that_is_handed_down_unnamed_reaches_the_model() -> None:
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(**GROUPED, num_hidden_layers=2)
+    model, plain = Handing(config).eval(), tf.LlamaModel(config).eval()
+    model.load_state_dict(plain.state_dict())
+    batch = text(LONG, left=2)
+    seen = Capture(model, {Tap("hidden", 1), Tap("attention", 2)})(batch)
+    expected = plain(**batch, output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(seen.hidden[1][seen.mask], expected[seen.mask])

@@ -43,9 +43,14 @@ def separate_configs(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Select what a model's ``forward`` names; everything but ``row_id`` and stored targets if it takes anything."""
+    """Select what a model's ``forward`` names; everything but ``row_id`` and stored targets if it takes anything.
+
+    The attention mask is passed on to whatever takes more than it names: some models hand it down unnamed.
+    """
     names = input_names(model)
-    inputs = {k: v for k, v in batch.items() if k not in OURS and (not names or k in names)}
+    more = any(p.kind == p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+    passed = names | {"attention_mask"} if more else names
+    inputs = {k: v for k, v in batch.items() if k not in OURS and (not names or k in passed)}
     if "use_cache" in names:
         inputs["use_cache"] = False
     return inputs

@@ -10,18 +10,25 @@ from torch import Tensor, nn
 from ildistil.capture.activations import Pooling
 from ildistil.capture.inputs import input_names
 from ildistil.capture.recorder import layer_states
-from ildistil.errors import ModelRunError
+from ildistil.errors import CaptureError, ModelRunError
 
 _TELLING = 5  # tokens
 
 __all__ = ["Trial", "depends_on_later_tokens", "pooled_states", "predicts_next_token", "undisturbed"]
 
+_TELLING = 5  # tokens
+
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a model plainly in eval mode, without gradients, and leave its mode and the random state as they were."""
+    """Run a model plainly in eval mode, without gradients, and leave its mode and the random state as they were.
+
+    Raises:
+        CaptureError: the model changes its own weights in eval mode.
+    """
     modes = {module: module.training for module in model.modules()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    versions = _versions(model)
     plainly = torch.compiler.set_stance("force_eager")
     with torch.random.fork_rng(devices=devices), torch.no_grad(), plainly:
         model.eval()
@@ -30,6 +37,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+    if versions != _versions(model):
+        raise CaptureError(
+            f"The {type(model).__name__} changes its own weights when it runs in eval mode, and so can't be tried "
+            "between forward and backward. Switch that off (RWKV: rescale_every=0 in its config)."
+        )
+
+
+def _versions(model: nn.Module) -> int:
+    """Return how often trained parameters have been written to."""
+    return sum(parameter._version for parameter in model.parameters() if parameter.requires_grad)
 
 
 class Trial(NamedTuple):
@@ -128,14 +145,14 @@ def pooled_states(model: nn.Module, layer: nn.Module, trial: Trial, tokens: int)
     plain, calls = _replaced_run(model, layer, trial, tokens, slice(0, 0), last=0)
     if plain is None or plain.ndim != 2:
         return None
-    read = []
-    between = (start + 1, (start + end) // 2, end - 1)
-    for place in ((start, start + 1), between[:2], between[1:], (end - 1, end)):
-        logits, _ = _replaced_run(model, layer, trial, tokens, slice(*place), last=calls)
+    # The first one, and the others in two parts: who reads both of these reads them all.
+    middle, read = (start + end) // 2, []
+    for place in (slice(start, start + 1), slice(start + 1, middle), slice(middle, end)):
+        logits, _ = _replaced_run(model, layer, trial, tokens, place, last=calls)
         read.append(logits is not None and not torch.equal(logits[trial.row], plain[trial.row]))
-    if read[1] and read[2]:
+    if all(read[1:]):
         return "mean"
-    return {(1, 0, 0, 0): "first", (0, 0, 0, 1): "last"}.get(tuple(map(int, read)))  # type: ignore[arg-type, return-value]
+    return "first" if read == [True, False, False] else "last" if read == [False, False, True] else None
 
 
 def _replaced_run(
