@@ -83,7 +83,8 @@ class Trial(NamedTuple):
             repeats: repeat the tokens of a row that is too short to tell its first, last and other ones apart.
         """
         lengths = mask.sum(1)
-        padded = torch.where((lengths < mask.shape[1]) & (lengths > 2), lengths, 0)
+        shortest = 0 if repeats else 2
+        padded = torch.where((lengths < mask.shape[1]) & (lengths > shortest), lengths, 0)
         row = int((padded if bool(padded.any()) else lengths).argmax())
         places, tokens = mask[row].nonzero()[:, 0].tolist(), mask.shape[1]
         start, end = (places[0], places[-1] + 1) if places else (0, 0)
@@ -92,11 +93,14 @@ class Trial(NamedTuple):
             return cls(inputs, len(mask), row, start, end, tokens)
         one = {k: v[row : row + 1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
         if repeats and 0 < end - start < _TELLING:
-            times = -(-_TELLING // (end - start))
+            places = [*range(start, end)] * -(-_TELLING // (end - start))
+            # With a column of the padding that it has.
+            columns = [*range(min(start, 1)), *places, *range(end, min(end + 1, tokens))]
             for name, value in one.items():
                 if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == tokens:
-                    one[name] = value[:, start:end].repeat(1, times, *(1,) * (value.ndim - 2))
-            start, end, tokens = 0, times * (end - start), times * (end - start)
+                    one[name] = value[:, columns]
+            start, tokens = min(start, 1), len(columns)
+            end = start + len(places)
         return cls(one, 1, 0, start, end, tokens)
 
     def changed(self, name: str) -> dict[str, Any] | None:

@@ -17,8 +17,10 @@ LABELS = 3
 
 
 def forward_names(model: nn.Module) -> set[str]:
-    """The names of a model's inputs."""
-    return set(inspect.signature(model.forward).parameters)
+    """The names of a model's inputs; what takes more than it names hands a mask down."""
+    parameters = inspect.signature(model.forward).parameters
+    more = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    return set(parameters) | ({"attention_mask"} if more else set())
 
 
 def candidates(model: nn.Module, head: str, lengths: tuple[int, ...], left: bool, extras: Any) -> Iterator[Batch]:
