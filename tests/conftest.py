@@ -29,3 +29,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_backend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget what a page's example chose for the whole process."""
+    monkeypatch.setattr("ildistil.kernels.choice._told", None)
