@@ -29,7 +29,7 @@ OURS = frozenset({"row_id", TARGETS})  # what no model is given
 
 
 def separate_configs(student: nn.Module, teacher: nn.Module) -> None:
-    """Give the student copies of all configs it shares with the teacher.
+    """Replace all configs that the student shares with the teacher by copies.
 
     Training writes to the config, such as the problem type that labels suggest, and so may whoever trains.
     """

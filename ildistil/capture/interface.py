@@ -40,7 +40,7 @@ _active: AttentionRecorder | None = None
 
 @contextmanager
 def recording(recorder: AttentionRecorder) -> Iterator[None]:
-    """Let attention functions record into this recorder."""
+    """Direct attention functions to this recorder."""
     global _active
     functions = AttentionInterface._global_mapping
     plain = dict(functions)
