@@ -476,3 +476,18 @@ def test_layers_are_found_in_towers_and_behind_convolutions() -> None:
     batch = {"input_features": torch.randn(2, 20, 8), "attention_mask": (torch.arange(20) < 20).expand(2, 20).long()}
     seen = Capture(model, {Tap("hidden", 3, "encoder")})(batch | {"labels": torch.ones(2, 4, dtype=torch.long)})
     assert seen.stack("encoder").hidden[3].shape == (2, 5, 32)
+
+
+def test_sizes_that_no_single_number_says_are_unknown() -> None:
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+    gemma = tf.Gemma4TextModel(
+        tf.Gemma4TextConfig(
+            **GROUPED | kinds, global_head_dim=16, hidden_size_per_layer_input=8, vocab_size_per_layer_input=50
+        )
+    )
+    info = ModelInfo.of(gemma)
+    assert (info.depth, info.width, info.attention_width, info.value_width) == (2, 32, None, None)
+    lxmert = tf.LxmertModel(tf.LxmertConfig(**BERT, l_layers=2, x_layers=1, r_layers=1))
+    assert ModelInfo.of(lxmert).depth == 0
+    with pytest.raises(CaptureError, match="has no single stack of layers"):
+        Capture(lxmert, {Tap("hidden", 1)})

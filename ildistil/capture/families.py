@@ -127,10 +127,7 @@ def _record_attention(
         bias = _argument("position_bias", 2, args, kwargs) if family.bias_method is None else None
     elif bias.ndim == 3:  # batch and heads in one
         bias = bias.view(-1, query.shape[1], *bias.shape[1:])
-    mask = _argument("attention_mask", 1, args, kwargs)
-    if mask is not None and not mask.is_floating_point():
-        mask = mask.bool()
-    more = {"position_bias": bias}
+    mask, more = _argument("attention_mask", 1, args, kwargs), {"position_bias": bias}
     recorder.record_attention(module, query, read["key"], read["value"], mask, read["scale"], more, read.get("unknown"))
 
 
