@@ -395,7 +395,7 @@ def test_pooling_is_where_the_head_reads(family: str, tokens: int) -> None:
     model = seeded(make).train()
     inputs = {
         "pixel_values": torch.randn(3, 3, *(2 * (getattr(model.config, "image_size", 8),)), dtype=torch.double),
-        "input_values": torch.randn(3, 60, dtype=torch.double),
+        "input_values": torch.randn(3, 6 * tokens + 8, dtype=torch.double),
         "input_ids": tiny.batch((tokens, tokens - 1, tokens))["input_ids"],
     }
     batch = {model.main_input_name: inputs[model.main_input_name]}

@@ -12,11 +12,9 @@ from ildistil.capture.inputs import input_names
 from ildistil.capture.recorder import layer_states
 from ildistil.errors import CaptureError, ModelRunError
 
-_TELLING = 5  # tokens
-
 __all__ = ["Trial", "depends_on_later_tokens", "pooled_states", "predicts_next_token", "undisturbed"]
 
-_TELLING = 5  # tokens
+_TELLING = 5  # tokens tell the first and the last one apart from several between
 
 
 @contextmanager
@@ -70,8 +68,8 @@ class Trial(NamedTuple):
 
     @property
     def tells(self) -> bool:
-        """Whether the row has tokens enough to tell a first, a last and those between apart."""
-        return self.end - self.start >= _TELLING
+        """Whether the row has tokens enough to tell the first one apart from the others."""
+        return self.end - self.start > 1
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any], mask: Tensor, repeats: bool = True) -> "Trial":
@@ -92,12 +90,14 @@ class Trial(NamedTuple):
         if any(value.ndim == 0 or len(value) != len(mask) for value in tensors):
             return cls(inputs, len(mask), row, start, end, tokens)
         one = {k: v[row : row + 1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        if repeats and 0 < end - start < _TELLING:
+        # Only where tokens are what is read: a few frames of speech are made of many samples.
+        by_token = "input_ids" in one and all(value.ndim > 1 and value.shape[1] == tokens for value in tensors)
+        if repeats and by_token and 0 < end - start < _TELLING:
             places = [*range(start, end)] * -(-_TELLING // (end - start))
             # With a column of the padding that it has.
             columns = [*range(min(start, 1)), *places, *range(end, min(end + 1, tokens))]
             for name, value in one.items():
-                if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == tokens:
+                if isinstance(value, Tensor):
                     one[name] = value[:, columns]
             start, tokens = min(start, 1), len(columns)
             end = start + len(places)
@@ -150,13 +150,14 @@ def pooled_states(model: nn.Module, layer: nn.Module, trial: Trial, tokens: int)
     if plain is None or plain.ndim != 2:
         return None
     # The first one, and the others in two parts: who reads both of these reads them all.
-    middle, read = (start + end) // 2, []
-    for place in (slice(start, start + 1), slice(start + 1, middle), slice(middle, end)):
+    middle, read = start + 1 + max(1, (end - start - 1) // 2), []
+    places = [slice(start, start + 1), slice(start + 1, middle), slice(middle, end)]
+    for place in places if middle < end else places[:2]:
         logits, _ = _replaced_run(model, layer, trial, tokens, place, last=calls)
         read.append(logits is not None and not torch.equal(logits[trial.row], plain[trial.row]))
-    if all(read[1:]):
+    if all(read[-2:]):
         return "mean"
-    return "first" if read == [True, False, False] else "last" if read == [False, False, True] else None
+    return "first" if read[0] and not any(read[1:]) else "last" if read[-1] and not any(read[:-1]) else None
 
 
 def _replaced_run(
