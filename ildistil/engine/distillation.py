@@ -136,7 +136,7 @@ class Distillation(nn.Module):
             self.teacher.compile(**options)
 
     def detach(self) -> None:
-        """Take the hooks off both models, and give them their plain attention back; objectives and projections stay."""
+        """Take the hooks off both models; objectives and projections stay."""
         if self._capture is not None:
             self._capture.close()
         if self.teacher is not None:
@@ -161,7 +161,8 @@ class Distillation(nn.Module):
         """
         if not isinstance(batch, Mapping):
             return batch
-        active = self._begin(step)
+        active = {name: self.objectives[name] for name in self.weights_at(step)}
+        self._begin(active, step)
         self._begun = True
         wanted = self._reads("teacher", active)
         if self.teacher is None or not wanted:
@@ -191,10 +192,12 @@ class Distillation(nn.Module):
             raise ObjectiveError(checks.NO_OBJECTIVE)
         checks.check_batch(batch, self._positions)
         begun, self._begun = self._begun and self._step == step, False
-        active = self._chosen(step) if begun else self._begin(step)
         weights = self.weights_at(step)
         if not weights:
             raise ObjectiveError(checks.no_weight(step.progress))
+        active = {name: self.objectives[name] for name in weights}
+        if not begun:
+            self._begin(active, step)
         values, counts = self._run(batch, active, verify)
         values = self._reach.attach(values, self.parameters())
         if self.training:
@@ -220,15 +223,10 @@ class Distillation(nn.Module):
         weights = {name: objective.weight_at(step.progress) for name, objective in chosen.items()}
         return {name: weight for name, weight in weights.items() if weight > 0}
 
-    def _chosen(self, step: Step) -> dict[str, Objective]:
-        return {name: self.objectives[name] for name in self.weights_at(step)}
-
-    def _begin(self, step: Step) -> dict[str, Objective]:
-        active = self._chosen(step)
+    def _begin(self, active: Mapping[str, Objective], step: Step) -> None:
         for objective in active.values():
             objective.begin(step)
         self._step = step
-        return active
 
     def _reads(self, role: Role, active: Mapping[str, Objective]) -> list[Tap]:
         if role == "student":

@@ -52,10 +52,6 @@ def changed_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreT
             raise ModelError(f"{type(config).__name__} doesn't take {key}={value!r}: {error}") from error
         if not known:
             raise ModelError(f"{type(config).__name__} has no {key!r}. Name values of its config.")
-    # A teacher under capture runs a recording twin of its attention; the student starts with the plain one.
-    implementation = config._attn_implementation
-    if implementation is not None:
-        config._attn_implementation = implementation.removeprefix("ildistil_")
     return config
 
 

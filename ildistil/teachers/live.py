@@ -105,7 +105,7 @@ class LiveTeacher:
         return "frozen"
 
     def close(self) -> None:
-        """Take the hooks off the model, and give it its plain attention back."""
+        """Take the hooks off the model."""
         if self._capture is not None:
             self._capture.close()
             self._capture = None

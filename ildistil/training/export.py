@@ -64,7 +64,7 @@ def save_student(
     """Save a student with its tokenizer, and a model card if given.
 
     Args:
-        student: the model; a recording attention is switched back to the plain one in what is written.
+        student: the model.
         folder: the folder to write.
         tokenizer: its tokenizer.
         card: the text of ``README.md``.
