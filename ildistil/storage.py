@@ -1,0 +1,218 @@
+"""Files that are whole or not there, and whose damage is noticed: every room writes and verifies what it keeps here.
+
+A file is written beside its place, synced to the disk, and renamed, so that a kill or a full disk leaves the old one.
+Drafts that a killed process left are swept by the next one that writes there: a draft in the making is locked, and the
+lock of a process ends with it.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import xxhash
+
+from ildistil.errors import IldistilError, writing
+
+__all__ = [
+    "MANIFEST",
+    "checksum",
+    "is_sealed",
+    "replacing",
+    "replacing_folder",
+    "seal",
+    "sweep",
+    "verify_folder",
+    "write_manifest",
+    "write_text",
+]
+
+#: The file of a folder that names all others with their sizes and checksums.
+MANIFEST = "checksums.json"
+_DRAFT = ".draft-"
+_CHUNK = 1 << 24
+_SEAL = b"xxh3_128 "
+_SEAL_BYTES = len(_SEAL) + 32
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a draft to write; put it in the place of ``path`` when the block ends, and remove it if it fails.
+
+    Raises:
+        WriteError: there is no space, or no permission.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _draft(path, folder=False) as draft:
+            yield draft
+            _sync(draft)
+            os.replace(draft, path)
+            _sync(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to fill; write its manifest and put it in its place when the block ends, or remove it.
+
+    A folder that is there already must be empty, or have to be of this kind: it is replaced file by file, new files
+    first and the manifest last, so that what is neither old nor new is noticed.
+
+    Raises:
+        WriteError: there is no space, or no permission.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _draft(path, folder=True) as draft:
+            yield draft
+            write_manifest(draft)
+            for file in _files(draft):
+                _sync(file)
+            _sync(draft)
+            if path.is_dir() and any(path.iterdir()):
+                (path / MANIFEST).unlink(missing_ok=True)
+                for file in sorted(_files(draft), key=lambda file: file.name == MANIFEST):
+                    place = path / file.relative_to(draft)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(file, place)
+                _sync(path)
+            else:
+                draft.rename(path)
+            _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file.
+
+    Raises:
+        WriteError: there is no space, or no permission.
+    """
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def sweep(folder: Path) -> None:
+    """Remove the drafts of processes that are gone."""
+    for draft in folder.glob(f".*{_DRAFT}*"):
+        with contextlib.suppress(OSError), _opened(draft) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(draft)
+
+
+def checksum(path: Path, end: int | None = None) -> str:
+    """Return the XXH3 checksum (128 bits) of a file, or of its first ``end`` bytes, in hexadecimal digits."""
+    digest, left = xxhash.xxh3_128(), path.stat().st_size if end is None else end
+    with path.open("rb") as file:
+        while left > 0 and (part := file.read(min(_CHUNK, left))):
+            digest.update(part)
+            left -= len(part)
+    return digest.hexdigest()
+
+
+def seal(path: Path) -> None:
+    """Write the checksum of a zip archive into its comment, where readers of archives pass over it.
+
+    Args:
+        path: an archive without a comment, such as ``torch.save`` writes.
+    """
+    with path.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)  # the last two bytes of such an archive are the length of its comment
+        file.write(_SEAL_BYTES.to_bytes(2, "little"))
+    digest = checksum(path)
+    with path.open("ab") as file:
+        file.write(_SEAL + digest.encode())
+
+
+def is_sealed(path: Path) -> bool:
+    """Return whether a file ends with the checksum of all that is before it."""
+    end = path.stat().st_size - _SEAL_BYTES
+    if end < 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(end)
+        tail = file.read()
+    return tail.startswith(_SEAL) and tail == _SEAL + checksum(path, end).encode()
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the sizes and checksums of a folder's files."""
+    named = [f for f in _files(folder) if f != folder / MANIFEST]
+    files = {str(f.relative_to(folder)): {"bytes": f.stat().st_size, "xxh3_128": checksum(f)} for f in named}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+
+
+def verify_folder(folder: Path, error: type[IldistilError], remedy: str) -> bool:
+    """Compare a folder with its manifest; return whether it has one.
+
+    Args:
+        folder: what to verify; files that the manifest doesn't name don't count.
+        error: what is raised.
+        remedy: what the message says is to be done.
+
+    Raises:
+        IldistilError: a file is missing, or isn't what was written.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return False
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))["files"]
+        expected = {str(name): (int(each["bytes"]), str(each["xxh3_128"])) for name, each in said.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as caught:
+        raise error(f"{path} is damaged ({caught!r}). {remedy}") from caught
+    for name, (size, digest) in expected.items():
+        file = folder / name
+        if not file.is_file():
+            raise error(f"{file} is missing. {remedy}")
+        if file.stat().st_size != size or checksum(file) != digest:
+            raise error(f"{file} is damaged: it isn't what was written. {remedy}")
+    return True
+
+
+@contextlib.contextmanager
+def _draft(path: Path, *, folder: bool) -> Iterator[Path]:
+    """Yield a locked draft beside a path, and remove what is left of it."""
+    sweep(path.parent)
+    while True:
+        draft = path.with_name(f".{path.name}{_DRAFT}{uuid.uuid4().hex[:12]}")
+        draft.mkdir() if folder else draft.touch()
+        with _opened(draft) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if not draft.exists():  # swept between its creation and its lock
+                continue
+            try:
+                yield draft
+            finally:
+                _remove(draft)
+            return
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return a folder's files but its manifest first, sorted; drafts and hidden files don't count."""
+    found = [f for f in folder.rglob("*") if f.is_file() and not f.name.startswith(".")]
+    return sorted(f for f in found if f != folder / MANIFEST) + [f for f in found if f == folder / MANIFEST]
+
+
+def _sync(path: Path) -> None:
+    with _opened(path) as handle:
+        os.fsync(handle)
