@@ -79,7 +79,8 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
     the processes share the rows. In training at most one row per process is seen twice in an epoch, so that all have
     batches of one size; evaluation sees every row exactly once on any number of processes (its batch size may be
     lowered by one for this; with fewer rows than processes Lightning refuses to start). Prediction keeps the file's
-    order. Lightning's ``use_distributed_sampler`` changes nothing: it leaves our samplers alone.
+    order. Lightning's ``use_distributed_sampler`` changes nothing: it leaves our samplers alone. Checkpoints hold the
+    position in the training set, and a run that goes on sees the rows that are left of the epoch.
 
     Args:
         options: How rows are tokenised, batched and ordered.
@@ -96,6 +97,7 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokenizer_source: str | PreTrainedTokenizerBase | None = None
         self._rows: dict[str, datasets.Dataset] = {}
+        self._position: tuple[int, int] | None = None  # where a checkpoint was written: epoch, batches seen of it
 
     # What a subclass decides --------------------------------------------------------------------------------------
 
@@ -172,8 +174,14 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
             self._rows |= {name: load(self._entry(kind, source)) for name, source in self.sources(kind).items()}
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return the batches of an epoch, shuffled anew in each."""
-        return self._loader(self._train_rows(), training=True)
+        """Return the batches of an epoch, shuffled anew in each; at first what is left of it, where a run goes on."""
+        loader = self._loader(self._train_rows(), training=True)
+        # Told here, since Lightning opens the loader, and worker processes fetch, before it says which epoch it is.
+        epoch, batches = self._position or (0 if self.trainer is None else position(self.trainer)["epoch"], 0)
+        self._position = None
+        assert isinstance(loader.sampler, EpochSampler)
+        loader.sampler.go_on(epoch, batches * (loader.batch_size or 1))
+        return loader
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Return a loader for each of `validation_names`."""
@@ -187,6 +195,14 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
         """Return the test sets, or else the validation sets, in the order of their files."""
         (kind,) = self._needed("predict")
         return [self._loader(self._rows[name], in_order=True) for name in self.sources(kind)]
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the position in the training set: the epoch, and the number of batches that each process saw of it."""
+        return {} if self.trainer is None else position(self.trainer)
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Take the position of a checkpoint, for the next training loader."""
+        self._position = state["epoch"], state["batches"]
 
     # Parts --------------------------------------------------------------------------------------------------------
 
@@ -287,6 +303,14 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_world_size(), torch.distributed.get_rank()
         return 1, 0
+
+
+def position(trainer: L.Trainer) -> dict[str, int]:
+    """Return where a training is: its epoch, and the number of batches that each process has seen of it."""
+    loop: Any = trainer.fit_loop
+    epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
+    within = epochs.processed < epochs.started  # else the epoch is over, and its batches aren't those of the next one
+    return {"epoch": epochs.processed, "batches": batches.ready if within else 0}
 
 
 def _lengths(rows: datasets.Dataset) -> torch.Tensor:

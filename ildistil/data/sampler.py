@@ -5,8 +5,10 @@ other sampler it wraps and reshuffles under ddp, and a custom batch sampler it r
 batches here is no batch sampler either, but the sampler of a data loader with ``batch_size=None``.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,9 +59,20 @@ class EpochSampler(DistributedSampler[int]):
         super().__init__(range(rows), num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.rows = rows
         self.evaluation = evaluation
+        self._seen = 0
         if evaluation:
             self.num_samples = len(range(rank, rows, num_replicas))
             self.total_size = rows
+
+    def go_on(self, epoch: int, seen: int) -> None:
+        """Leave out, the next time it is iterated, what was seen of an epoch already.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            seen: Number of items of this rank that came in it.
+        """
+        self.set_epoch(epoch)
+        self._seen = seen
 
     def order(self) -> torch.Tensor:
         """Return all row numbers in this epoch's order, before they are shared among the ranks."""
@@ -71,7 +84,12 @@ class EpochSampler(DistributedSampler[int]):
         state = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Any]:
+        seen, self._seen = self._seen, 0
+        return itertools.islice(self.items(), seen, None)
+
+    def items(self) -> Iterator[Any]:
+        """Return this rank's rows of the epoch, in their order."""
         # resize repeats the order from its start, and changes nothing in evaluation.
         order = np.resize(self.order().numpy(), self.total_size)
         return iter(order[self.rank :: self.num_replicas].tolist())
@@ -180,7 +198,8 @@ class TokenBudgetSampler(EpochSampler):
             start += rows
         return buckets
 
-    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+    def items(self) -> Iterator[list[int]]:
+        """Return this rank's batches of the epoch, in their order."""
         generator = self.generator()
         shuffled = torch.randperm(self.rows, generator=generator)
         order = shuffled[self.lengths[shuffled].argsort(descending=True, stable=True)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import jsonargparse
+import lightning as L
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -261,7 +262,10 @@ def test_the_tokenizer_of_another_model_is_taken_when_that_one_runs(write: Any, 
     for folder in folders:
         module = SimpleNamespace(tokenizer_source=folder)
         data.trainer = SimpleNamespace(  # type: ignore[assignment]
-            state=SimpleNamespace(fn="fit"), lightning_module=module, distributed_sampler_kwargs=None
+            state=SimpleNamespace(fn="fit"),
+            lightning_module=module,
+            distributed_sampler_kwargs=None,
+            fit_loop=L.Trainer(logger=False, accelerator="cpu").fit_loop,
         )
         data.prepare_data()
         data.setup("fit")

@@ -239,7 +239,9 @@ def test_every_row_of_our_modules(tmp_path: Any, options: dict[str, Any]) -> Non
         data.prepare_data()
         data.setup("fit")
         data.trainer = SimpleNamespace(  # type: ignore[assignment]
-            distributed_sampler_kwargs={"num_replicas": 2, "rank": rank}, overfit_batches=0
+            distributed_sampler_kwargs={"num_replicas": 2, "rank": rank},
+            overfit_batches=0,
+            fit_loop=L.Trainer(logger=False, accelerator="cpu").fit_loop,
         )
         trained |= {i for batch in ids(data.train_dataloader()) for i in batch}
         state = torch.get_rng_state()

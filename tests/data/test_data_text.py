@@ -2,6 +2,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
@@ -205,6 +206,7 @@ def test_a_tokenizer_is_a_folder_an_object_or_the_models(write: Any, tmp_path: P
         state=SimpleNamespace(fn="fit"),
         lightning_module=SimpleNamespace(tokenizer_source=folder),
         distributed_sampler_kwargs=None,
+        fit_loop=L.Trainer(logger=False, accelerator="cpu").fit_loop,
     )
     data.trainer = trainer
     data.prepare_data()
