@@ -22,6 +22,8 @@ __all__ = [
     "ModelRunError",
     "NotFiniteError",
     "ObjectiveError",
+    "ProcessError",
+    "Stopped",
     "TargetsError",
     "WriteError",
     "writing",
@@ -70,6 +72,18 @@ class TargetsError(CaptureError):
 
 class CheckpointError(IldistilError, ValueError):
     """A checkpoint that can't be read, or isn't of this run."""
+
+
+class ProcessError(IldistilError, RuntimeError):
+    """Another process of the run, or a worker of its data, is gone; or there is no memory left."""
+
+
+class Stopped(IldistilError, SystemExit):  # noqa: N818 - nothing failed
+    """A training that was told to stop by a signal, after it was saved; ends a script with 128 + the signal."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.code = 128 + signum
 
 
 class WriteError(IldistilError, OSError):

@@ -74,7 +74,7 @@ class Timeline:
     """
 
     def __init__(self, stages: Sequence[Stage], steps: float) -> None:
-        self.stages = stages
+        self.stages, self.steps = stages, steps
         epochs = sum(stage.epochs for stage in stages)
         self._lengths: list[float] = [int(steps) * stage.epochs // epochs for stage in stages] or [steps]
 

@@ -19,8 +19,10 @@ import xxhash
 from ildistil.errors import IldistilError, writing
 
 __all__ = [
+    "DRAFT",
     "MANIFEST",
     "checksum",
+    "hold",
     "is_sealed",
     "replacing",
     "replacing_folder",
@@ -33,7 +35,8 @@ __all__ = [
 
 #: The file of a folder that names all others with their sizes and checksums.
 MANIFEST = "checksums.json"
-_DRAFT = ".draft-"
+#: What the names of drafts hold.
+DRAFT = ".draft-"
 _CHUNK = 1 << 24
 _SEAL = b"xxh3_128 "
 _SEAL_BYTES = len(_SEAL) + 32
@@ -95,9 +98,26 @@ def write_text(path: Path, text: str) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
+def hold(path: Path) -> int | None:
+    """Lock a file until this process ends; return its handle, or ``None`` where another process holds it.
+
+    Raises:
+        WriteError: there is no permission.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
+
+
 def sweep(folder: Path) -> None:
     """Remove the drafts of processes that are gone."""
-    for draft in folder.glob(f".*{_DRAFT}*"):
+    for draft in folder.glob(f".*{DRAFT}*"):
         with contextlib.suppress(OSError), _opened(draft) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(draft)
@@ -178,7 +198,7 @@ def _draft(path: Path, *, folder: bool) -> Iterator[Path]:
     """Yield a locked draft beside a path, and remove what is left of it."""
     sweep(path.parent)
     while True:
-        draft = path.with_name(f".{path.name}{_DRAFT}{uuid.uuid4().hex[:12]}")
+        draft = path.with_name(f".{path.name}{DRAFT}{uuid.uuid4().hex[:12]}")
         draft.mkdir() if folder else draft.touch()
         with _opened(draft) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)

@@ -15,7 +15,7 @@ import tiny
 from exact import masked_models, masked_rows
 from ildistil import Balance, Distillation, Distiller, Stage, init_student, mappings, objectives
 from ildistil.capture import Capture
-from ildistil.errors import ObjectiveError
+from ildistil.errors import CheckpointError, ObjectiveError
 from ildistil.objectives import Objective
 from ildistil.schedules import Cosine, Linear, Schedule, Window
 from ildistil.stages import Step
@@ -275,7 +275,7 @@ def test_resuming_with_other_stages_names_the_differences(tmp_path: Path) -> Non
         Distiller(student, teacher, stages=STAGES), loader()
     )
     other = [Stage(["hidden_mse"], 1), Stage(["logits_kl", "task_loss"], 3)]
-    with pytest.warns(UserWarning, match=r"stage 1: hidden_mse, 2 epochs in the checkpoint, hidden_mse, 1 epochs now"):
+    with pytest.raises(CheckpointError, match="stage 1: hidden_mse, 2 epochs in the checkpoint, hidden_mse, 1 epochs"):
         trainer(*staged(), max_epochs=4).fit(
             Distiller(student, teacher, stages=other), loader(), ckpt_path=tmp_path / "epoch=2.ckpt", weights_only=True
         )

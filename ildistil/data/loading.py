@@ -97,6 +97,7 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokenizer_source: str | PreTrainedTokenizerBase | None = None
         self._rows: dict[str, datasets.Dataset] = {}
+        self._digest = ""  # of the training rows
         self._position: tuple[int, int] | None = None  # where a checkpoint was written: epoch, batches seen of it
 
     # What a subclass decides --------------------------------------------------------------------------------------
@@ -149,6 +150,13 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
             raise RuntimeError("The tokenizer is loaded by prepare_data() and setup(): call one of them first.")
         return self._tokenizer
 
+    @property
+    def fingerprint(self) -> str:
+        """What the training batches depend on: rows, tokenizer, batches and order."""
+        options = {name: getattr(self.options, name) for name in _ORDER} | {"seed": self._order_seed()}
+        words = [f"{name}={value}" for name, value in options.items() if value is not None]
+        return " ".join([type(self).__name__, self._digest[:12], *words])
+
     def every_row(self) -> DataLoader[Any]:
         """Return batches that hold every training row exactly once, grouped by length, all on this process."""
         return self._loader(self._train_rows(), place=(1, 0))
@@ -171,7 +179,10 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
             stage: "fit", "validate", "test", "predict", or None for all there is.
         """
         for kind in self._needed(stage):
-            self._rows |= {name: load(self._entry(kind, source)) for name, source in self.sources(kind).items()}
+            entries = {name: self._entry(kind, source) for name, source in self.sources(kind).items()}
+            self._rows |= {name: load(entry) for name, entry in entries.items()}
+            if kind == "train":
+                (self._digest,) = (entry.name for entry in entries.values())
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the batches of an epoch, shuffled anew in each; at first what is left of it, where a run goes on."""
@@ -303,6 +314,10 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_world_size(), torch.distributed.get_rank()
         return 1, 0
+
+
+# What the order and size of batches depend on.
+_ORDER = ("batch_size", "tokens_per_batch", "group_by_length", "limit_train")
 
 
 def position(trainer: L.Trainer) -> dict[str, int]:

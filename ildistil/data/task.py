@@ -71,6 +71,13 @@ class Task(Protocol):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Tokenizer of the rows, at the latest after ``setup``. Default: None, unknown."""
 
+    @property
+    def fingerprint(self) -> str | None:
+        """What the training batches depend on, in words: a run goes on from a checkpoint with the same alone.
+
+        Default: None, unknown.
+        """
+
     def metrics(self) -> MetricCollection | None:
         """Return new metrics of ``preds`` (class indices, or floats in a regression) and ``target``.
 
@@ -247,6 +254,10 @@ class _Checked:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         return self._read("tokenizer", PreTrainedTokenizerBase)
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        return self._read("fingerprint", str)
 
     def metrics(self) -> MetricCollection | None:
         make = _member(self._data, "metrics")

@@ -39,9 +39,9 @@ class Window:
         self._now: dict[str, list[Tensor]] = {}
 
     @property
-    def is_open(self) -> bool:
-        """Whether batches wait for the end of their step."""
-        return bool(self._now)
+    def waiting(self) -> int:
+        """Number of batches that wait for the end of their step."""
+        return len(self._now.get("", ()))
 
     def abandon(self) -> None:
         """Forget the batches of a step that never ended."""

@@ -1,27 +1,47 @@
-"""What a checkpoint holds beside Lightning's own parts: its format is written and read here alone."""
+"""What a checkpoint holds beside Lightning's own parts, and its file: both are written and read here alone."""
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+import lightning as L
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ildistil.errors import CheckpointError
+from ildistil import storage
+from ildistil.data.task import task_of
+from ildistil.errors import CheckpointError, WriteError
 from ildistil.objectives import Objective
 from ildistil.stages import Stage
+from ildistil.training.optimization import Optimization
 
-__all__ = ["PROJECTIONS", "STUDENT", "Saved", "load", "recipe", "specification", "stage_lines"]
+__all__ = [
+    "PROJECTIONS",
+    "STUDENT",
+    "CheckpointFiles",
+    "Saved",
+    "load",
+    "newest",
+    "recipe",
+    "run_settings",
+    "specification",
+    "stage_lines",
+]
 
-# Raised when a checkpoint would be written in another way.
-FORMAT = 1
+# To be raised when a checkpoint would be written in another way.
+FORMAT = 2
 _KEY = "ildistil"
 STUDENT, PROJECTIONS = "distillation.student.", "distillation.projections."
+# Of a config: what it is called, and who wrote it.
+_NAMES = {"_name_or_path", "transformers_version", "architectures"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +59,10 @@ class Saved:
         metrics: what was measured last on validation sets.
         balance: the sizes of the terms.
         window: the averages of accumulated batches.
+        waiting: how many batches waited for the end of their optimiser step: what they gave is in no checkpoint.
+        settings: what else decides how training goes on, in words: data, steps, learning rate, seed ...
+        seed: what the random numbers of every batch are seeded from.
+        sealed: whether its file ends with a checksum.
     """
 
     objectives: dict[str, str]
@@ -50,6 +74,10 @@ class Saved:
     metrics: dict[str, float] = field(default_factory=dict)
     balance: dict[str, float] = field(default_factory=dict)
     window: dict[str, tuple[float, float]] = field(default_factory=dict)
+    waiting: int = 0
+    settings: dict[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    sealed: bool = False
 
     def write(self, checkpoint: dict[str, Any]) -> None:
         """Add it to a checkpoint."""
@@ -72,27 +100,55 @@ class Saved:
             )
         return cls(**{key: value for key, value in said.items() if key != "format"})
 
-    def check_resumes(
-        self, objectives: Mapping[str, str], stages: Mapping[str, str], own: Mapping[str, Tensor]
-    ) -> None:
-        """Name what differs when training goes on, and refuse what can't go on.
+    def check_projections(self, own: Mapping[str, Tensor]) -> None:
+        """Refuse a checkpoint whose optimiser state doesn't fit a run.
 
         Args:
-            objectives: those of this run.
-            stages: those of this run.
-            own: the projections of this run.
+            own: the projections of the run.
 
         Raises:
-            CheckpointError: the projections are others, so that the optimiser's state doesn't fit.
+            CheckpointError: the checkpoint's are others.
         """
-        _compare(self.objectives, objectives)
-        _compare(self.stages, stages)
         if self.projections.keys() != own.keys():
             raise CheckpointError(
                 "This checkpoint was made with other projections, so its optimiser state doesn't fit: it has "
                 f"{_owners(self.projections)}, this run {_owners(own)}. Resume with the same objectives, or start a "
                 "new run from its student (ildistil export)."
             )
+
+    def check_same(self, now: Self, accept: bool) -> None:
+        """Name what differs between the run that wrote this and the one that goes on.
+
+        Args:
+            now: what the run that goes on would write.
+            accept: warn of differences rather than refuse them.
+
+        Raises:
+            CheckpointError: something differs, or accumulated batches are lost, and that isn't accepted.
+        """
+        was, told = self._words(), now._words()
+        lines = [
+            f"  {name}: {was.get(name, 'not there')} in the checkpoint, {told.get(name, 'not there')} now"
+            for name in sorted(was.keys() | told.keys())
+            if was.get(name) != told.get(name)
+        ]
+        if self.waiting:
+            lines.append(f"  {self.waiting} batches had waited for the end of their step, and would be lost")
+        if not lines:
+            return
+        differences = "\n".join(lines)
+        if not accept:
+            raise CheckpointError(
+                f"This run is another than the one that wrote the checkpoint:\n{differences}\nGo on with the same, or "
+                "with accept_changes (--model.accept_changes=true) if this is what you want."
+            )
+        rank_zero_warn(f"Training goes on in another way than the checkpoint's:\n{differences}")
+
+    def _words(self) -> dict[str, str]:
+        config = {} if self.student is None else self.student["config"]
+        student = {f"student's {key}": str(value) for key, value in config.items() if key not in _NAMES}
+        kept = {f"objective {name}": value for name, value in self.objectives.items()}
+        return {**self.settings, **self.stages, **kept, **student}
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -105,6 +161,7 @@ def load(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         raise CheckpointError(f"There is no file {str(path)!r}. Checkpoints beside it: {', '.join(near) or 'none'}.")
+    sealed = storage.is_sealed(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file makes zipfile, pickle or torch raise
@@ -114,7 +171,88 @@ def load(path: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{str(path)!r} holds a {type(content).__name__}, not a checkpoint. Name another.")
+    said = content.get(_KEY)
+    if not sealed and isinstance(said, Mapping) and said.get("sealed"):
+        raise CheckpointError(f"{str(path)!r} is damaged: it isn't what was written. Delete it, and name another.")
+    for name, value in _tensors(content.get("state_dict")):
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise CheckpointError(
+                f"{name} in {str(path)!r} holds NaN or infinite values: the training had failed. Name an earlier one."
+            )
     return content
+
+
+def newest(folder: Path) -> Path | None:
+    """Return the newest good checkpoint of a folder; ``None`` where there is none at all.
+
+    Raises:
+        CheckpointError: there are some, and all are damaged.
+    """
+    found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in found:
+        try:
+            Saved.read(load(path), repr(str(path)))
+        except CheckpointError as error:
+            rank_zero_warn(f"{error} Going on from an earlier one.")
+        else:
+            return path
+    if found:
+        raise CheckpointError(f"All checkpoints in {str(folder)!r} are damaged. Delete them, and start a new run.")
+    return None
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """How a Trainer with a Distiller writes and reads checkpoints: whole or not at all, synced, with a checksum.
+
+    A Distiller puts it in the place of Lightning's own, which moves files between file systems and reads pickles. What
+    is to be written to another place than a local file (``s3://...``) is left to Lightning, and can't be read here.
+    """
+
+    def __init__(self) -> None:
+        self._failures: list[WriteError] | None = None
+
+    @contextmanager
+    def collecting(self, failures: list[WriteError]) -> Iterator[None]:
+        """Collect what could not be written, instead of raising it in the one process that writes."""
+        self._failures = failures
+        try:
+            yield
+        finally:
+            self._failures = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            WriteError: there is no space, or no permission; the file that was there stays.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        if _KEY in checkpoint:
+            checkpoint[_KEY]["sealed"] = True
+        try:
+            with storage.replacing(Path(path)) as draft:
+                torch.save(checkpoint, draft)
+                storage.seal(draft)
+        except WriteError as error:
+            if self._failures is None:
+                raise
+            self._failures.append(error)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint: a local file, of tensors and plain values only.
+
+        Raises:
+            CheckpointError: it can't be read, is damaged, or holds weights that aren't finite.
+        """
+        return load(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint."""
+        Path(path).unlink(missing_ok=True)
 
 
 def specification(objective: Objective) -> str:
@@ -130,6 +268,21 @@ def stage_lines(stages: Sequence[Stage]) -> dict[str, str]:
     return {f"stage {i}": f"{', '.join(s.objectives)}, {s.epochs} epochs" for i, s in enumerate(stages, start=1)}
 
 
+def run_settings(trainer: L.Trainer, optimization: Optimization, steps: float | None) -> dict[str, str]:
+    """Return what decides how a training goes on, beside models and objectives, in words.
+
+    Args:
+        trainer: its options.
+        optimization: the module's.
+        steps: number of all steps, ``None`` where no step depends on it.
+    """
+    told = {name: getattr(trainer, name) for name in ("accumulate_grad_batches", "gradient_clip_val", "precision")}
+    told |= {name.replace("_", " "): value for name, value in vars(optimization).items()}
+    told |= {"processes": trainer.world_size, "seed": os.environ.get("PL_GLOBAL_SEED"), "steps": steps}
+    told["data"] = task_of(trainer.datamodule).fingerprint  # type: ignore[attr-defined]
+    return {name: str(value) for name, value in told.items()}
+
+
 def recipe(student: nn.Module) -> dict[str, Any] | None:
     """Return what rebuilds a transformers student without its teacher, in plain values."""
     if not isinstance(student, PreTrainedModel):
@@ -137,14 +290,9 @@ def recipe(student: nn.Module) -> dict[str, Any] | None:
     return {"architecture": type(student).__name__, "config": json.loads(student.config.to_json_string(use_diff=False))}
 
 
-def _compare(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
-    lines = [
-        f"  {name}: {saved.get(name, 'not there')} in the checkpoint, {now.get(name, 'not there')} now"
-        for name in sorted(saved.keys() | now.keys())
-        if saved.get(name) != now.get(name)
-    ]
-    if lines:
-        rank_zero_warn("Training goes on with other objectives or stages than the checkpoint's:\n" + "\n".join(lines))
+def _tensors(weights: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(weights, Mapping):
+        yield from ((str(name), value) for name, value in weights.items() if isinstance(value, Tensor))
 
 
 def _owners(projections: Mapping[str, Tensor]) -> list[str]:

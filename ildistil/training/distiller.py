@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -21,12 +22,21 @@ from ildistil.stages import Stage, Step, Timeline
 from ildistil.teachers import Teacher
 from ildistil.training import checks
 from ildistil.training.accumulation import Window, over_processes
-from ildistil.training.checkpoint import PROJECTIONS, Saved, recipe, specification, stage_lines
+from ildistil.training.checkpoint import (
+    PROJECTIONS,
+    CheckpointFiles,
+    Saved,
+    recipe,
+    run_settings,
+    specification,
+    stage_lines,
+)
 from ildistil.training.evaluation import Evaluation, batch_size, predictions
 from ildistil.training.finite import FiniteLosses
 from ildistil.training.lifecycle import Lifecycle
 from ildistil.training.optimization import Optimization, Shape
 from ildistil.training.plan import describe
+from ildistil.training.randomness import reseed, seed_of_run
 from ildistil.training.rehearsal import try_first_batch, try_synthetic_batch
 from ildistil.training.targets import prepare_targets
 
@@ -51,6 +61,8 @@ class Distiller(L.LightningModule):
         compile: compile the training runs of both models with ``torch.compile``.
         tokenizer: name or folder of the tokenizer; the data module falls back to it, and the exported student gets
             it. Default: the teacher's, else the student's ``name_or_path``.
+        accept_changes: go on from a checkpoint though student, data, steps, objectives or seed are others than those of
+            the run that wrote it; by default that is refused.
 
     Raises:
         ConfigError: a value is out of range.
@@ -74,6 +86,7 @@ class Distiller(L.LightningModule):
         balance: Balance | None = None,
         compile: bool = False,
         tokenizer: str | None = None,
+        accept_changes: bool = False,
     ) -> None:
         super().__init__()
         # Lightning warns of every module with this hook beside a data module. Where that has it too, the teacher
@@ -85,12 +98,15 @@ class Distiller(L.LightningModule):
         self.compile_models = compile
         sources = [None if self.teacher is None else self.teacher.info.source, ModelInfo.of(student).source]
         self.tokenizer_source = tokenizer or sources[0] or sources[1]
+        self.accept_changes = accept_changes
         self.metrics = nn.ModuleDict()
         self.timeline = Timeline((), math.inf)
         self._evaluation = Evaluation(task_of(None), ModelInfo.of(student))
         self._lifecycle = Lifecycle()
         self._window, self._losses = Window(), FiniteLosses()
         self._structural: DryRun | None = None
+        self._seed, self._settings = 0, dict[str, str]()
+        self._resumed: Saved | None = None
 
     @property
     def student(self) -> nn.Module:
@@ -123,7 +139,10 @@ class Distiller(L.LightningModule):
             prepare_targets(self.trainer, self.teacher, self._objectives, self.student)
 
     def setup(self, stage: str) -> None:
-        """Check that data and student fit, and make the metrics."""
+        """Check that data and student fit, make the metrics, and write and read checkpoints in our own way."""
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = CheckpointFiles()
+        self._seed = self.trainer.strategy.broadcast(seed_of_run())
         task, info = task_of(self.trainer.datamodule), ModelInfo.of(self.student)  # type: ignore[attr-defined]
         checks.check_task(task, info)
         self._evaluation = Evaluation(task, info)
@@ -157,9 +176,9 @@ class Distiller(L.LightningModule):
         optimizer = self.optimization.optimizer(self.parameters())
         steps = self.trainer.estimated_stepping_batches
         steps = math.inf if steps < 0 else steps  # a stream without max_steps
-        scheduled = checks.has_schedules(self.distillation.objectives)
         if not math.isfinite(steps) and self.stages:
             raise ConfigError("Stages last whole epochs, and the data's length isn't known. Use data with a length.")
+        scheduled = checks.has_schedules(self.distillation.objectives)
         if not math.isfinite(steps) and (self.optimization.schedule != "constant" or scheduled):
             shape = self.optimization.schedule
             what = "a weight's schedule" if shape == "constant" else f"schedule={shape!r}"
@@ -173,7 +192,15 @@ class Distiller(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Dry-run the first batch and print the plan."""
+        """Compare a run that goes on with what it was, dry-run the first batch and print the plan."""
+        scheduled = (
+            self.stages or self.optimization.depends_on_steps or checks.has_schedules(self.distillation.objectives)
+        )
+        self._settings = run_settings(self.trainer, self.optimization, self.timeline.steps if scheduled else None)
+        if self._resumed is not None:
+            self._resumed.check_same(self._saved({}), self.accept_changes)
+            self._seed = self._seed if self._resumed.seed is None else self._resumed.seed
+            self._resumed = None
         self.distillation.train()
         self._window.abandon()  # a run that failed may have left one half filled
         self._losses.abandon()
@@ -189,6 +216,10 @@ class Distiller(L.LightningModule):
         """Begin the step of a training batch before it goes to its device."""
         training = self._trainer is not None and self.trainer.training
         return self.distillation.prefetch(batch, self.step) if training else batch
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the batch's random numbers by its place, so that a run that goes on draws the same."""
+        reseed(self._seed, self.current_epoch, batch_idx, self.global_rank)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return what to differentiate, so that a step is the mean over all examples of all its batches."""
@@ -210,7 +241,7 @@ class Distiller(L.LightningModule):
         """
         self._losses.check(self.global_step, self.current_epoch)
         self.distillation.drop_zero_gradients()
-        if self._window.is_open:
+        if self._window.waiting:
             factor = self._window.close(self.trainer.accumulate_grad_batches)
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, factor)
@@ -262,9 +293,12 @@ class Distiller(L.LightningModule):
         projections = {key: weights.pop(key) for key in list(weights) if key.startswith(PROJECTIONS)}
         for key in [key for key in weights if key.startswith("metrics.")]:
             del weights[key]
+        self._saved(projections).write(checkpoint)
+
+    def _saved(self, projections: dict[str, Tensor]) -> Saved:
         balance, seen = self.distillation.balance, {} if self._trainer is None else self.trainer.callback_metrics
-        Saved(
-            objectives=self._specifications(),
+        return Saved(
+            objectives={name: specification(objective) for name, objective in self.distillation.objectives.items()},
             stages=stage_lines(self.stages),
             projections=projections,
             student=recipe(unwrapped(self.student)),
@@ -273,14 +307,18 @@ class Distiller(L.LightningModule):
             metrics=self._evaluation.measured(seen),
             balance={} if balance is None else balance.state_dict(),
             window=self._window.state_dict(),
-        ).write(checkpoint)
+            waiting=self._window.waiting,
+            settings=self._settings,
+            seed=self._seed,
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the projections that this run has, and name differences when training goes on."""
+        """Take the projections that this run has, and what a training that goes on needs."""
         saved = Saved.read(checkpoint)
         own = {key: value for key, value in self.state_dict().items() if key.startswith(PROJECTIONS)}
         if self._is_fitting:
-            saved.check_resumes(self._specifications(), stage_lines(self.stages), own)
+            saved.check_projections(own)
+            self._resumed = saved
             self._window.load_state_dict(saved.window)
             if self.distillation.balance is not None:
                 self.distillation.balance.load_state_dict(saved.balance)
@@ -299,6 +337,3 @@ class Distiller(L.LightningModule):
                 "The checkpoint is of another student than this run's. Build the student as the run did that wrote it, "
                 f"with the same 'model' part of the configuration. {str(error).splitlines()[1].strip()[:200]} ..."
             ) from error
-
-    def _specifications(self) -> dict[str, str]:
-        return {name: specification(objective) for name, objective in self.distillation.objectives.items()}

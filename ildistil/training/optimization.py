@@ -56,6 +56,11 @@ class Optimization:
         if self.schedule not in _SHAPES:
             raise ConfigError(f"schedule must be one of {sorted(_SHAPES)}, got {self.schedule!r}.")
 
+    @property
+    def depends_on_steps(self) -> bool:
+        """Whether the learning rate of a step depends on the number of all steps."""
+        return self.schedule != "constant" or self.warmup > 0
+
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> AdamW:
         """Make the optimiser of those parameters that require a gradient; biases and norms don't decay."""
         trained = [p for p in parameters if p.requires_grad]
