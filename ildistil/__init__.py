@@ -8,13 +8,14 @@ if TYPE_CHECKING:
     from ildistil.engine import Balance, Distillation
     from ildistil.stages import Stage, Step
     from ildistil.students import init_student
-    from ildistil.training import Distiller
+    from ildistil.training import Distiller, ResumeCheckpoint
 
 __version__ = "0.1.0"
 __all__ = [
     "Balance",
     "Distillation",
     "Distiller",
+    "ResumeCheckpoint",
     "Stage",
     "Step",
     "functional",
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 _ROOMS = {"Balance": "engine", "Distillation": "engine", "Distiller": "training", "init_student": "students"}
-_ROOMS |= {"Stage": "stages", "Step": "stages"}
+_ROOMS |= {"ResumeCheckpoint": "training", "Stage": "stages", "Step": "stages"}
 
 
 def __getattr__(name: str) -> Any:

@@ -205,14 +205,17 @@ def test_resuming_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
 
 def test_resuming_with_other_objectives_names_the_differences(tmp_path: Path) -> None:
     _, path, _ = fitted(tmp_path)
-    terms = [*every_kind()[:2], objectives.LogitsKL(temperature=4.0), objectives.TaskLoss(weight=0.5)]
+
+    def terms() -> list[Objective]:
+        return [*every_kind()[:2], objectives.LogitsKL(temperature=4.0), objectives.TaskLoss(weight=0.5)]
+
     named = r"logits_kl: LogitsKL\(weight=0.5\).*temperature=4.0.*\n  steps: 4 in the checkpoint, 8 now"
     module = Distiller(*pair())
     with pytest.raises(CheckpointError, match=named):
-        trainer(*terms, max_epochs=2).fit(module, loader(), ckpt_path=path, weights_only=True)
+        trainer(*terms(), max_epochs=2).fit(module, loader(), ckpt_path=path, weights_only=True)
     module = Distiller(*pair(), accept_changes=True)
     with pytest.warns(UserWarning, match=named):
-        trainer(*terms, max_epochs=2).fit(module, loader(), ckpt_path=path, weights_only=True)
+        trainer(*terms(), max_epochs=2).fit(module, loader(), ckpt_path=path, weights_only=True)
     with pytest.raises(ValueError, match=r"made with other projections.*\['hidden_mse'\], this run \['none'\]"):
         trainer(objectives.LogitsKL()).fit(Distiller(*pair()), loader(), ckpt_path=path, weights_only=True)
 
