@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 import ildistil
-from ildistil.errors import ConfigError, IldistilError
+from ildistil.errors import ConfigError, IldistilError, Stopped
 
 __all__ = ["main"]
 
@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _quieten()
     try:
         import_module(f"ildistil.commands.{_file(command)}").main(command, rest)
+    except Stopped as stopped:
+        raise SystemExit(stopped.code) from None  # it is said already
     except IldistilError as error:
         if os.environ.get("ILDISTIL_TRACEBACK"):
             raise

@@ -102,10 +102,14 @@ def test_from_a_pretrained_model_to_an_exported_student(folder: Path, capsys: py
     assert "not empty" in fails(capsys, "export", best, "student")
 
 
-def test_resuming_from_the_last_checkpoint(folder: Path) -> None:
+def test_resuming_from_the_last_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["fit", "--config=run.yaml"])
     last = "runs/fit/version_0/checkpoints/last.ckpt"
-    cli.main(["fit", "--config=run.yaml", "--trainer.max_epochs=2", f"--ckpt_path={last}"])
+    longer = ["fit", "--resume", "--run=runs/fit/version_0", "--trainer.max_epochs=2"]
+    assert "steps: 3 in the checkpoint, 6 now" in fails(capsys, *longer)
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    with pytest.warns(UserWarning, match="Training goes on in another way"):
+        cli.main([*longer, "--model.accept_changes=true"])
     assert torch.load(last, weights_only=True)["global_step"] == 6
 
 
@@ -300,8 +304,11 @@ def test_stored_targets(
         cli.main(["fit", "--config=run.yaml", "--data.limit_train=8", "--model.targets=targets", *steps])
     live, stored = (losses(f"runs/fit/version_{number}/metrics.csv") for number in (0, 1))
     assert stored == pytest.approx(live, rel=1e-4)
-    last = "--ckpt_path=runs/fit/version_1/checkpoints/last.ckpt"
-    cli.main(["fit", "--config=run.yaml", "--trainer.max_epochs=2", "--model.targets=targets", last, *steps])
+    last, accept = "--ckpt_path=runs/fit/version_1/checkpoints/last.ckpt", "--model.accept_changes=true"
+    with pytest.warns(UserWarning, match=r"data: .*limit_train=8.* in the checkpoint"):
+        cli.main(
+            ["fit", "--config=run.yaml", "--trainer.max_epochs=2", "--model.targets=targets", last, accept, *steps]
+        )
     assert "Rows are missing in targets: the teacher is loaded" in caplog.text
     capsys.readouterr()
     cli.main(["precompute", "--config=run.yaml", *steps])  # the run has made them all

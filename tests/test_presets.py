@@ -44,7 +44,7 @@ def test_a_preset_with_stages_trains_through_all_of_them(folder: Path) -> None:
     stages = f"--model.stages={json.dumps(chosen)}"
     cli.main(["fit", "--config=run.yaml", "--preset=tinybert", stages, "--trainer.max_epochs=2"])
     checkpoints = Path("runs/fit/version_0/checkpoints")
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     assert torch.load(checkpoints / "best.ckpt", weights_only=True)["epoch"] == 1
     cli.main(["fit", "--config=run.yaml", "--preset=tinybert", stages, "--trainer.max_epochs=2",
               f"--ckpt_path={checkpoints / 'last.ckpt'}"])  # fmt: skip

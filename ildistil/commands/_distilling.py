@@ -78,7 +78,7 @@ def _stored_teacher(
 class DistillingRun(Run):
     """A run with objectives by name, perhaps those of a preset."""
 
-    usage = "[--preset NAME] [--config FILE] [options]"
+    usage = "[--preset NAME] [--config FILE]"
 
     def __init__(self, command: str, arguments: Sequence[str], description: str | None) -> None:
         super().__init__(command, make_distiller, _with_preset(arguments), description)

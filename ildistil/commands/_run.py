@@ -5,7 +5,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -13,12 +12,13 @@ import torch
 import transformers
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.loggers import CSVLogger
 
 import ildistil.data  # so that a YAML file can name Glue and TextData  # noqa: F401
 from ildistil.commands._config import ConfigFile
+from ildistil.commands._folder import KeepConfig, RunFolder, keep_metrics
 from ildistil.commands._parser import Parser, own_errors
 from ildistil.data.task import task_of
 from ildistil.errors import ConfigError, IldistilError
@@ -26,9 +26,19 @@ from ildistil.objectives import Objective
 from ildistil.training import checkpoint
 from ildistil.training.distiller import Distiller
 from ildistil.training.monitor import Throughput
+from ildistil.training.progress import ResumeCheckpoint
 
 __all__ = ["Run", "lightning_errors"]
 
+_RUNS = {
+    True: """\
+'--run FOLDER' names the folder of the run, by default a new one. '--resume' goes on from its newest checkpoint with
+its configuration; without '--run' that is the run which was saved last, and where there is none the run starts.
+""",
+    False: """\
+'--run FOLDER' takes the configuration and the best student of a run.
+""",
+}
 _EPILOG = """\
 '--data.help TextData' shows the options of one class; the other options that end in .help do the same."""
 
@@ -66,23 +76,25 @@ class Run(LightningCLI):
     """
 
     trains: ClassVar[bool] = False
-    usage: ClassVar[str] = "[--config FILE] [options]"
+    usage: ClassVar[str] = "[--config FILE]"
 
     def __init__(
         self, command: str, model: Callable[..., Distiller], arguments: Sequence[str], description: str | None
     ) -> None:
         self.command = command
-        usage = f"ildistil {command} {self.usage}"
+        self.folder = RunFolder.training(command, arguments) if self.trains else RunFolder.measuring(arguments)
+        usage = f"ildistil {command} {self.usage} [--run FOLDER] {'[--resume] ' if self.trains else ''}[options]"
         with lightning_errors(), own_errors():
             super().__init__(
                 model_class=model,
                 datamodule_class=L.LightningDataModule,
                 subclass_mode_data=True,
                 run=False,
-                args=list(arguments),
+                args=self.folder.arguments,
+                save_config_callback=KeepConfig,
                 seed_everything_default=0,
                 parser_class=Parser,
-                parser_kwargs={"usage": usage, "description": description, "epilog": _EPILOG},
+                parser_kwargs={"usage": usage, "description": description, "epilog": _RUNS[self.trains] + _EPILOG},
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
                 trainer_defaults={
@@ -161,28 +173,36 @@ class Run(LightningCLI):
         if not self.trains:
             callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
             kwargs["enable_checkpointing"] = False
-        elif not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
-            keeps = not config.fast_dev_run and config.enable_checkpointing is not False
-            callbacks += self._checkpoints() if keeps else []
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        elif not config.fast_dev_run and config.enable_checkpointing is not False:
+            callbacks += self._checkpoints(callbacks)
+        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        _check_processes(trainer)
+        return trainer
 
-    def _checkpoints(self) -> list[ModelCheckpoint]:
-        """Keep the best student and the last; the last one alone where nothing is measured."""
+    def _checkpoints(self, given: Sequence[Callback]) -> list[Checkpoint]:
+        """Keep the best student, and what the run needs to go on."""
+        # Without a folder they stand in the logger's.
+        folder = None if self.folder.path is None or self._own_logger else str(self.folder.path / "checkpoints")
+        made: list[Checkpoint] = []
+        if not any(isinstance(callback, ResumeCheckpoint) for callback in given):
+            made.append(ResumeCheckpoint(folder))
         task = task_of(self.datamodule)
-        options: list[dict[str, Any]] = [{"filename": "last"}]
         names = task.validation_names if self.config_init.trainer.limit_val_batches != 0 else []
-        if names and task.primary_metric is not None:
-            monitor = f"{names[0]}/{task.primary_metric}"
-            options.insert(0, {"monitor": monitor, "mode": task.primary_mode, "filename": "best"})
-        made = [ModelCheckpoint(enable_version_counter=False, **each) for each in options]
-        if (path := self.config.ckpt_path) is not None:
-            # A run that goes on keeps its folder of checkpoints, and so what was best before.
+        if names and task.primary_metric is not None and not any(isinstance(c, ModelCheckpoint) for c in given):
+            monitor, mode = f"{names[0]}/{task.primary_metric}", task.primary_mode
+            # A run that goes on keeps its folder of checkpoints, and so what was best; another folder begins anew.
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-            for each in made:
-                each.dirpath = _folder_of(path)
+            warnings.filterwarnings("ignore", message="The dirpath has changed")
+            best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
+            made.insert(0, best)
         return made
 
     # Running
+
+    @property
+    def _own_logger(self) -> bool:
+        """Whether the logger is the default, which writes into the run's folder."""
+        return bool(self.config.trainer.logger == self.parser.get_defaults().trainer.logger)
 
     def start(self, method: Callable[..., Any]) -> Any:
         """Call a method of the Trainer.
@@ -190,25 +210,51 @@ class Run(LightningCLI):
         Raises:
             IldistilError: The configuration turns out to be wrong.
         """
-        if not self.trains and self.config.ckpt_path is None:
-            rank_zero_info("Without --ckpt_path this is the student as it starts, before any training.")
-        with lightning_errors():
+        with lightning_errors(), self._own_folder():
             return method(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path, weights_only=True)
+
+    @contextmanager
+    def _own_folder(self) -> Iterator[None]:
+        """Make the run's folder, which no other process gets; with a logger of one's own that one decides."""
+        if self.trainer.fast_dev_run or not (self._own_logger or self.folder.path):  # type: ignore[attr-defined]
+            yield
+            return
+        with self.folder.owned(self.command, lock=self.trains) as folder:
+            if self._own_logger:
+                warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+                self.trainer.logger = CSVLogger(str(folder.parent), "", folder.name)
+            if self.folder.resume and self.config.ckpt_path is not None:
+                keep_metrics(self.trainer, checkpoint.load(self.config.ckpt_path)["global_step"])
+            yield
 
     def report_best(self) -> None:
         """Print where the best student is, and how to go on."""
-        kept = self.trainer.checkpoint_callback
-        if not self.trainer.is_global_zero or not isinstance(kept, ModelCheckpoint):
+        kept = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint | ResumeCheckpoint)]
+        if not self.trainer.is_global_zero or not kept or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if path := kept.best_model_path or kept.last_model_path:
-            best, score = os.path.relpath(path), kept.best_model_score
-            print(f"Best student: {best}{'' if score is None else f' ({kept.monitor} = {score:.4f})'}")
-            print(f"Export it:    ildistil export {best} FOLDER")
+        measured = [c for c in kept if isinstance(c, ModelCheckpoint) and c.best_model_path]
+        last = [c.last for c in kept if isinstance(c, ResumeCheckpoint) and c.last.is_file()]
+        if measured:
+            best, score = os.path.relpath(measured[0].best_model_path), measured[0].best_model_score
+            print(f"Best student: {best}{'' if score is None else f' ({measured[0].monitor} = {score:.4f})'}")
+        elif last:
+            best, step = os.path.relpath(last[0]), self.trainer.global_step
+            print(f"The student after {step} steps: {best}. It was not measured: no validation came before the end.")
+        else:
+            return
+        print(f"Export it:    ildistil export {best} FOLDER")
 
 
-def _folder_of(path: str) -> str:
-    """Return the folder of a checkpoint, spelled as when it was written: Lightning compares the words."""
-    folder = str(Path(path).parent)
-    states = checkpoint.load(path).get("callbacks", {})
-    spelled = (state.get("dirpath") for key, state in states.items() if key.startswith("ModelCheckpoint"))
-    return next((s for s in spelled if s and Path(s).resolve() == Path(folder).resolve()), folder)
+def _check_processes(trainer: L.Trainer) -> None:
+    """Refuse processes that would each train by itself, and write over one another.
+
+    Raises:
+        ConfigError: a launcher started several processes, and the Trainer is told of one.
+    """
+    started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    if started > 1 and trainer.world_size == 1:
+        raise ConfigError(
+            f"{started} processes were started (by torchrun, srun or the like), and the Trainer is to use one: each "
+            f"would train by itself. Set --trainer.devices to the processes of a machine and --trainer.num_nodes to "
+            "the machines, or start one process."
+        )

@@ -323,9 +323,10 @@ _ORDER = ("batch_size", "tokens_per_batch", "group_by_length", "limit_train")
 def position(trainer: L.Trainer) -> dict[str, int]:
     """Return where a training is: its epoch, and the number of batches that each process has seen of it."""
     loop: Any = trainer.fit_loop
-    epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
-    within = epochs.processed < epochs.started  # else the epoch is over, and its batches aren't those of the next one
-    return {"epoch": epochs.processed, "batches": batches.ready if within else 0}
+    epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress
+    if epochs.processed < epochs.started and not batches.is_last_batch:
+        return {"epoch": epochs.processed, "batches": batches.current.ready}
+    return {"epoch": epochs.started, "batches": 0}
 
 
 def _lengths(rows: datasets.Dataset) -> torch.Tensor:

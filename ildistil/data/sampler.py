@@ -85,8 +85,9 @@ class EpochSampler(DistributedSampler[int]):
         return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
     def __iter__(self) -> Iterator[Any]:
+        # A generator, so that nothing happens before the first row is asked for: a loader may open two and use one.
         seen, self._seen = self._seen, 0
-        return itertools.islice(self.items(), seen, None)
+        yield from itertools.islice(self.items(), seen, None)
 
     def items(self) -> Iterator[Any]:
         """Return this rank's rows of the epoch, in their order."""

@@ -6,4 +6,13 @@ from ildistil.training.monitor import Throughput, peak_memory
 from ildistil.training.plan import describe
 from ildistil.training.progress import ResumeCheckpoint
 
-__all__ = ["Distiller", "ResumeCheckpoint", "Throughput", "describe", "export", "load_student", "peak_memory", "save_student"]
+__all__ = [
+    "Distiller",
+    "ResumeCheckpoint",
+    "Throughput",
+    "describe",
+    "export",
+    "load_student",
+    "peak_memory",
+    "save_student",
+]

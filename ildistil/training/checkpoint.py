@@ -12,6 +12,7 @@ from typing import Any, Self
 import lightning as L
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -28,6 +29,7 @@ __all__ = [
     "STUDENT",
     "CheckpointFiles",
     "Saved",
+    "keep_best",
     "load",
     "newest",
     "recipe",
@@ -40,6 +42,7 @@ __all__ = [
 FORMAT = 2
 _KEY = "ildistil"
 STUDENT, PROJECTIONS = "distillation.student.", "distillation.projections."
+_PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 # Of a config: what it is called, and who wrote it.
 _NAMES = {"_name_or_path", "transformers_version", "architectures"}
 
@@ -183,22 +186,39 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the newest good checkpoint of a folder; ``None`` where there is none at all.
+    """Return the newest good checkpoint of a folder, others than ``last`` and ``previous`` only where these are none.
+
+    Returns:
+        Its path; ``None`` where there is none, or none that was written between two steps.
 
     Raises:
         CheckpointError: there are some, and all are damaged.
     """
-    found = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    files, damaged = {path: path.stat().st_mtime_ns for path in folder.glob("*.ckpt")}, []
+    found = sorted(files, key=lambda path: (path.stem in ("last", "previous"), files[path]), reverse=True)
     for path in found:
         try:
-            Saved.read(load(path), repr(str(path)))
+            if not Saved.read(load(path), repr(str(path))).waiting:
+                return path
         except CheckpointError as error:
+            damaged.append(path)
             rank_zero_warn(f"{error} Going on from an earlier one.")
-        else:
-            return path
-    if found:
+    if damaged:
         raise CheckpointError(f"All checkpoints in {str(folder)!r} are damaged. Delete them, and start a new run.")
     return None
+
+
+def keep_best(trainer: L.Trainer, states: Mapping[str, dict[str, Any]]) -> None:
+    """Let callbacks keep what was best, where its file is still there though the folder has another name now."""
+    for callback in trainer.checkpoint_callbacks:
+        state = states.get(callback.state_key)
+        if not isinstance(callback, ModelCheckpoint) or not state or callback.dirpath is None:
+            continue
+        here, before = Path(callback.dirpath), Path(state["dirpath"])
+        if here != before and (here / Path(state["best_model_path"]).name).is_file():
+            moved = {name: str(here / Path(state[name]).name) for name in _PATHS if state[name]}
+            models = {str(here / Path(path).name): score for path, score in state["best_k_models"].items()}
+            state |= {**moved, "dirpath": callback.dirpath, "best_k_models": models}
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -278,7 +298,8 @@ def run_settings(trainer: L.Trainer, optimization: Optimization, steps: float | 
     """
     told = {name: getattr(trainer, name) for name in ("accumulate_grad_batches", "gradient_clip_val", "precision")}
     told |= {name.replace("_", " "): value for name, value in vars(optimization).items()}
-    told |= {"processes": trainer.world_size, "seed": os.environ.get("PL_GLOBAL_SEED"), "steps": steps}
+    told |= {"processes": trainer.world_size, "seed": os.environ.get("PL_GLOBAL_SEED")}
+    told["steps"] = None if steps is None else f"{steps:g}"
     told["data"] = task_of(trainer.datamodule).fingerprint  # type: ignore[attr-defined]
     return {name: str(value) for name, value in told.items()}
 

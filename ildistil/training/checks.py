@@ -14,6 +14,7 @@ from ildistil.objectives import Objective
 from ildistil.schedules import Schedule
 from ildistil.stages import Stage, Timeline, check_names
 from ildistil.training.lifecycle import watches
+from ildistil.training.progress import ResumeCheckpoint
 
 __all__ = ["check_gaps", "check_task", "check_trainer", "has_schedules"]
 
@@ -53,10 +54,11 @@ def _check_epochs(trainer: L.Trainer, stages: Sequence[Stage]) -> None:
 
 def _check_checkpoints(trainer: L.Trainer) -> None:
     checkpoints = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]  # type: ignore[attr-defined]
-    if checkpoints and all(watches(c) for c in checkpoints):
+    resumable = any(isinstance(c, ResumeCheckpoint) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    if checkpoints and all(watches(c) for c in checkpoints) and not resumable:
         rank_zero_warn(
             "Every ModelCheckpoint monitors a metric, so none is written before the last stage. To be able to resume "
-            "in an earlier one, add ModelCheckpoint(filename='last')."
+            "in an earlier one, add ResumeCheckpoint()."
         )
 
 

@@ -26,6 +26,7 @@ from ildistil.training.checkpoint import (
     PROJECTIONS,
     CheckpointFiles,
     Saved,
+    keep_best,
     recipe,
     run_settings,
     specification,
@@ -36,6 +37,7 @@ from ildistil.training.finite import FiniteLosses
 from ildistil.training.lifecycle import Lifecycle
 from ildistil.training.optimization import Optimization, Shape
 from ildistil.training.plan import describe
+from ildistil.training.position import settle
 from ildistil.training.randomness import reseed, seed_of_run
 from ildistil.training.rehearsal import try_first_batch, try_synthetic_batch
 from ildistil.training.targets import prepare_targets
@@ -293,6 +295,8 @@ class Distiller(L.LightningModule):
         projections = {key: weights.pop(key) for key in list(weights) if key.startswith(PROJECTIONS)}
         for key in [key for key in weights if key.startswith("metrics.")]:
             del weights[key]
+        if "loops" in checkpoint:
+            settle(checkpoint["loops"]["fit_loop"], checkpoint["global_step"])
         self._saved(projections).write(checkpoint)
 
     def _saved(self, projections: dict[str, Tensor]) -> Saved:
@@ -318,6 +322,7 @@ class Distiller(L.LightningModule):
         own = {key: value for key, value in self.state_dict().items() if key.startswith(PROJECTIONS)}
         if self._is_fitting:
             saved.check_projections(own)
+            keep_best(self.trainer, checkpoint["callbacks"])
             self._resumed = saved
             self._window.load_state_dict(saved.window)
             if self.distillation.balance is not None:

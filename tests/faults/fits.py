@@ -21,7 +21,7 @@ from ildistil.mappings import Random
 from ildistil.objectives import Objective
 from ildistil.training.checkpoint import newest
 
-WORDS = "good bad fine poor film plot is was the very not and".split()
+WORDS = ["good", "bad", "fine", "poor", "film", "plot", "is", "was", "the", "very", "not", "and"]
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,16 @@ def fit(folder: Path, case: Case, trap: Trap | None = None) -> None:
     sizes: dict[str, Any] = {"tokens_per_batch": 40} if case.batching == "tokens" else {"batch_size": 4}
     data = TextData(
         str(folder.parent / "train.csv"), str(folder.parent / "val.csv"), tokenizer=tiny.tokenizer(), max_length=16,
-        num_workers=case.workers, group_by_length=case.batching != "plain", cache_dir=str(folder.parent / "cache"), **sizes,
+        num_workers=case.workers, group_by_length=case.batching != "plain", cache_dir=str(folder.parent / "cache"),
+        **sizes,
     )  # fmt: skip
     checkpoints = folder / "checkpoints"
     kept = [ResumeCheckpoint(str(checkpoints), every_minutes=None, every_steps=2)]
     if case.validate != "never":
         # Every validation is a new best: its file is written each time.
-        kept.append(ModelCheckpoint(checkpoints, filename="best", monitor="epoch", mode="max", enable_version_counter=False))  # type: ignore[arg-type]
+        kept.append(
+            ModelCheckpoint(checkpoints, filename="best", monitor="epoch", mode="max", enable_version_counter=False)
+        )  # type: ignore[arg-type]
     trainer = L.Trainer(
         max_epochs=case.epochs, max_steps=case.max_steps, accelerator="cpu", devices=case.ranks,
         strategy="ddp" if case.ranks > 1 else "auto", precision=case.precision, logger=False,  # type: ignore[arg-type]
@@ -136,7 +139,9 @@ def fit(folder: Path, case: Case, trap: Trap | None = None) -> None:
     trainer.fit(module, data, ckpt_path=newest(checkpoints), weights_only=True)
     if trainer.is_global_zero:
         states = trainer.optimizers[0].state_dict()["state"]
-        torch.save({"weights": module.state_dict(), "optimizer": states, "step": trainer.global_step}, folder / "final.pt")
+        torch.save(
+            {"weights": module.state_dict(), "optimizer": states, "step": trainer.global_step}, folder / "final.pt"
+        )
 
 
 def differs(first: Path, second: Path) -> str | None:

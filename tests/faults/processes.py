@@ -1,4 +1,4 @@
-"""Run functions in processes of their own, forked from one that has imported everything: an experiment costs no start."""
+"""Run functions in processes of their own, forked from one that has imported everything: they start at once."""
 
 import os
 import signal

@@ -58,6 +58,9 @@ def one(root: Path, case: Case, number: int, signum: int = KILL) -> str:
         if kills < 3:
             whose = draw.randrange(case.ranks)
             traps[whose] = Trap(draw.choice(PLACES), draw.randint(1, 6), signum)
+        if (best := folder / "checkpoints" / "best.ckpt").exists() and draw.random() < 0.2:
+            for name in ("last", "previous"):
+                (folder / "checkpoints" / f"{name}.ckpt").unlink(missing_ok=True)
         codes = fit_all(folder, case, traps)
         kills += 1
         if kills > 8 or (traps == [None] * case.ranks and any(codes)):
