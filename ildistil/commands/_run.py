@@ -15,9 +15,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 import ildistil.data  # so that a YAML file can name Glue and TextData  # noqa: F401
 from ildistil.commands._config import ConfigFile
+from ildistil.commands._failures import process_errors
 from ildistil.commands._folder import KeepConfig, RunFolder, keep_metrics
 from ildistil.commands._parser import Parser, own_errors
 from ildistil.data.task import task_of
@@ -210,12 +212,24 @@ class Run(LightningCLI):
         Raises:
             IldistilError: The configuration turns out to be wrong.
         """
-        with lightning_errors(), self._own_folder():
-            return method(self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path, weights_only=True)
+        path, before = self.config.ckpt_path, 0
+        if self.trains and 0 in (self.trainer.max_epochs, self.trainer.max_steps):
+            raise ConfigError("max_epochs or max_steps is 0, so nothing would be trained. Set it to more.")
+        if path is not None and self.trains:
+            before = checkpoint.load(path)["global_step"]
+        with process_errors(), lightning_errors(), self._own_folder(before):
+            found = method(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
+        if self.trains and self.trainer.global_step == before:
+            rank_zero_info(f"There was nothing left to train: {path or 'the run'} is at step {before}, where it ends.")
+        return found
 
     @contextmanager
-    def _own_folder(self) -> Iterator[None]:
-        """Make the run's folder, which no other process gets; with a logger of one's own that one decides."""
+    def _own_folder(self, step: int) -> Iterator[None]:
+        """Make the run's folder, which no other process gets; with a logger of one's own that one decides.
+
+        Args:
+            step: from where the run goes on.
+        """
         if self.trainer.fast_dev_run or not (self._own_logger or self.folder.path):  # type: ignore[attr-defined]
             yield
             return
@@ -223,8 +237,8 @@ class Run(LightningCLI):
             if self._own_logger:
                 warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
                 self.trainer.logger = CSVLogger(str(folder.parent), "", folder.name)
-            if self.folder.resume and self.config.ckpt_path is not None:
-                keep_metrics(self.trainer, checkpoint.load(self.config.ckpt_path)["global_step"])
+            if self.folder.resume and step:
+                keep_metrics(self.trainer, step)
             yield
 
     def report_best(self) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ildistil import distributed
-from ildistil.commands._distilling import DistillingRun
+from ildistil.commands.evaluate import MeasuringRun
 from ildistil.data.task import Task, set_names, task_of
 from ildistil.errors import DataError, ModelError
 
@@ -20,7 +20,7 @@ Row = tuple[int, float, list[float]]  # its id, what is predicted, probabilities
 
 def main(command: str, arguments: Sequence[str]) -> None:
     """Predict for the test sets, or else for the validation sets."""
-    run = DistillingRun(command, arguments, __doc__)
+    run = MeasuringRun(command, arguments, __doc__)
     results: list[Any] = run.start(run.trainer.predict) or []
     sets = results if results and isinstance(results[0], list) else [results]
     folder, task = Path(run.trainer.log_dir or "."), task_of(run.datamodule)

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 import torch
@@ -27,6 +27,7 @@ from ildistil.training.checkpoint import (
     CheckpointFiles,
     Saved,
     keep_best,
+    load,
     recipe,
     run_settings,
     specification,
@@ -328,6 +329,16 @@ class Distiller(L.LightningModule):
             if self.distillation.balance is not None:
                 self.distillation.balance.load_state_dict(saved.balance)
         checkpoint["state_dict"] |= {key: saved.projections.get(key, value) for key, value in own.items()}
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Build a module and load the weights of a checkpoint; see Lightning's method of this name for its arguments.
+
+        Raises:
+            CheckpointError: it is no local file of tensors and plain values, or it is damaged.
+        """
+        load(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **{**kwargs, "weights_only": True})
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the weights of a checkpoint.

@@ -17,6 +17,7 @@ import tiny
 from ildistil import Distiller, ResumeCheckpoint, Stage, objectives, schedules
 from ildistil.data import TextData
 from ildistil.engine import Balance
+from ildistil.errors import Stopped
 from ildistil.mappings import Random
 from ildistil.objectives import Objective
 from ildistil.training.checkpoint import newest
@@ -65,36 +66,38 @@ class Trap(Callback):
 
     def __init__(self, place: str, number: int, signum: int) -> None:
         self.place, self.left, self.signum = place, number, signum
+        self.sprung: int | None = None
 
-    def _spring(self, place: str) -> None:
+    def _spring(self, place: str, trainer: L.Trainer) -> None:
         if place == self.place:
             self.left -= 1
             if self.left == 0:
+                self.sprung = trainer.global_step
                 os.kill(os.getpid(), self.signum)
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Before a batch."""
-        self._spring("batch")
+        self._spring("batch", trainer)
 
-    def on_before_optimizer_step(self, *_: Any) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
         """After the backward pass."""
-        self._spring("step")
+        self._spring("step", trainer)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """After a batch, before it is saved."""
-        self._spring("batch end")
+        self._spring("batch end", trainer)
 
-    def on_validation_batch_end(self, *_: Any) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """In a validation."""
-        self._spring("validation")
+        self._spring("validation", trainer)
 
-    def on_train_epoch_end(self, *_: Any) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """At the end of an epoch, before it is saved."""
-        self._spring("epoch end")
+        self._spring("epoch end", trainer)
 
-    def on_train_epoch_start(self, *_: Any) -> None:
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """At the start of an epoch, and of a stage."""
-        self._spring("epoch start")
+        self._spring("epoch start", trainer)
 
 
 PLACES = ("batch", "step", "batch end", "validation", "epoch end", "epoch start")
@@ -136,7 +139,12 @@ def fit(folder: Path, case: Case, trap: Trap | None = None) -> None:
         val_check_interval=2 if case.validate == "often" else None,
         callbacks=[*terms(case), *([trap] if trap else []), *kept],
     )  # fmt: skip
-    trainer.fit(module, data, ckpt_path=newest(checkpoints), weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=newest(checkpoints), weights_only=True)
+    except Stopped:
+        if trap is not None and trap.sprung is not None:
+            (folder / "sprung").write_text(str(trap.sprung))
+        raise
     if trainer.is_global_zero:
         states = trainer.optimizers[0].state_dict()["state"]
         torch.save(

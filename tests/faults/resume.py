@@ -1,9 +1,12 @@
 """Kill a training, go on, and compare with one that was left alone: bit by bit."""
 
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from faults import processes
 from faults.fits import KILL, PLACES, Case, Trap, differs, fit
@@ -58,7 +61,7 @@ def one(root: Path, case: Case, number: int, signum: int = KILL) -> str:
         if kills < 3:
             whose = draw.randrange(case.ranks)
             traps[whose] = Trap(draw.choice(PLACES), draw.randint(1, 6), signum)
-        if (best := folder / "checkpoints" / "best.ckpt").exists() and draw.random() < 0.2:
+        if (folder / "checkpoints" / "best.ckpt").exists() and draw.random() < 0.2:
             for name in ("last", "previous"):
                 (folder / "checkpoints" / f"{name}.ckpt").unlink(missing_ok=True)
         codes = fit_all(folder, case, traps)
@@ -67,3 +70,31 @@ def one(root: Path, case: Case, number: int, signum: int = KILL) -> str:
             return f"it can't go on: exit codes {codes}, see {folder / 'log'}"
     told = differs(alone, folder)
     return f"differs in {told} after {kills - 1} kills" if told else "equal"
+
+
+def one_signal(root: Path, case: Case, number: int) -> str:
+    """Stop a training by a signal, to one of its processes or to all, and go on; return what came of it."""
+    draw = random.Random(f"signal {number}")
+    alone = undisturbed(root, case)
+    if alone is None:
+        return "the undisturbed run failed"
+    folder = root / "stopped" / str(number)
+    signum = draw.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+    for _ in range(2):
+        place, at = draw.choice(PLACES), draw.randint(1, 4)
+        hit = range(case.ranks) if draw.random() < 0.5 else [draw.randrange(case.ranks)]
+        traps = [Trap(place, at, signum) if rank in hit else None for rank in range(case.ranks)]
+        codes = fit_all(folder, case, traps)
+        if set(codes) == {0}:
+            break  # the training was over before
+        if set(codes) != {128 + signum}:
+            return f"ended with {codes}, not {128 + signum}; see {folder / 'log'}"
+        if (sprung := folder / "sprung").exists():
+            saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+            if saved < int(sprung.read_text()):
+                return f"step {sprung.read_text()} is lost: step {saved} is saved"
+            sprung.unlink()
+    if not (folder / "final.pt").exists() and any(codes := fit_all(folder, case, [None] * case.ranks)):
+        return f"it can't go on: exit codes {codes}, see {folder / 'log'}"
+    told = differs(alone, folder)
+    return f"differs in {told}" if told else "equal"
