@@ -159,7 +159,8 @@ class KeepConfig(SaveConfigCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Write it, in one process."""
-        if self.already_saved or not trainer.is_global_zero or trainer.log_dir is None:
+        folder = trainer.log_dir  # asked in all processes: the first tells it the others
+        if self.already_saved or not trainer.is_global_zero or folder is None:
             return
         self.already_saved = True
         config = self.config.clone()
@@ -169,7 +170,7 @@ class KeepConfig(SaveConfigCallback):
             config.trainer.pop("logger")  # it is another command's, or another run's, when the file is read
         text = self.parser.dump(config, skip_none=False, skip_validation=True)
         for number in itertools.count(1):
-            path = Path(trainer.log_dir) / (_CONFIG if number == 1 else f"config-{number}.yaml")
+            path = Path(folder) / (_CONFIG if number == 1 else f"config-{number}.yaml")
             if not path.exists():
                 storage.write_text(path, text)
                 return

@@ -7,15 +7,25 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from faults import fits, resume
+from faults import resume, stored
 
-KINDS = {"resume": resume.one, "signals": resume.one_signal}
+# Each takes a folder and the number of an experiment, and returns "equal" or what was lost.
+KINDS: dict[str, Callable[[Path, int], str]] = {
+    "resume": resume.one,
+    "signals": resume.one_signal,
+    "writes": stored.one_write,
+    "flips": stored.one_flip,
+    "starts": stored.one_start,
+    "predict": stored.one_predict,
+    "ranks": stored.one_rank,
+}
 
 
 def main() -> None:
@@ -26,28 +36,27 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=0, help="number of the first")
     parser.add_argument("--jobs", type=int, default=2, help="experiments at a time")
     arguments = parser.parse_args()
-    root = Path(tempfile.mkdtemp(prefix="faults-"))
-    for folder in ("alone", "killed", "stopped"):
-        (root / folder).mkdir()
-        fits.write_data(root / folder)
+    top = Path(tempfile.mkdtemp(prefix="faults-"))
     numbers = range(arguments.start, arguments.start + arguments.count)
-    cases = list(resume.cases(numbers.stop))
     bad = 0
     for kind in arguments.kinds:
+        root = top / kind
+        root.mkdir()
         results: Counter[str] = Counter()
         begun = time.monotonic()
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            every = pool.map(lambda number, kind=kind: KINDS[kind](root, cases[number], number), numbers)
+            every = pool.map(lambda number, kind=kind, root=root: KINDS[kind](root, number), numbers)
             for number, found in zip(numbers, every, strict=True):
-                results[found.split(" ")[0]] += 1
+                results["right" if found == "equal" else "lost"] += 1
                 if found != "equal":
-                    sys.stdout.write(f"{kind} {number}: {found}\n  {cases[number]}\n")
+                    sys.stdout.write(f"{kind} {number}: {found}\n")
                     sys.stdout.flush()
-        bad += sum(results.values()) - results["equal"]
+        bad += results["lost"]
         sys.stdout.write(f"{kind}: {dict(results)} in {time.monotonic() - begun:.0f} s\n")
+        sys.stdout.flush()
     if bad:
-        sys.exit(f"{bad} experiments lost something; see {root}")
-    shutil.rmtree(root)
+        sys.exit(f"{bad} experiments lost something; see {top}")
+    shutil.rmtree(top)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import csv
 import os
 import random
-import signal
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +170,3 @@ def _flat(tree: Any, prefix: str = "") -> Any:
             yield from _flat(value, f"{prefix}{name}.")
         elif isinstance(value, torch.Tensor):
             yield f"{prefix}{name}", value
-
-
-KILL = signal.SIGKILL

@@ -2,46 +2,41 @@
 
 import random
 import signal
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from faults import processes
-from faults.fits import KILL, PLACES, Case, Trap, differs, fit
+from faults.fits import PLACES, Case, Trap, differs, fit, write_data
 
 
-def cases(count: int, seed: int = 0) -> Iterator[Case]:
-    """Yield trainings that between them have every value of every choice, alone and together with others."""
-    draw = random.Random(seed)
-    for number in range(count):
-        case = Case(
-            workers=(0, 2, 4)[number % 3],
-            ranks=2 if number % 5 == 4 else 1,
-            precision=draw.choice(["32-true", "32-true", "bf16-mixed"]),
-            accumulate=draw.choice([1, 1, 2, 3]),
-            batching=draw.choice(["grouped", "plain", "tokens"]),
-            terms=draw.choice(["plain", "stages", "balance", "contrast", "drawn"]),
-            validate=draw.choice(["epoch", "often", "never"]),
-            max_steps=draw.choice([-1, -1, -1, 11]),
-        )
-        if case.terms == "contrast":
-            case = replace(case, accumulate=1)
-        if case.terms == "stages":
-            case = replace(case, max_steps=-1)
-        yield case
+def case_of(number: int) -> Case:
+    """Return a training; those of 50 numbers have every value of every choice between them."""
+    draw = random.Random(number)
+    terms = draw.choice(["plain", "stages", "balance", "contrast", "drawn"])
+    return Case(
+        workers=(0, 2, 4)[number % 3],
+        ranks=2 if number % 5 == 4 else 1,
+        precision=draw.choice(["32-true", "32-true", "bf16-mixed"]),
+        accumulate=1 if terms == "contrast" else draw.choice([1, 1, 2, 3]),
+        batching=draw.choice(["grouped", "plain", "tokens"]),
+        terms=terms,
+        validate=draw.choice(["epoch", "often", "never"]),
+        max_steps=-1 if terms == "stages" else draw.choice([-1, -1, -1, 11]),
+    )
 
 
 def fit_all(folder: Path, case: Case, traps: list[Trap | None]) -> list[int]:
     """Train in as many processes as the training has ranks; return their exit codes."""
     folder.mkdir(parents=True, exist_ok=True)
+    if not (folder.parent / "train.csv").exists():
+        write_data(folder.parent)
     return processes.together([lambda trap=trap: fit(folder, case, trap) for trap in traps], folder / "log")
 
 
-def undisturbed(root: Path, case: Case) -> Path | None:
+def undisturbed(root: Path, number: int, case: Case) -> Path | None:
     """Train once and be left alone; return the folder, or ``None`` where that fails."""
-    folder = root / "alone" / f"{hash(case) & 0xFFFFFFFF:08x}"
+    folder = root / f"alone-{number}" / "run"
     if not (folder / "final.pt").exists():
         codes = fit_all(folder, case, [None] * case.ranks)
         if any(codes):
@@ -49,18 +44,18 @@ def undisturbed(root: Path, case: Case) -> Path | None:
     return folder
 
 
-def one(root: Path, case: Case, number: int, signum: int = KILL) -> str:
+def one(root: Path, number: int) -> str:
     """Kill a training again and again, and go on until it ends; return what came of it."""
-    draw = random.Random(number)
-    alone = undisturbed(root, case)
+    draw, case = random.Random(f"kill {number}"), case_of(number)
+    alone = undisturbed(root, number, case)
     if alone is None:
-        return "the undisturbed run failed"
-    folder, kills = root / "killed" / str(number), 0
+        return f"the undisturbed run failed: {case}"
+    folder, kills = root / f"killed-{number}" / "run", 0
     while not (folder / "final.pt").exists():
         traps: list[Trap | None] = [None] * case.ranks
         if kills < 3:
             whose = draw.randrange(case.ranks)
-            traps[whose] = Trap(draw.choice(PLACES), draw.randint(1, 6), signum)
+            traps[whose] = Trap(draw.choice(PLACES), draw.randint(1, 6), signal.SIGKILL)
         if (folder / "checkpoints" / "best.ckpt").exists() and draw.random() < 0.2:
             for name in ("last", "previous"):
                 (folder / "checkpoints" / f"{name}.ckpt").unlink(missing_ok=True)
@@ -69,16 +64,16 @@ def one(root: Path, case: Case, number: int, signum: int = KILL) -> str:
         if kills > 8 or (traps == [None] * case.ranks and any(codes)):
             return f"it can't go on: exit codes {codes}, see {folder / 'log'}"
     told = differs(alone, folder)
-    return f"differs in {told} after {kills - 1} kills" if told else "equal"
+    return f"differs in {told} after {kills - 1} kills: {case}" if told else "equal"
 
 
-def one_signal(root: Path, case: Case, number: int) -> str:
+def one_signal(root: Path, number: int) -> str:
     """Stop a training by a signal, to one of its processes or to all, and go on; return what came of it."""
-    draw = random.Random(f"signal {number}")
-    alone = undisturbed(root, case)
+    draw, case = random.Random(f"signal {number}"), case_of(number)
+    alone = undisturbed(root, number, case)
     if alone is None:
-        return "the undisturbed run failed"
-    folder = root / "stopped" / str(number)
+        return f"the undisturbed run failed: {case}"
+    folder = root / f"stopped-{number}" / "run"
     signum = draw.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
     for _ in range(2):
         place, at = draw.choice(PLACES), draw.randint(1, 4)
@@ -97,4 +92,4 @@ def one_signal(root: Path, case: Case, number: int) -> str:
     if not (folder / "final.pt").exists() and any(codes := fit_all(folder, case, [None] * case.ranks)):
         return f"it can't go on: exit codes {codes}, see {folder / 'log'}"
     told = differs(alone, folder)
-    return f"differs in {told}" if told else "equal"
+    return f"differs in {told}: {case}" if told else "equal"
