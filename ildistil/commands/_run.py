@@ -1,6 +1,7 @@
 """What the commands with a Trainer share: their options, models, data and callbacks, and Lightning's errors."""
 
 import os
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, Checkpoint, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_info
 
 import ildistil.data  # so that a YAML file can name Glue and TextData  # noqa: F401
 from ildistil.commands._config import ConfigFile
@@ -195,6 +195,10 @@ class Run(LightningCLI):
             # A run that goes on keeps its folder of checkpoints, and so what was best; another folder begins anew.
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             warnings.filterwarnings("ignore", message="The dirpath has changed")
+            # A training that ends before a validation: that is said at its end.
+            warnings.filterwarnings(
+                "ignore", message=rf".*monitor='{re.escape(monitor)}'.* could not find the monitored"
+            )
             best = ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False)
             made.insert(0, best)
         return made
@@ -219,8 +223,8 @@ class Run(LightningCLI):
             before = checkpoint.load(path)["global_step"]
         with process_errors(), lightning_errors(), self._own_folder(before):
             found = method(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
-        if self.trains and self.trainer.global_step == before:
-            rank_zero_info(f"There was nothing left to train: {path or 'the run'} is at step {before}, where it ends.")
+        if self.trains and self.trainer.global_step == before and self.trainer.is_global_zero:
+            print(f"There was nothing left to train: {path or 'the run'} is at step {before}, where it ends.")
         return found
 
     @contextmanager

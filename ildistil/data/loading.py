@@ -213,6 +213,8 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Take the position of a checkpoint, for the next training loader."""
+        # Lightning asks loaders for a position of their own.
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
         self._position = state["epoch"], state["batches"]
 
     # Parts --------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class ResumeCheckpoint(Checkpoint):
         self._folder = Path(dirpath or ".")
         self._step = self._saved_step = -1
         self._saved_at = 0.0
-        self._signal = 0
+        self._signal = self._stopping = 0
         self._handlers: dict[signal.Signals, Any] = {}
 
     @property
@@ -100,7 +100,17 @@ class ResumeCheckpoint(Checkpoint):
         stopping, due = self._agreed(pl_module.device)
         if due or stopping or trainer.should_stop or self._step == trainer.max_steps:
             self._save(trainer)
-        self._stop(stopping)
+        self._stopping = stopping  # not here: the step is not logged yet
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop, where that is due and saved."""
+        self._stop(self._stopping)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop, where that is due and saved."""
+        self._stop(self._stopping)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end of an epoch; one that was cut short was saved at its last step, from where it can go on."""
@@ -171,7 +181,7 @@ class ResumeCheckpoint(Checkpoint):
     def _restore(self) -> None:
         for each, handler in self._handlers.items():
             signal.signal(each, handler)
-        self._handlers, self._signal = {}, 0
+        self._handlers, self._signal, self._stopping = {}, 0, 0
 
     def _stop(self, signum: int) -> None:
         if signum:
