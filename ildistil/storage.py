@@ -19,6 +19,7 @@ import xxhash
 from ildistil.errors import IldistilError, writing
 
 __all__ = [
+    "CHANGED",
     "MANIFEST",
     "checksum",
     "is_sealed",
@@ -33,6 +34,8 @@ __all__ = [
 
 #: The file of a folder that names all others with their sizes and checksums.
 MANIFEST = "checksums.json"
+#: What is to be done about a folder of a model that isn't what was exported.
+CHANGED = f"Export it again; if it was changed on purpose, delete {MANIFEST} in its folder."
 _DRAFT = ".draft-"
 _CHUNK = 1 << 24
 _SEAL = b"xxh3_128 "
@@ -79,7 +82,9 @@ def replacing_folder(path: Path, *, keep: bool = False) -> Iterator[Path]:
         with _draft(path, folder=True) as draft:
             yield draft
             write_manifest(draft)
+            mode = draft.stat().st_mode & 0o666
             for file in _files(draft):
+                file.chmod(mode)  # some writers hide what they write from everybody else
                 _sync(file)
             _sync(draft)
             if not _renamed(draft, path) and not keep:

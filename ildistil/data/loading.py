@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from ildistil.data.cache import cache_entry, load, store, stored
 from ildistil.data.files import Source
 from ildistil.data.sampler import EpochSampler, LengthGroupedSampler, TokenBudgetSampler, even_batch_size
-from ildistil.data.tokenizing import Collate, check_tokenizer, load_tokenizer, tokenizer_digest
+from ildistil.data.tokenizing import Collate, check_tokenizer, tokenizer_digest
 from ildistil.errors import DataError, MissingFileError
+from ildistil.students.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True)
