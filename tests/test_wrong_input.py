@@ -142,7 +142,7 @@ def test_wrong_words(arguments: tuple[str, ...], message: str, capsys: pytest.Ca
         ("{max_epochs: 1, accelerator: cpu, enable_progress_bar: false}", "", "'trainer' is None. It holds values"),
         ("{class_path: AttentionKL}", "null", "Not a valid subclass of Objective. Got value: None. Name one by class"),
         ("{class_path: AttentionKL}", "{class_path: nowhere.KL}", "No module named 'nowhere'"),
-        ("{class_path: AttentionKL}", "{class_path: pathlib.Path}", "does not correspond to a subclass of Objective"),
+        ("{class_path: AttentionKL}", "{class_path: pathlib.Path}", "pathlib.Path is not imported: classes come from"),
         ("{class_path: AttentionKL}", "{class_path: AttentionKL, weight: 2}", "line 7: write 'weight' under init_args"),
         ("  attention: {class", "  - {class", "can't be read as YAML"),
         ("trainer:", "trianer:", "Did you mean 'trainer' instead of 'trianer'?"),

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 
+from ildistil.commands._classes import allow, dotted
 from ildistil.errors import ConfigError
 
 __all__ = ["ConfigFile", "as_config"]
@@ -27,6 +28,8 @@ class ConfigFile(ActionConfigFile):
         """
         given = _read(values)
         _forget(given, cfg)
+        folders = () if values.startswith("{") else (Path(values).expanduser().absolute().parent,)
+        allow(dotted(given), *folders, Path.cwd())
         super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
         for part in parser.groups:
             if not isinstance(cfg.get(part), Namespace) and cfg.get(part) != parser.get_defaults().get(part):

@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
@@ -12,6 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
+from ildistil.commands._classes import allow
 from ildistil.commands._config import as_config
 from ildistil.errors import ConfigError
 from ildistil.mappings import LayerMapping
@@ -31,6 +33,8 @@ _NOISE = re.compile(
 _PLAIN = {
     r'Parser key "([^"]+)":\s*': r"\1: ",
     r"\s*Subclass types expect.*": ". Name one by class_path, its options by init_args.",
+    r"Importing '([^']+)' is not allowed, .*? to allow it\.": r"\1 is not imported: classes come from installed packages, "
+    r"and from modules beside the YAML file or in the working folder",
     r"Expected an instantiatable class, but (\S+) is abstract": r"Name one of the subclasses of \1",
     r"a typing\.Literal\[(.*?)\]": r"one of \1",
     r"<class '(?:\w+\.)*(\w+)'>": r"\1",
@@ -69,7 +73,11 @@ class Parser(LightningArgumentParser):
 
     def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
         """Parse the words of a command line."""
-        return super().parse_args(args if self._owner else as_config(args), *others, **kwargs)
+        if self._owner is None:
+            args = as_config(args)
+            values = (re.sub(r"^--[\w.]+=?", "", word) for word in args)
+            allow((name for value in values for name in re.findall(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+", value)), Path.cwd())
+        return super().parse_args(args, *others, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message and close matches of the words it doesn't know."""
