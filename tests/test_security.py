@@ -53,7 +53,7 @@ def with_code(folder: Path, mark: Path, kind: str) -> Path:
         said = json.loads((folder / name).read_text())
         said |= {"auto_map": maps, "model_type": kind, "trust_remote_code": True, "tokenizer_class": "Tokens"}
         (folder / name).write_text(json.dumps(said))
-    (folder / "generation_config.json").write_text(json.dumps({"custom_generate": "mine.py", "trust_remote_code": True}))
+    (folder / "generation_config.json").write_text(json.dumps({"custom_generate": "mine.py"}))
     (folder / "mine.py").write_text(MARK.format(mark=str(mark)) + "class Config: pass\nModel = Tokens = Config\n")
     return folder
 

@@ -133,9 +133,7 @@ def test_a_folder_is_replaced_or_stays(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["folder"]
 
 
-def test_what_is_neither_the_old_nor_the_new_folder_is_noticed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_neither_the_old_nor_the_new_folder_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "folder"
 
     def write(version: str, *names: str) -> None:
@@ -154,9 +152,10 @@ def test_what_is_neither_the_old_nor_the_new_folder_is_noticed(
             raise KeyboardInterrupt
         real(source, place)
 
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as context:
         context.setattr(os, "replace", killed)
-        write("2", "a", "b")
+        with pytest.raises(KeyboardInterrupt):
+            write("2", "a", "b")
     with pytest.raises(DataError, match="is damaged: it isn't what was written"):
         storage.verify_folder(folder, DataError, "")
     write("3", "a", "b")

@@ -403,7 +403,10 @@ def test_the_estimate_is_what_gets_written(tmp_path: Path, monkeypatch: pytest.M
     empty = StoredTeacher(tmp_path, teacher)
     needed = estimate(empty, terms, student, [*data, *data])
     assert not list(tmp_path.iterdir())
-    per_token, per_row = 2 * (32 + 2 * 32), 2 * 3 + 24 + 4 * 8  # keys, two hidden states; logits, a key, a place, checks
+    per_token, per_row = (
+        2 * (32 + 2 * 32),
+        2 * 3 + 24 + 4 * 8,
+    )  # keys, two states; logits, key, place, checks
     assert needed.bytes == 40 * 8 * per_token + 80 * per_row
     precompute(empty, terms, student, data)
     written = sum(shard.stat().st_size for shard in tmp_path.glob("shard-*"))
@@ -825,6 +828,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    with pytest.raises(WriteError, match=r"full/shard-\w+\.safetensors can't be written \(.*No space left on device\). Free some space, or"):
+    with pytest.raises(
+        WriteError,
+        match=r"full/shard-\w+\.safetensors can't be written \(.*No space left on device\). Free some space, or",
+    ):
         stored(tmp_path / "full", [objectives.HiddenMSE()])
     assert not list((tmp_path / "full").glob("*shard*"))

@@ -33,12 +33,13 @@ _NOISE = re.compile(
 _PLAIN = {
     r'Parser key "([^"]+)":\s*': r"\1: ",
     r"\s*Subclass types expect.*": ". Name one by class_path, its options by init_args.",
-    r"Importing '([^']+)' is not allowed, .*? to allow it\.": r"\1 is not imported: classes come from installed packages, "
-    r"and from modules beside the YAML file or in the working folder",
-    r"Expected a dot import path string: ?([^\n]*)\nGiven value:[^\n]*": r"there is no class '\1' for this. Name one of those "
-    r"that --help lists, or module.Class for one of your own",
-    r"Expected a dot import path string: ?([^\n]*)": r"there is no class '\1' for this. Name one of those that --help "
-    r"lists, or module.Class for one of your own",
+    r"Importing '([^']+)' is not allowed, .*? to allow it\.": (
+        r"\1 is not imported: classes come from installed packages, and from modules beside the YAML file or in the "
+        "working folder"
+    ),
+    r"Expected a dot import path string: ?([^\n]*)(\nGiven value:[^\n]*)?": (
+        r"there is no class '\1' for this. Name one of those that --help lists, or module.Class for one of your own"
+    ),
     r"Expected an instantiatable class, but (\S+) is abstract": r"Name one of the subclasses of \1",
     r"a typing\.Literal\[(.*?)\]": r"one of \1",
     r"<class '(?:\w+\.)*(\w+)'>": r"\1",

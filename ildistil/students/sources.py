@@ -1,5 +1,6 @@
 """Where models come from, in types that a YAML file can name."""
 
+import difflib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -237,9 +238,13 @@ def load(
 
 def _config(path: str) -> PreTrainedConfig:
     folder = Path(path)
+    if folder.is_file():
+        raise ModelError(f"{path!r} is a file. Name the folder of a model, as save_pretrained writes it.")
     if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        near = sorted(p.name for p in folder.parent.iterdir() if p.is_dir())[:8] if folder.parent.is_dir() else []
-        raise ModelError(f"There is no folder {path!r}. Folders beside it: {', '.join(near) or 'none'}.")
+        near = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
+        close = difflib.get_close_matches(folder.name, near, n=1)
+        hint = f" Did you mean {path.removesuffix(folder.name) + close[0]!r}?" if close else ""
+        raise ModelError(f"There is no folder {path!r}. Folders beside it: {', '.join(near[:8]) or 'none'}.{hint}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise ModelError(f"The folder {path!r} has no config.json, but {found}. Name one that save_pretrained wrote.")

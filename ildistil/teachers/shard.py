@@ -119,8 +119,8 @@ class _Hashed:
 
     def __call__(self, row: int, starts: Sequence[int]) -> int:
         begin, end = (starts[row], starts[row + 1]) if self.per_token else (row, row + 1)
-        seed = self.seed ^ xxhash.xxh3_64_intdigest(self.keys[row])
-        return int.from_bytes(xxhash.xxh3_64_digest(self.values[begin:end], seed), "big", signed=True)
+        seed = self.seed ^ xxhash.xxh3_64_intdigest(self.keys[row].data)
+        return int.from_bytes(xxhash.xxh3_64_digest(self.values[begin:end].data, seed), "big", signed=True)
 
 
 def checks(tensors: Mapping[str, Tensor], columns: Sequence[Column]) -> Tensor:
@@ -134,7 +134,7 @@ def index_digest(tensors: Mapping[str, Tensor]) -> str:
     """Return the checksum of what says which rows there are."""
     digest = xxhash.xxh3_128()
     for name in (KEYS, STARTS, CHECKS):
-        digest.update(_bytes(tensors[name]))
+        digest.update(_bytes(tensors[name]).data)
     return digest.hexdigest()
 
 

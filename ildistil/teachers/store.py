@@ -3,7 +3,6 @@
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 

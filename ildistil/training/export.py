@@ -100,13 +100,13 @@ def _read(checkpoint: str | Path) -> tuple[dict[str, Any], Saved]:
 def _rebuild(content: Mapping[str, Any], saved: Saved, checkpoint: str | Path) -> PreTrainedModel:
     recipe = saved.student
     assert recipe is not None
-    architecture = getattr(transformers, str(recipe["architecture"]), None)
+    architecture: Any = getattr(transformers, str(recipe["architecture"]), None)
     if not isinstance(architecture, type) or not issubclass(architecture, PreTrainedModel):
         raise CheckpointError(
             f"The student in {str(checkpoint)!r} is a {recipe['architecture']}, which this version of transformers "
             f"({transformers.__version__}) doesn't have."
         )
-    student = architecture(changed_config(architecture.config_class.from_dict(recipe["config"]), {}))
+    student: PreTrainedModel = architecture(changed_config(architecture.config_class.from_dict(recipe["config"]), {}))
     weights: dict[str, Tensor] = {
         key.removeprefix(STUDENT).removeprefix("_orig_mod."): value
         for key, value in content["state_dict"].items()
