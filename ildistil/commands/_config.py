@@ -90,10 +90,12 @@ def _check_keys(node: yaml.Node, where: str) -> None:
         lines[name] = line
         _check_keys(value, where)
     for key, value in node.value:
-        if key.value == "class_path" and not (value.tag.endswith(":str") and _CLASS.fullmatch(value.value)):
+        good = isinstance(value, yaml.ScalarNode) and value.tag.endswith(":str") and _CLASS.fullmatch(value.value)
+        if key.value == "class_path" and not good:
+            got = repr(value.value) if isinstance(value, yaml.ScalarNode) else f"a {value.id}"
             raise ConfigError(
-                f"{where}, line {lines['class_path']}: class_path is {value.value if value.value else None!r}. Name a "
-                "class, such as AttentionKL; one of your own as module.Class."
+                f"{where}, line {lines['class_path']}: class_path is {got}. Name a class, such as AttentionKL; one of "
+                "your own as module.Class."
             )
     if "class_path" in lines and (beside := lines.keys() - _BESIDE_A_CLASS):
         name = min(beside)

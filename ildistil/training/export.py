@@ -101,7 +101,8 @@ def _rebuild(content: Mapping[str, Any], saved: Saved, checkpoint: str | Path) -
     recipe = saved.student
     assert recipe is not None
     architecture: Any = getattr(transformers, str(recipe["architecture"]), None)
-    if not isinstance(architecture, type) or not issubclass(architecture, PreTrainedModel):
+    known = isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)
+    if not known:
         raise CheckpointError(
             f"The student in {str(checkpoint)!r} is a {recipe['architecture']}, which this version of transformers "
             f"({transformers.__version__}) doesn't have."
