@@ -97,6 +97,11 @@ def _check_keys(node: yaml.Node, where: str) -> None:
                 f"{where}, line {lines['class_path']}: class_path is {got}. Name a class, such as AttentionKL; one of "
                 "your own as module.Class."
             )
+        if key.value == "init_args" and "class_path" in lines and not isinstance(value, yaml.MappingNode):
+            raise ConfigError(
+                f"{where}, line {lines['init_args']}: init_args holds no options by their names. Leave it out, or write "
+                "{name: value}."
+            )
     if "class_path" in lines and (beside := lines.keys() - _BESIDE_A_CLASS):
         name = min(beside)
         raise ConfigError(f"{where}, line {lines[name]}: write {name!r} under init_args, not beside class_path.")
