@@ -166,7 +166,11 @@ def test_wrong_words(arguments: tuple[str, ...], message: str, capsys: pytest.Ca
             "AttentoinKL",
             "wrong.yaml: objectives.attention: there is no class 'AttentoinKL'",
         ),
-        ("{class_path: AttentionKL}", "{class_path: AttentionKL, init_args: }", "line 7: init_args holds no options by"),
+        (
+            "{class_path: AttentionKL}",
+            "{class_path: AttentionKL, init_args: }",
+            "line 7: init_args holds no options by",
+        ),
         ("{class_path: Glue", "{class_path: AttentionKL", "wrong.yaml: data: "),
         ("path: ./teacher", "path: ./teacher/config.json", "'./teacher/config.json' is a file. Name the folder of a"),
         ("path: ./teacher", "path: ./taecher", "There is no folder './taecher'. Folders beside it: "),

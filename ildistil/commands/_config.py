@@ -99,8 +99,8 @@ def _check_keys(node: yaml.Node, where: str) -> None:
             )
         if key.value == "init_args" and "class_path" in lines and not isinstance(value, yaml.MappingNode):
             raise ConfigError(
-                f"{where}, line {lines['init_args']}: init_args holds no options by their names. Leave it out, or write "
-                "{name: value}."
+                f"{where}, line {lines['init_args']}: init_args holds no options by their names. Leave it out, or "
+                "write {name: value}."
             )
     if "class_path" in lines and (beside := lines.keys() - _BESIDE_A_CLASS):
         name = min(beside)
