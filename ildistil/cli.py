@@ -49,8 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         others = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "transformers"))
         print(f"ildistil {ildistil.__version__}, {others}")
         return
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # so that a YAML file can name a class of a file beside it
     _quieten()
     try:
         import_module(f"ildistil.commands.{_file(command)}").main(command, rest)

@@ -19,6 +19,7 @@ import xxhash
 from ildistil.errors import IldistilError, writing
 
 __all__ = [
+    "CHANGED",
     "DRAFT",
     "MANIFEST",
     "checksum",
@@ -35,6 +36,8 @@ __all__ = [
 
 #: The file of a folder that names all others with their sizes and checksums.
 MANIFEST = "checksums.json"
+#: What is to be done about a folder of a model that isn't what was exported.
+CHANGED = f"Export it again; if it was changed on purpose, delete {MANIFEST} in its folder."
 #: What the names of drafts hold.
 DRAFT = ".draft-"
 _CHUNK = 1 << 24
@@ -43,8 +46,12 @@ _SEAL_BYTES = len(_SEAL) + 32
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, keep: bool = False) -> Iterator[Path]:
     """Yield a draft to write; put it in the place of ``path`` when the block ends, and remove it if it fails.
+
+    Args:
+        path: the file.
+        keep: leave a file that another process put there meanwhile.
 
     Raises:
         WriteError: there is no space, or no permission.
@@ -54,16 +61,21 @@ def replacing(path: Path) -> Iterator[Path]:
         with _draft(path, folder=False) as draft:
             yield draft
             _sync(draft)
-            os.replace(draft, path)
+            if not keep or not _linked(draft, path):
+                os.replace(draft, path)
             _sync(path.parent)
 
 
 @contextlib.contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
+def replacing_folder(path: Path, *, keep: bool = False) -> Iterator[Path]:
     """Yield a folder to fill; write its manifest and put it in its place when the block ends, or remove it.
 
-    A folder that is there already must be empty, or have to be of this kind: it is replaced file by file, new files
-    first and the manifest last, so that what is neither old nor new is noticed.
+    A folder with files is replaced file by file, the manifest first, so that what is neither old nor new is noticed.
+    Files that no manifest names stay.
+
+    Args:
+        path: the folder.
+        keep: leave a folder with files that another process put there meanwhile.
 
     Raises:
         WriteError: there is no space, or no permission.
@@ -73,18 +85,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         with _draft(path, folder=True) as draft:
             yield draft
             write_manifest(draft)
+            mode = draft.stat().st_mode & 0o666
             for file in _files(draft):
+                file.chmod(mode)  # some writers hide what they write from everybody else
                 _sync(file)
             _sync(draft)
-            if path.is_dir() and any(path.iterdir()):
-                (path / MANIFEST).unlink(missing_ok=True)
-                for file in sorted(_files(draft), key=lambda file: file.name == MANIFEST):
-                    place = path / file.relative_to(draft)
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(file, place)
-                _sync(path)
-            else:
-                draft.rename(path)
+            if not _renamed(draft, path) and not keep:
+                _move_files(draft, path)
             _sync(path.parent)
 
 
@@ -165,13 +172,14 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
 
 
-def verify_folder(folder: Path, error: type[IldistilError], remedy: str) -> bool:
+def verify_folder(folder: Path, error: type[IldistilError], remedy: str, skip: tuple[str, ...] = ()) -> bool:
     """Compare a folder with its manifest; return whether it has one.
 
     Args:
         folder: what to verify; files that the manifest doesn't name don't count.
         error: what is raised.
         remedy: what the message says is to be done.
+        skip: endings of files that aren't going to be read.
 
     Raises:
         IldistilError: a file is missing, or isn't what was written.
@@ -180,12 +188,13 @@ def verify_folder(folder: Path, error: type[IldistilError], remedy: str) -> bool
     if not path.is_file():
         return False
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))["files"]
-        expected = {str(name): (int(each["bytes"]), str(each["xxh3_128"])) for name, each in said.items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as caught:
+        expected = _named(path)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as caught:
         raise error(f"{path} is damaged ({caught!r}). {remedy}") from caught
     for name, (size, digest) in expected.items():
         file = folder / name
+        if name.endswith(skip):
+            continue
         if not file.is_file():
             raise error(f"{file} is missing. {remedy}")
         if file.stat().st_size != size or checksum(file) != digest:
@@ -209,6 +218,50 @@ def _draft(path: Path, *, folder: bool) -> Iterator[Path]:
             finally:
                 _remove(draft)
             return
+
+
+def _linked(draft: Path, path: Path) -> bool:
+    """Put a draft in its place unless there is a file; return whether there is one now."""
+    try:
+        os.link(draft, path)  # unlike a rename it fails where there is one
+    except FileExistsError:
+        return True
+    except OSError:  # a file system without links
+        return path.exists()
+    return True
+
+
+def _renamed(draft: Path, path: Path) -> bool:
+    """Put a folder in its place unless there is one with files; return whether it is there."""
+    try:
+        draft.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
+        return False
+    return True
+
+
+def _move_files(draft: Path, path: Path) -> None:
+    """Put the files of a folder in the place of another's, and remove those that only the other's manifest names."""
+    new, former = _named(draft / MANIFEST), {}
+    with contextlib.suppress(OSError, KeyError, TypeError, ValueError, AttributeError):  # it has none, or a damaged one
+        former = _named(path / MANIFEST)
+    for file in reversed(_files(draft)):
+        place = path / file.relative_to(draft)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
+        _sync(place.parent)
+    for name in former.keys() - new.keys():
+        (path / name).unlink(missing_ok=True)
+
+
+def _named(manifest: Path) -> dict[str, tuple[int, str]]:
+    """Return the files that a manifest names, with their sizes and checksums."""
+    said = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    if outside := [name for name in said if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise ValueError(f"{outside[0]} is outside of the folder")
+    return {str(name): (int(each["bytes"]), str(each["xxh3_128"])) for name, each in said.items()}
 
 
 @contextlib.contextmanager

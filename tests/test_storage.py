@@ -46,10 +46,12 @@ def test_files_have_the_umask_of_their_user(tmp_path: Path) -> None:
         storage.write_text(tmp_path / "a", "x")
         with storage.replacing_folder(tmp_path / "folder") as draft:
             (draft / "b").write_text("y")
+            (draft / "b").chmod(0o600)  # as safetensors does
     finally:
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o750
+    assert {(tmp_path / "folder" / n).stat().st_mode & 0o777 for n in ("b", storage.MANIFEST)} == {0o640}
 
 
 WRITER = """
@@ -129,3 +131,63 @@ def test_a_folder_is_replaced_or_stays(tmp_path: Path) -> None:
     assert (folder / "a").read_text() == "3"
     assert storage.verify_folder(folder, DataError, "")
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_what_is_neither_the_old_nor_the_new_folder_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "folder"
+
+    def write(version: str, *names: str) -> None:
+        with storage.replacing_folder(folder) as draft:
+            for name in names:
+                (draft / name).write_text(version)
+
+    write("1", "a", "b", "old")
+    (folder / "mine").write_text("a file that no manifest names")
+    real, done = os.replace, 0
+
+    def killed(source: Path, place: Path) -> None:
+        nonlocal done
+        done += 1
+        if done == 3:  # the manifest and a file
+            raise KeyboardInterrupt
+        real(source, place)
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write("2", "a", "b")
+    with pytest.raises(DataError, match="is damaged: it isn't what was written"):
+        storage.verify_folder(folder, DataError, "")
+    write("3", "a", "b")
+    assert storage.verify_folder(folder, DataError, "")
+    assert {f.name: f.read_text() for f in folder.iterdir() if f.name in ("a", "b", "mine")} == {
+        "a": "3", "b": "3", "mine": "a file that no manifest names",
+    }  # fmt: skip
+
+
+def test_files_of_the_former_folder_go(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    for names in (("a", "old"), ("a", "new")):
+        with storage.replacing_folder(folder) as draft:
+            for name in names:
+                (draft / name).touch()
+    assert sorted(os.listdir(folder)) == ["a", storage.MANIFEST, "new"]
+    (folder / storage.MANIFEST).write_text('{"files": {"../a": {"bytes": 0, "xxh3_128": ""}}}')
+    (tmp_path / "a").touch()
+    with pytest.raises(DataError, match="is damaged"):
+        storage.verify_folder(folder, DataError, "")
+    with storage.replacing_folder(folder) as draft:
+        (draft / "a").touch()
+    assert (tmp_path / "a").exists()
+
+
+def test_what_another_process_wrote_meanwhile_is_kept_if_so_wanted(tmp_path: Path) -> None:
+    with storage.replacing(tmp_path / "a", keep=True) as draft:
+        (tmp_path / "a").write_text("theirs")
+        draft.write_text("mine")
+    with storage.replacing_folder(tmp_path / "b", keep=True) as draft:
+        (tmp_path / "b").mkdir()
+        (tmp_path / "b" / "c").write_text("theirs")
+        (draft / "c").write_text("mine")
+    assert ((tmp_path / "a").read_text(), (tmp_path / "b" / "c").read_text()) == ("theirs", "theirs")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]

@@ -2,10 +2,14 @@
 
 import copy
 import dataclasses
+import fcntl
 import json
 import logging
 import os
+import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 from transformers import (
@@ -44,6 +50,7 @@ from ildistil.objectives import Objective
 from ildistil.stages import Step
 from ildistil.teachers import Estimate, StoredTeacher, estimate, precompute
 from ildistil.teachers.rows import Rows
+from ildistil.teachers.shard import _Hashed
 from ildistil.teachers.store import Store
 from ildistil.training import describe
 from table import CASES
@@ -323,7 +330,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     description = tmp_path / "targets.json"
     said = json.loads(description.read_text())
     description.write_text(json.dumps(said | {"format": 0}))
-    with pytest.raises(TargetsError, match="in format 0; this version of ildistil reads format 3"):
+    with pytest.raises(TargetsError, match="in format 0; this version of ildistil reads format 4"):
         StoredTeacher(tmp_path)
     description.write_text("{")
     with pytest.raises(TargetsError, match="damaged"):
@@ -396,7 +403,10 @@ def test_the_estimate_is_what_gets_written(tmp_path: Path, monkeypatch: pytest.M
     empty = StoredTeacher(tmp_path, teacher)
     needed = estimate(empty, terms, student, [*data, *data])
     assert not list(tmp_path.iterdir())
-    per_token, per_row = 2 * (32 + 2 * 32), 2 * 3 + 24  # keys, two hidden states; logits, a key and a place
+    per_token, per_row = (
+        2 * (32 + 2 * 32),
+        2 * 3 + 24 + 4 * 8,
+    )  # keys, two states; logits, key, place, checks
     assert needed.bytes == 40 * 8 * per_token + 80 * per_row
     precompute(empty, terms, student, data)
     written = sum(shard.stat().st_size for shard in tmp_path.glob("shard-*"))
@@ -404,7 +414,7 @@ def test_the_estimate_is_what_gets_written(tmp_path: Path, monkeypatch: pytest.M
     assert f"needed  {needed.bytes / 1e6:.2f} MB, of which 0.00 MB" in str(estimate(empty, terms, student, data))
     full = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-    with pytest.raises(TargetsError, match=r"need 0.06 MB more, and 0.00 MB are free on the disk.*map fewer layers"):
+    with pytest.raises(TargetsError, match=r"need 0.07 MB more, and 0.00 MB are free on the disk.*map fewer layers"):
         precompute(StoredTeacher(tmp_path / "b", teacher), terms, student, data)
     monkeypatch.setattr(Estimate, "check_space", lambda self: None)  # it was filled since
     with pytest.raises(TargetsError, match=r"The disk of .* is full: 0 MB are free"):
@@ -660,12 +670,123 @@ def test_the_plan_says_no_more_of_a_stored_teacher_than_is_so(tmp_path: Path) ->
 
 
 def test_drafts_that_a_killed_run_left_are_deleted(tmp_path: Path) -> None:
-    old, young = tmp_path / ".shard-old.safetensors", tmp_path / ".shard-young.safetensors"
-    for draft in (old, young):
-        draft.touch()
-    os.utime(old, (0, 0))
-    stored(tmp_path, selected())
-    assert (old.exists(), young.exists()) == (False, True)
+    left, locked = tmp_path / ".shard-a.safetensors.draft-1", tmp_path / ".shard-b.safetensors.draft-2"
+    left.touch()
+    with locked.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # another process is writing it
+        stored(tmp_path, selected())
+        assert (left.exists(), locked.exists()) == (False, True)
+
+
+def test_every_flip_in_targets_is_noticed(tmp_path: Path) -> None:
+    """Whatever is damaged is noticed when the folder is opened or its rows are read, and nothing else is raised."""
+    data, draw = batches(3), random.Random(0)
+    stored(tmp_path, [objectives.AttentionKL(), objectives.LogitsKL()], data)
+    description = tmp_path / "targets.json"
+    (shard,) = tmp_path.glob("shard-*")
+    for path in (shard, description):
+        whole = path.read_bytes()
+        for place in draw.sample(range(len(whole)), 100):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << draw.randrange(8)
+            path.write_bytes(damaged)
+            with pytest.raises(TargetsError, match=r"targets\.json|shard-\w+\.safetensors.*Delete this file|in format"):
+                read_all(tmp_path, data)
+        path.write_bytes(whole)
+    read_all(tmp_path, data)
+
+
+def read_all(folder: Path, data: Iterable[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    teacher = StoredTeacher(folder)
+    return [values(teacher, batch) for batch in data]
+
+
+def test_zeroed_blocks_and_swapped_rows_of_targets_are_noticed(tmp_path: Path) -> None:
+    data = batches(3)
+    stored(tmp_path, [objectives.AttentionKL(), objectives.HiddenMSE()], data)
+    (shard,) = tmp_path.glob("shard-*")
+    with safe_open(shard, framework="pt") as file:
+        whole = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        said = file.metadata()
+
+    def refuses(**changed: Tensor) -> None:
+        save_file(whole | changed, shard, said)
+        with pytest.raises(TargetsError, match=r"shard-\w+\.safetensors can't be read: .*Delete this file"):
+            read_all(tmp_path, data)
+
+    def swapped(tensor: Tensor, first: int = 0, second: int = 1) -> Tensor:
+        return tensor.index_copy(0, torch.tensor([first, second]), tensor[[second, first]])
+
+    names = [name for name in whole if not name.startswith("row.")]
+    starts = whole["row.starts"]
+    assert starts[1] == 5  # the rows have five and three tokens, in turn
+    for name in names:
+        refuses(**{name: torch.zeros_like(whole[name])})
+        refuses(**{name: swapped(whole[name])})  # two tokens of a row
+        refuses(**{name: torch.cat([whole[name][8:16], whole[name][:8], whole[name][16:]])})  # the rows of two batches
+    refuses(**{"row.keys": swapped(whole["row.keys"])})
+    refuses(**{"row.keys": swapped(whole["row.keys"], 0, 2), "row.checks": swapped(whole["row.checks"], 0, 2)})
+    refuses(**{"row.starts": starts.index_fill(0, torch.tensor([1]), 4)})
+    refuses(**{names[0]: whole[names[1]], names[1]: whole[names[0]]})
+    save_file(whole, shard, said)
+    read_all(tmp_path, data)
+
+
+def test_a_row_is_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, made = batches(2), []
+    stored(tmp_path, selected(), data)
+    original = _Hashed.__call__
+
+    def counted(self: _Hashed, row: int, starts: Any) -> int:
+        made.append(row)
+        return original(self, row, starts)
+
+    monkeypatch.setattr(_Hashed, "__call__", counted)
+    teacher = StoredTeacher(tmp_path)
+    assert made == []
+    for _ in range(2):
+        for batch in data:
+            values(teacher, batch)
+        header = teacher.store.header
+        assert header is not None
+        assert len(made) == 4 * len(header.layout.columns)
+
+
+READ_ONLY = """
+import os, sys, torch
+sys.path[:0] = sys.argv[2:]
+from pathlib import Path
+import test_stored_teacher as t
+from ildistil import storage
+os.setuid(65534)
+folder = Path(sys.argv[1])
+try:
+    (folder / "a").touch()
+except PermissionError:
+    data = t.batches(2)
+    storage.sweep(folder)
+    t.precompute(t.StoredTeacher(folder, t.models()[1]), t.selected(), t.models()[0], data, report=str)
+    t.read_all(folder, data)
+    module = t.Distiller(t.models()[0], t.StoredTeacher(folder, t.models()[1]))
+    t.step(t.selected(), t.StoredTeacher(folder), data[0])
+    print("read")
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root becomes somebody whom a folder refuses")
+def test_targets_in_a_folder_that_is_read_only(tmp_path: Path) -> None:
+    stored(tmp_path / "targets", selected(), batches(2))
+    (tmp_path / "targets" / ".shard-a.safetensors.draft-1").touch()
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        if folder.stat().st_uid == os.getuid() and folder != Path("/tmp"):
+            folder.chmod(0o755)
+    tests = Path(__file__).parent
+    paths = [str(tests), str(tests / "objectives"), str(tests.parent)]
+    ran = subprocess.run(
+        [sys.executable, "-c", READ_ONLY, str(tmp_path / "targets"), *paths], capture_output=True, text=True,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert ran.stdout == "read\n", ran.stderr
 
 
 def test_targets_are_read_before_a_batch_moves_and_only_what_a_stage_wants(
@@ -707,6 +828,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    with pytest.raises(WriteError, match=r"full can't be written \(.*No space left on device\). Free some space, or"):
+    with pytest.raises(
+        WriteError,
+        match=r"full/shard-\w+\.safetensors can't be written \(.*No space left on device\). Free some space, or",
+    ):
         stored(tmp_path / "full", [objectives.HiddenMSE()])
     assert not list((tmp_path / "full").glob("*shard*"))

@@ -9,10 +9,12 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 
+from ildistil.commands._classes import allow, dotted
 from ildistil.errors import ConfigError
 
-__all__ = ["ConfigFile", "as_config"]
+__all__ = ["ConfigFile", "as_config", "places"]
 
+_CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _BESIDE_A_CLASS = {"class_path", "init_args", "dict_kwargs"}
 
 
@@ -27,7 +29,10 @@ class ConfigFile(ActionConfigFile):
         """
         given = _read(values)
         _forget(given, cfg)
-        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
+        folders = () if values.startswith("{") else (Path(values).expanduser().absolute().parent,)
+        allow(dotted(given), *folders, Path.cwd())
+        with parser.reading("" if values.startswith("{") else values, given):
+            super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
         for part in parser.groups:
             if not isinstance(cfg.get(part), Namespace) and cfg.get(part) != parser.get_defaults().get(part):
                 raise ConfigError(f"{values}: {part!r} is {cfg[part]!r}. It holds values by their names.")
@@ -84,9 +89,38 @@ def _check_keys(node: yaml.Node, where: str) -> None:
             raise ConfigError(f"{where} has {name!r} twice, in lines {lines[name]} and {line}. Remove one of them.")
         lines[name] = line
         _check_keys(value, where)
+    for key, value in node.value:
+        good = isinstance(value, yaml.ScalarNode) and value.tag.endswith(":str") and _CLASS.fullmatch(value.value)
+        if key.value == "class_path" and not good:
+            got = repr(value.value) if isinstance(value, yaml.ScalarNode) else f"a {value.id}"
+            raise ConfigError(
+                f"{where}, line {lines['class_path']}: class_path is {got}. Name a class, such as AttentionKL; one of "
+                "your own as module.Class."
+            )
+        if key.value == "init_args" and "class_path" in lines and not isinstance(value, yaml.MappingNode):
+            raise ConfigError(
+                f"{where}, line {lines['init_args']}: init_args holds no options by their names. Leave it out, or "
+                "write {name: value}."
+            )
     if "class_path" in lines and (beside := lines.keys() - _BESIDE_A_CLASS):
         name = min(beside)
         raise ConfigError(f"{where}, line {lines[name]}: write {name!r} under init_args, not beside class_path.")
+
+
+def places(given: Any, name: str, at: str = "") -> list[str]:
+    """Return where a configuration names a class.
+
+    >>> places({"objectives": {"a": "HiddenMSE", "b": {"class_path": "mine.KL"}}}, "KL")
+    ['objectives.b']
+    """
+    if isinstance(given, dict):
+        found = [at] if str(given.get("class_path")).split(".")[-1] == name else []
+        parts = [(f"{at}.{key}".removeprefix(".").removesuffix(".init_args"), value) for key, value in given.items()]
+        return found + [place for path, value in parts if path.split(".")[-1] != "class_path"
+                        for place in places(value, name, path)]  # fmt: skip
+    if isinstance(given, list):
+        return [place for number, value in enumerate(given) for place in places(value, name, f"{at}[{number}]")]
+    return [at] if isinstance(given, str) and at and given.split(".")[-1] == name else []
 
 
 def as_config(words: Iterable[str]) -> list[str]:

@@ -3,8 +3,9 @@
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
@@ -12,7 +13,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
-from ildistil.commands._config import as_config
+from ildistil.commands._classes import allow
+from ildistil.commands._config import as_config, places
 from ildistil.errors import ConfigError
 from ildistil.mappings import LayerMapping
 from ildistil.objectives import Objective
@@ -31,6 +33,13 @@ _NOISE = re.compile(
 _PLAIN = {
     r'Parser key "([^"]+)":\s*': r"\1: ",
     r"\s*Subclass types expect.*": ". Name one by class_path, its options by init_args.",
+    r"Importing '([^']+)' is not allowed, .*? to allow it\.": (
+        r"\1 is not imported: classes come from installed packages, and from modules beside the YAML file or in the "
+        "working folder"
+    ),
+    r"Expected a dot import path string: ?([^\n]*)(\nGiven value:[^\n]*)?": (
+        r"there is no class '\1' for this. Name one of those that --help lists, or module.Class for one of your own"
+    ),
     r"Expected an instantiatable class, but (\S+) is abstract": r"Name one of the subclasses of \1",
     r"a typing\.Literal\[(.*?)\]": r"one of \1",
     r"<class '(?:\w+\.)*(\w+)'>": r"\1",
@@ -57,6 +66,7 @@ class Parser(LightningArgumentParser):
     """A parser whose errors are `ConfigError`, and suggest the word that was meant; to be used within `own_errors`."""
 
     _owner: str | None = None
+    _reading: tuple[str, Mapping[str, Any]] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -69,12 +79,44 @@ class Parser(LightningArgumentParser):
 
     def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
         """Parse the words of a command line."""
-        return super().parse_args(args if self._owner else as_config(args), *others, **kwargs)
+        if self._owner is None:
+            args = as_config(args)
+            values = (re.sub(r"^--[\w.]+=?", "", word) for word in args)
+            allow((name for value in values for name in re.findall(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+", value)), Path.cwd())
+        return super().parse_args(args, *others, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message and close matches of the words it doesn't know."""
-        text = _plain(message) if self._owner is None else f"{self._owner}: {_plain(message)}"
+        text = self._placed(_plain(message)) if self._owner is None else f"{self._owner}: {_plain(message)}"
         raise _Carried(ConfigError("\n".join(filter(None, [text, suggestion(text, self._known_words())])))) from ex
+
+    @contextmanager
+    def reading(self, source: str, given: Mapping[str, Any]) -> Iterator[None]:
+        """Name the file, and the term where it is known, in what is refused while a configuration is read."""
+        self._reading = (source, given)
+        try:
+            yield
+        except _Carried as carried:
+            if isinstance(carried.error, ConfigError):
+                text = self._placed(str(carried.error))
+                raise _Carried(ConfigError(text)) from carried.error.__cause__
+            raise
+        self._reading = None
+
+    def _placed(self, text: str) -> str:
+        if self._reading is None:
+            return text
+        (source, given), self._reading = self._reading, None
+        owner = text.split(":")[0]
+        where = places(given, owner)
+        named = {name: each for name, each in (given.get("objectives") or {}).items() if _class(each)} if (
+            owner == "objectives" and isinstance(given.get("objectives"), Mapping)) else {}  # fmt: skip
+        terms = [name for name, each in named.items() if re.search(rf"(?<!\w){re.escape(_class(each))}(?!\w)", text)]
+        if len(where) == 1:
+            text = f"{where[0]}: {text}"
+        elif len(terms) == 1:
+            text = f"objectives.{terms[0]}{text.removeprefix('objectives')}"
+        return f"{source}: {text}" if source else text
 
     def instantiate_classes(self, cfg: Namespace, **kwargs: Any) -> Any:
         """Make the objects of a configuration."""
@@ -92,6 +134,11 @@ class Parser(LightningArgumentParser):
             for cls in _subclasses(base):
                 words |= {cls.__name__, *inspect.signature(cls).parameters}
         return words
+
+
+def _class(given: Any) -> str:
+    """Return the class that a value in a configuration names, or nothing."""
+    return str(given.get("class_path") or "") if isinstance(given, Mapping) else str(given or "")
 
 
 def _make(cls: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

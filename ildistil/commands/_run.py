@@ -178,7 +178,7 @@ class Run(LightningCLI):
         elif not config.fast_dev_run and config.enable_checkpointing is not False:
             callbacks += self._checkpoints(callbacks)
         trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        _check_processes(trainer)
+        _check_processes(trainer, config.strategy)
         return trainer
 
     def _checkpoints(self, given: Sequence[Callback]) -> list[Checkpoint]:
@@ -263,12 +263,14 @@ class Run(LightningCLI):
         print(f"Export it:    ildistil export {best} FOLDER")
 
 
-def _check_processes(trainer: L.Trainer) -> None:
-    """Refuse processes that would each train by itself, and write over one another.
+def _check_processes(trainer: L.Trainer, strategy: object) -> None:
+    """Refuse processes that would each train by itself, or that a command can't be handed on to.
 
     Raises:
-        ConfigError: a launcher started several processes, and the Trainer is told of one.
+        ConfigError: a launcher started several processes, and the Trainer is told of one; or they would be forked.
     """
+    if re.search("spawn|fork|notebook", str(strategy)):
+        raise ConfigError(f"The strategy {strategy!r} is for notebooks. Use 'ddp', which starts the command anew.")
     started = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
     if started > 1 and trainer.world_size == 1:
         raise ConfigError(

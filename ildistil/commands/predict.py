@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ildistil import distributed
+from ildistil import distributed, storage
 from ildistil.commands.evaluate import MeasuringRun
 from ildistil.data.task import Task, set_names, task_of
 from ildistil.errors import DataError, ModelError
@@ -24,7 +24,6 @@ def main(command: str, arguments: Sequence[str]) -> None:
     results: list[Any] = run.start(run.trainer.predict) or []
     sets = results if results and isinstance(results[0], list) else [results]
     folder, task = Path(run.trainer.log_dir or "."), task_of(run.datamodule)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, batches in zip(_suffixes(task, len(sets)), sets, strict=True):
         rows = _over_processes(list(_rows(batches, task.multi_label)))
         path = folder / f"predictions{name}.tsv"
@@ -70,7 +69,7 @@ def _over_processes(rows: list[Row]) -> list[Row]:
 def _write(rows: Sequence[Row], task: Task, path: Path) -> None:
     classes = len(rows[0][2]) if rows else 0
     names = [str(name) for name in task.label_names or range(classes)]
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with storage.replacing(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(["row_id", "prediction", *(f"p_{name}" for name in names[:classes])])
         for row, value, probabilities in rows:

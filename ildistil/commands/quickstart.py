@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
+from ildistil import storage
 from ildistil.commands._parser import call
-from ildistil.errors import ConfigError
+from ildistil.errors import ConfigError, writing
 from ildistil.objectives import AttentionKL, LogitsKL, Objective, TaskLoss
 from ildistil.students.initialise import init_student
 from ildistil.tables import table
@@ -218,14 +219,14 @@ def quickstart(output: str = "quickstart", seed: int = 0, seeds: int = 1, overwr
     if folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise ConfigError(f"The folder {output!r} is not empty. Name another one, or add --overwrite=true.")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            shutil.rmtree(folder)
     started = time.perf_counter()
     with _quiet():
         results = [result for s in range(seed, seed + seeds) for result in _one_seed(s, folder if s == seed else None)]
-    (folder / "results.json").write_text(json.dumps([asdict(r) for r in results], indent=2) + "\n", encoding="utf-8")
+    storage.write_text(folder / "results.json", json.dumps([asdict(r) for r in results], indent=2) + "\n")
     text = report(results)
-    (folder / "results.txt").write_text(text + "\n", encoding="utf-8")
+    storage.write_text(folder / "results.txt", text + "\n")
     print(f"\n{text}\n")
     figure = _figure(results, folder / "quickstart.png")
     seconds = time.perf_counter() - started
@@ -360,7 +361,8 @@ def _figure(results: Sequence[Result], path: Path) -> str:
     axes.invert_yaxis()
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    figure.savefig(path, dpi=160)
+    with storage.replacing(path) as draft:
+        figure.savefig(draft, dpi=160, format="png")
     plt.close(figure)
     return f"{path.name} "
 

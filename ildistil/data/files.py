@@ -103,7 +103,7 @@ def table_column(table: Table, name: str, where: str) -> list[Any]:
 
 def similar(word: str, known: Iterable[str]) -> str:
     """Return a sentence with the known word that is closest to a wrong one, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(str(word), list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

@@ -14,11 +14,12 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from ildistil.data.cache import cache_entry, load, store
+from ildistil.data.cache import cache_entry, load, store, stored
 from ildistil.data.files import Source
 from ildistil.data.sampler import EpochSampler, LengthGroupedSampler, TokenBudgetSampler, even_batch_size
-from ildistil.data.tokenizing import Collate, check_tokenizer, load_tokenizer, tokenizer_digest
+from ildistil.data.tokenizing import Collate, check_tokenizer, tokenizer_digest
 from ildistil.errors import DataError, MissingFileError
+from ildistil.students.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
         for kind in self._needed(stage):
             for source in self.sources(kind).values():
                 entry = self._entry(kind, source)
-                if not entry.is_dir():
+                if not stored(entry):
                     store(self.tokenized(kind, source), entry)
 
     def setup(self, stage: str | None = None) -> None:

@@ -10,35 +10,14 @@ import datasets
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ildistil.data.files import ROWS_FROM_ZERO, expanded
-from ildistil.errors import DataError, MissingFileError
+from ildistil.data.files import ROWS_FROM_ZERO
+from ildistil.errors import DataError
+from ildistil.students.tokenizers import check_words
 
 # Tokenizers without a limit state 1e30 or similar.
 LARGEST_SANE_LENGTH = 10_000_000
-
-
-def load_tokenizer(source: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a local folder or of a model on the hub; a loaded one is returned as it is.
-
-    Raises:
-        MissingFileError: The folder does not exist, or neither it nor the hub has a tokenizer that can be loaded.
-    """
-    if not isinstance(source, str):
-        return source
-    path = expanded(source)
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_local and not path.is_dir():
-        raise MissingFileError(f"The tokenizer folder {source} does not exist. Name one that does, or a hub model.")
-    try:
-        # Without the last argument a folder with code of its own makes transformers ask on the terminal.
-        return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else source, trust_remote_code=False)
-    except Exception as error:  # many libraries deep: connections, missing packages, damaged files of any format
-        raise MissingFileError(
-            f"No tokenizer could be loaded from {source!r}: {error}\nName a folder that save_pretrained wrote, a model "
-            "of the hub (which needs a network the first time), or pass a loaded tokenizer."
-        ) from error
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int, pair: bool) -> None:
@@ -47,12 +26,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int, pair: b
     Raises:
         DataError: It has no words, or no padding token, or ``max_length`` exceeds the model's limit or leaves no room.
     """
-    name, words = tokenizer.name_or_path, {word.strip("▁") for word in tokenizer.get_vocab()}
-    if words <= {"", *tokenizer.all_special_tokens}:
-        raise DataError(
-            f"The tokenizer {name!r} knows no words, only special tokens: transformers makes such a one of a folder "
-            "without tokenizer files. Save the right one there with tokenizer.save_pretrained(folder), or name another."
-        )
+    check_words(tokenizer)
+    name = tokenizer.name_or_path
     if tokenizer.pad_token_id is None:
         raise DataError(
             f"The tokenizer {name!r} has no padding token, which batches need. Set one, for example "

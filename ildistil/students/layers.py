@@ -41,8 +41,13 @@ def changed_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreT
     """Return a copy of a config with other values.
 
     Raises:
-        ModelError: the config has no such value, or doesn't take it.
+        ModelError: the config has no such value, or doesn't take it, or names code to run.
     """
+    if code := {"trust_remote_code", "auto_map", "custom_generate"} & changes.keys():
+        raise ModelError(
+            f"{type(config).__name__} has no {min(code)!r}: code that comes with a model is never run. Leave it out; "
+            "build a model with code of its own in Python, and pass it to Distiller."
+        )
     config = copy.deepcopy(config)
     for key, value in changes.items():
         try:
@@ -52,6 +57,13 @@ def changed_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreT
             raise ModelError(f"{type(config).__name__} doesn't take {key}={value!r}: {error}") from error
         if not known:
             raise ModelError(f"{type(config).__name__} has no {key!r}. Name values of its config.")
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        kernel = getattr(part, "_attn_implementation", None)
+        if isinstance(kernel, str) and "/" in kernel:
+            raise ModelError(
+                f"The config names {kernel!r} as its attention, code that transformers would fetch from the hub and "
+                "run. Choose 'eager', 'sdpa' or an installed flash attention."
+            )
     return config
 
 

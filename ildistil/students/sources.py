@@ -1,7 +1,7 @@
 """Where models come from, in types that a YAML file can name."""
 
+import difflib
 import hashlib
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +10,14 @@ from typing import Any, Literal, get_args
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ildistil.errors import ModelError
+from ildistil import storage
+from ildistil.errors import IldistilError, ModelError
 from ildistil.students.initialise import init_student
 from ildistil.students.layers import changed_config
 from ildistil.students.narrow import Width
+from ildistil.students.tokenizers import load_tokenizer
 
 __all__ = ["ModelSource", "StudentOptions", "load", "pretrained"]
 
@@ -236,12 +238,17 @@ def load(
 
 def _config(path: str) -> PreTrainedConfig:
     folder = Path(path)
+    if folder.is_file():
+        raise ModelError(f"{path!r} is a file. Name the folder of a model, as save_pretrained writes it.")
     if not folder.is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        near = sorted(p.name for p in folder.parent.iterdir() if p.is_dir())[:8] if folder.parent.is_dir() else []
-        raise ModelError(f"There is no folder {path!r}. Folders beside it: {', '.join(near) or 'none'}.")
+        near = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
+        close = difflib.get_close_matches(folder.name, near, n=1)
+        hint = f" Did you mean {path.removesuffix(folder.name) + close[0]!r}?" if close else ""
+        raise ModelError(f"There is no folder {path!r}. Folders beside it: {', '.join(near[:8]) or 'none'}.{hint}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise ModelError(f"The folder {path!r} has no config.json, but {found}. Name one that save_pretrained wrote.")
+    storage.verify_folder(folder, ModelError, storage.CHANGED)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a connection, a file, a value, or a kind of model that transformers doesn't have
@@ -282,11 +289,8 @@ def _check_tokenizers(student: str, teacher: str) -> None:
 
 
 def _vocabulary(path: str) -> dict[str, int]:
-    files = [p.name for p in Path(path).glob("*")]
-    if files and not any(re.search(r"token|vocab|merges|\.model$", name) for name in files):
-        raise ModelError(f"The folder {path!r} has no tokenizer. Save it beside the model.")
     try:
-        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(path, trust_remote_code=False).get_vocab()
-    except Exception as error:  # whatever the readers of files raise
-        raise ModelError(f"The tokenizer of {path!r} can't be loaded. Save it beside the model: {error}") from error
+        vocabulary: dict[str, int] = load_tokenizer(path).get_vocab()
+    except IldistilError as error:
+        raise ModelError(f"The model {path!r} has no tokenizer. Save it beside the model: {error}") from error
     return vocabulary

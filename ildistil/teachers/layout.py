@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 import transformers
+import xxhash
 from torch import Tensor, nn
 
 from ildistil.attention import Attention, Masks, Scores
@@ -22,7 +23,7 @@ from ildistil.errors import TargetsError
 __all__ = ["Column", "Constants", "Dtype", "Header", "Layout", "TeacherFacts", "weights_digest"]
 
 Dtype = Literal["float16", "bfloat16", "float32"]
-FORMAT = 3  # to be raised when the same targets would be stored in another way
+FORMAT = 4  # to be raised when the same targets would be stored in another way
 
 
 @dataclass(frozen=True)
@@ -316,7 +317,8 @@ class Header:
     def to_json(self) -> str:
         """Return it as text."""
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        return json.dumps({"format": FORMAT, "versions": versions, **dataclasses.asdict(self)}, indent=1)
+        said = {"format": FORMAT, "versions": versions, **dataclasses.asdict(self)}
+        return json.dumps({**said, "checksum": _checksum(said)}, indent=1)
 
     @property
     def digest(self) -> str:
@@ -330,6 +332,7 @@ class Header:
 
         Raises:
             TargetsError: it is of another version of the format.
+            ValueError: it isn't what was written.
         """
         said = json.loads(text)
         if said["format"] != FORMAT:
@@ -337,6 +340,8 @@ class Header:
                 f"These targets are in format {said['format']}; this version of ildistil reads format {FORMAT}. Make "
                 "them anew (ildistil precompute), in another folder."
             )
+        if said.pop("checksum") != _checksum(said):
+            raise ValueError("it isn't what was written")
         facts, layout = said["teacher"], said["layout"]
         lists = {key: tuple(value) for key, value in facts["info"].items() if isinstance(value, list)}
         info = ModelInfo(**{**facts["info"], **lists})
@@ -351,3 +356,7 @@ class Header:
             Layout(columns, attention, tuple(layout["inputs"]), KnownTraits(*layout["traits"]), layout["next_token"]),
             said["tokenizer"],
         )
+
+
+def _checksum(said: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode())

@@ -29,7 +29,7 @@ Batches = Iterable[Batch]
 Device = torch.device | str | None
 Objectives = Iterable[Objective] | Mapping[str, Objective]
 
-_ROW_BYTES = KEY_BYTES + 8  # its key, and where its tokens start
+_ROW_BYTES, _CHECK_BYTES = KEY_BYTES + 8, 8  # its key, and where its tokens start; the checksum of each column of it
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class Estimate:
 
     def __str__(self) -> str:
         """Return it as a table."""
-        per_token, per_row = (self.layout.bytes_per(token=token, dtype=self.dtype) for token in (True, False))
+        per_token, per_row = self._bytes_per()
         lines = [
             f"Targets in {self.folder}, in {self.dtype}",
             f"  rows    {self.rows:,} different ones, of which {self.rows - self.missing_rows:,} are stored",
-            f"  tokens  {self.tokens:,} at {per_token:,} bytes; {per_row + _ROW_BYTES:,} bytes a row beside",
+            f"  tokens  {self.tokens:,} at {per_token:,} bytes; {per_row:,} bytes a row beside",
             *(f"  {_told(column)}" for column in self.layout.columns),
             f"  needed  {_size(self.bytes)}, of which {_size(self.missing_bytes)} are to be written; "
             f"{_size(self.free_bytes)} are free",
@@ -86,8 +86,13 @@ class Estimate:
         return "\n".join(lines)
 
     def _bytes(self, rows: int, tokens: int) -> int:
+        per_token, per_row = self._bytes_per()
+        return tokens * per_token + rows * per_row
+
+    def _bytes_per(self) -> tuple[int, int]:
+        """Return the bytes of a token, and those of a row beside its tokens."""
         per_token, per_row = (self.layout.bytes_per(token=token, dtype=self.dtype) for token in (True, False))
-        return tokens * per_token + rows * (per_row + _ROW_BYTES)
+        return per_token, per_row + _ROW_BYTES + _CHECK_BYTES * len(self.layout.columns)
 
 
 def estimate(
@@ -155,7 +160,6 @@ def precompute(
     """
     if iter(batches) is batches:
         raise TargetsError("The batches are gone through twice. Give a list or a DataLoader, not an iterator.")
-    stored.store.tidy()
     with closing(Maker(stored, _wanted(stored, objectives, student))) as maker:
         needed = _estimate(maker, batches, device)
         report(str(needed))

@@ -1,98 +1,30 @@
 """The folder: a description and shards, written once and never changed, so that several processes can share it."""
 
-import contextlib
-import os
 import shutil
-import time
 import uuid
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ildistil.errors import TargetsError, writing
+from ildistil import storage
+from ildistil.errors import TargetsError
 from ildistil.teachers.layout import Column, Dtype, Header, TeacherFacts, torch_dtype
 from ildistil.teachers.rows import KEY_BYTES
+from ildistil.teachers.shard import CHECKS, INDEX, KEYS, OF, STARTS, Shard, checks, index_digest
 
 __all__ = ["DESCRIPTION", "SHARD_BYTES", "Places", "Store", "missing"]
 
 # What a run that is killed loses at most, and what waits in memory.
 SHARD_BYTES = 128 * 2**20
 DESCRIPTION = "targets.json"
-_KEYS, _STARTS = "row.keys", "row.starts"
 Places = NDArray[np.int64]  # the shard of each row and its number there; -1 where it isn't stored
-_DAY = 24 * 60 * 60  # seconds
 _ELSEWHERE = "Name another folder."
-_OF = "targets"  # in a shard's metadata: the digest of its description
-
-
-class Shard:
-    """One file of rows, mapped into memory rather than read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @cached_property
-    def _opened(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-                return tensors, file.metadata() or {}
-        except (OSError, SafetensorError) as error:
-            raise self.damaged(str(error)) from error
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the file; what isn't looked at isn't read.
-
-        Raises:
-            TargetsError: the file is damaged.
-        """
-        return self._opened[0]
-
-    @cached_property
-    def starts(self) -> list[int]:
-        """Where the tokens of each row start, and where the last ones end."""
-        found: list[int] = self.tensors[_STARTS].tolist()
-        return found
-
-    @cached_property
-    def keys(self) -> NDArray[Any]:
-        """The keys of the rows."""
-        return self.tensors[_KEYS].numpy().view(f"S{KEY_BYTES}")[:, 0]
-
-    def check(self, header: Header) -> None:
-        """Refuse a file whose tensors aren't those of the description.
-
-        Raises:
-            TargetsError: the file is damaged, or of another folder.
-        """
-        shapes = {name: tuple(value.shape) for name, value in self.tensors.items()}
-        if not {_KEYS, _STARTS} <= shapes.keys():
-            raise self.damaged("it has no rows")
-        rows, tokens = len(self.tensors[_KEYS]), int(self.tensors[_STARTS][-1])
-        expected = {c.name: (tokens if c.per_token else rows, c.width) for c in header.layout.columns}
-        if shapes != {_KEYS: (rows, KEY_BYTES), _STARTS: (rows + 1,), **expected}:
-            raise self.damaged(f"it holds {shapes}, the description says {expected}")
-        dtypes = {self.tensors[name].dtype for name in expected} - {torch_dtype(header.dtype)}
-        if dtypes:
-            raise self.damaged(f"it is in {', '.join(map(str, dtypes))}, the description says {header.dtype}")
-        if self._opened[1].get(_OF) != header.digest:
-            raise self.damaged(f"it was written for another {DESCRIPTION} than the one beside it")
-
-    def damaged(self, why: str) -> TargetsError:
-        """Make the error for a file that can't be used."""
-        return TargetsError(
-            f"The targets in {self.path} can't be read: {why}. Delete this file and run 'ildistil precompute' again, "
-            "which makes what is missing."
-        )
 
 
 def missing(places: Places) -> list[int]:
@@ -221,6 +153,9 @@ class Store:
         """Read columns: the tokens of all rows one after the other, or a value for each row.
 
         A row that isn't there has no tokens, and the value 0.
+
+        Raises:
+            TargetsError: a row isn't what was written.
         """
         assert self.header is not None
         there = [(self._shards[shard], row) for shard, row in places.tolist() if shard >= 0]
@@ -231,6 +166,8 @@ class Store:
         dtype, values = torch_dtype(self.header.dtype), {}
         for column in columns:
             name = column.name
+            for shard, row in there:
+                shard.verify(row, name)
             parts = [shard.tensors[name][begin:end] for shard, begin, end in spans[column.per_token]]
             joined = _joined(parts) if parts else torch.zeros(0, column.width, dtype=dtype)
             if not column.per_token and len(there) < len(places):
@@ -249,18 +186,8 @@ class Store:
             TargetsError: another process wrote another one.
             WriteError: the folder can't be written to.
         """
-        draft = self.folder / f".{DESCRIPTION}-{uuid.uuid4().hex[:12]}"
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with storage.replacing(self.folder / DESCRIPTION, keep=True) as draft:
             draft.write_text(header.to_json(), encoding="utf-8")
-            try:
-                os.link(draft, self.folder / DESCRIPTION)  # unlike a rename it fails where there is one
-            except FileExistsError:
-                pass
-            except OSError:  # a file system without links
-                draft.rename(self.folder / DESCRIPTION)
-            finally:
-                draft.unlink(missing_ok=True)
         found = self._read_header()
         if found != header:
             raise TargetsError(f"Another run has just begun to write other targets into {self.folder}. {_ELSEWHERE}")
@@ -290,7 +217,7 @@ class Store:
                 else values[column.name][i : i + 1].flatten(1)
                 for column in self.header.layout.columns
             }
-            row |= {_STARTS: torch.tensor([lengths[i]])}
+            row |= {STARTS: torch.tensor([lengths[i]])}
             self._open.append((keys[i], {name: value.clone() for name, value in row.items()}))
             self._open_keys.add(keys[i])
             self._open_bytes += sum(value.nbytes for value in row.values()) + KEY_BYTES
@@ -305,27 +232,15 @@ class Store:
             assert self.header is not None
             keys, rows = zip(*self._open, strict=True)
             tensors = {name: _joined([row[name] for row in rows]) for name in rows[0]}
-            tensors[_STARTS] = torch.cat([torch.zeros(1, dtype=torch.long), tensors[_STARTS].cumsum(0)])
-            tensors[_KEYS] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
+            tensors[STARTS] = torch.cat([torch.zeros(1, dtype=torch.long), tensors[STARTS].cumsum(0)])
+            tensors[KEYS] = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES)
+            tensors[CHECKS] = checks(tensors, self.header.layout.columns)
             self._check_space()
-            name = f"shard-{uuid.uuid4().hex[:12]}.safetensors"
-            draft = self.folder / f".{name}"
-            with writing(self.folder):
-                try:
-                    # save_file would hide it from all other users
-                    draft.write_bytes(save(tensors, {_OF: self.header.digest}))
-                    draft.rename(self.folder / name)
-                finally:
-                    draft.unlink(missing_ok=True)
+            with storage.replacing(self.folder / f"shard-{uuid.uuid4().hex[:12]}.safetensors") as draft:
+                # save_file would hide it from all other users
+                draft.write_bytes(save(tensors, {OF: self.header.digest, INDEX: index_digest(tensors)}))
             self._open, self._open_keys, self._open_bytes = [], set(), 0
         self.refresh()
-
-    def tidy(self) -> None:
-        """Delete drafts of shards that a killed run left a day ago or before; a younger one may be in the making."""
-        for draft in self.folder.glob(".shard-*"):
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                if time.time() - draft.stat().st_mtime > _DAY:
-                    draft.unlink()
 
     def _check_space(self) -> None:
         """Refuse to fill the disk to its last byte, which harms everyone on it.

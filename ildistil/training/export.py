@@ -6,9 +6,12 @@ from typing import Any
 
 import transformers
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ildistil.errors import CheckpointError, writing
+from ildistil import storage
+from ildistil.errors import CheckpointError, IldistilError, NotFiniteError
+from ildistil.students.layers import changed_config
+from ildistil.students.tokenizers import check_words, load_tokenizer
 from ildistil.training.checkpoint import STUDENT, Saved, load
 
 __all__ = ["export", "load_student", "save_student"]
@@ -35,7 +38,7 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None, overwrite
         checkpoint: the .ckpt file.
         output: the folder to write.
         tokenizer: name or folder of the tokenizer; by default the one the run used.
-        overwrite: write into a folder that has files already.
+        overwrite: replace the files of a folder that has some already.
     """
     target = Path(output)
     if target.is_file():
@@ -50,18 +53,19 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None, overwrite
             "The checkpoint doesn't say which tokenizer belongs to the student. Name it: --tokenizer=NAME."
         )
     try:
-        loaded = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"The tokenizer {source!r} could not be loaded. Name another one: --tokenizer=NAME."
-        ) from error
+        loaded = load_tokenizer(source)
+    except IldistilError as error:
+        raise CheckpointError(f"{error} Name the student's: --tokenizer=NAME.") from error
     save_student(student, target, loaded, _card(student, saved, content["global_step"]))
 
 
 def save_student(
     student: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase, card: str | None = None
 ) -> None:
-    """Save a student with its tokenizer, and a model card if given.
+    """Save a student with its tokenizer, a model card if given, and the checksums of all files: whole or not at all.
+
+    ``student.save_pretrained`` alone leaves out the tokenizer, and of a folder without one transformers makes one that
+    knows no word. A folder with files gets these in their place.
 
     Args:
         student: the model.
@@ -70,13 +74,19 @@ def save_student(
         card: the text of ``README.md``.
 
     Raises:
+        NotFiniteError: a weight isn't a number.
+        DataError: the tokenizer knows no words.
         WriteError: the folder can't be written.
     """
-    with writing(folder):
-        student.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    for name, value in student.named_parameters():
+        if not bool(value.isfinite().all()):
+            raise NotFiniteError(f"{name} of the student has values that are NaN or infinite. Take an earlier one.")
+    check_words(tokenizer)
+    with storage.replacing_folder(Path(folder)) as draft:
+        student.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
         if card is not None:
-            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+            (draft / "README.md").write_text(card, encoding="utf-8")
 
 
 def _read(checkpoint: str | Path) -> tuple[dict[str, Any], Saved]:
@@ -90,14 +100,14 @@ def _read(checkpoint: str | Path) -> tuple[dict[str, Any], Saved]:
 def _rebuild(content: Mapping[str, Any], saved: Saved, checkpoint: str | Path) -> PreTrainedModel:
     recipe = saved.student
     assert recipe is not None
-    architecture = getattr(transformers, recipe["architecture"], None)
-    if architecture is None:
+    architecture: Any = getattr(transformers, str(recipe["architecture"]), None)
+    known = isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)
+    if not known:
         raise CheckpointError(
             f"The student in {str(checkpoint)!r} is a {recipe['architecture']}, which this version of transformers "
             f"({transformers.__version__}) doesn't have."
         )
-    student = architecture(architecture.config_class.from_dict(recipe["config"]))
-    assert isinstance(student, PreTrainedModel)
+    student: PreTrainedModel = architecture(changed_config(architecture.config_class.from_dict(recipe["config"]), {}))
     weights: dict[str, Tensor] = {
         key.removeprefix(STUDENT).removeprefix("_orig_mod."): value
         for key, value in content["state_dict"].items()

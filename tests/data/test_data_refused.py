@@ -198,6 +198,11 @@ def test_two_folders_of_one_task(tmp_path: Path) -> None:
         Glue("sst2", path=str(tmp_path), tokenizer=make_tokenizer()).prepare_data()
 
 
+def test_a_column_without_a_name(write: Any) -> None:
+    with pytest.raises(DataError, match="has no column None"):
+        prepared(train_file=write("train.csv", GOOD), label_column=None)
+
+
 def test_one_column_in_two_places() -> None:
     for columns in ({"text_column": "a", "text_pair_column": "a"}, {"text_column": "a", "label_column": "a"}):
         with pytest.raises(DataError, match="need a column each"):

@@ -1,3 +1,4 @@
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from ildistil.data import TextData, labelled, loading
+from ildistil.errors import DataError
 from tiny_data import GOOD, labels_of, make_tokenizer, prepared
 
 
@@ -188,6 +190,27 @@ def test_setup_only_loads(write: Any, own_cache: Path) -> None:
         file.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"damaged.*Delete this folder"):
         data.setup("fit")
+
+
+def test_every_flip_in_the_cache_is_noticed_and_mended(write: Any, tokenized: list[str], own_cache: Path) -> None:
+    data, draw = prepared(train_file=write("train.csv", GOOD)), random.Random(0)
+    files = [file for file in own_cache.rglob("*") if file.is_file()]
+    places = [(file, place) for file in files for place in range(file.stat().st_size)]
+    for file, place in draw.sample(places, 100):
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << draw.randrange(8)
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match="damaged|is missing"):
+            data.setup("fit")
+        file.write_bytes(whole)
+    data.setup("fit")
+    files[0].write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match=r"is damaged.* Delete this folder.* \(It is made anew\.\)"):
+        data.prepare_data()
+    assert tokenized == ["train.csv"] * 2
+    data.setup("fit")
+    assert labels_of(data.train_dataloader()) == [1, 0, 0, 1]
 
 
 # Tokenizers -------------------------------------------------------------------------------------------------------
