@@ -23,7 +23,7 @@ from ildistil.training import checks
 from ildistil.training.accumulation import Window, over_processes
 from ildistil.training.checkpoint import PROJECTIONS, Saved, recipe, specification, stage_lines
 from ildistil.training.evaluation import Evaluation, batch_size, predictions
-from ildistil.training.finite import FiniteLosses
+from ildistil.training.finite import FiniteSteps, NonFinite
 from ildistil.training.lifecycle import Lifecycle
 from ildistil.training.optimization import Optimization, Shape
 from ildistil.training.plan import describe
@@ -48,6 +48,9 @@ class Distiller(L.LightningModule):
             the Trainer's. Learning rate, warm-up and optimiser start anew with each; early stopping and the best
             checkpoint watch the last.
         balance: makes the objectives' weights shares of the total; by default they are plain factors.
+        non_finite: what happens to an optimiser step with a loss or a gradient that isn't finite: ``"stop"`` ends the
+            training before it is applied, ``"skip"`` leaves it out and counts it as ``train/skipped_steps``, up to 100
+            in succession.
         compile: compile the training runs of both models with ``torch.compile``.
         tokenizer: name or folder of the tokenizer; the data module falls back to it, and the exported student gets
             it. Default: the teacher's, else the student's ``name_or_path``.
@@ -72,6 +75,7 @@ class Distiller(L.LightningModule):
         schedule: Shape = "linear",
         stages: Sequence[Stage] = (),
         balance: Balance | None = None,
+        non_finite: NonFinite = "stop",
         compile: bool = False,
         tokenizer: str | None = None,
     ) -> None:
@@ -89,7 +93,7 @@ class Distiller(L.LightningModule):
         self.timeline = Timeline((), math.inf)
         self._evaluation = Evaluation(task_of(None), ModelInfo.of(student))
         self._lifecycle = Lifecycle()
-        self._window, self._losses = Window(), FiniteLosses()
+        self._window, self._finite = Window(), FiniteSteps(non_finite)
         self._structural: DryRun | None = None
 
     @property
@@ -134,7 +138,7 @@ class Distiller(L.LightningModule):
         if not self._is_fitting:
             return
         self._lifecycle.restore(self)
-        self._window, self._losses = Window(), FiniteLosses()
+        self._window, self._finite = Window(), FiniteSteps(self._finite.non_finite)
         self.distillation.set_objectives(self._objectives)
         checks.check_trainer(self.trainer, self.distillation.objectives, self.stages)
         self._structural = try_synthetic_batch(self.distillation)
@@ -176,7 +180,7 @@ class Distiller(L.LightningModule):
         """Dry-run the first batch and print the plan."""
         self.distillation.train()
         self._window.abandon()  # a run that failed may have left one half filled
-        self._losses.abandon()
+        self._finite.abandon()
         with self.trainer.precision_plugin.train_step_context():
             found = try_first_batch(self.distillation, self.trainer) or self._structural
         if found is not None and self._structural is not None:
@@ -193,29 +197,41 @@ class Distiller(L.LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return what to differentiate, so that a step is the mean over all examples of all its batches."""
         terms = self.distillation(batch, self.step)
-        self._losses.add(terms, batch.get("row_id"))
+        self._finite.add(terms, batch)
         logs, size = terms.logs("train"), batch_size(batch)
         self.log("train/loss", logs.pop("train/loss"), prog_bar=True, batch_size=size)
         self.log_dict(logs, batch_size=size)
-        if self.stages:
-            # Filled on the device: copying a number there would wait for it.
-            stage = self.timeline.place(self.global_step).stage + 1.0
-            self.log("train/stage", torch.full((), stage, device=self.device), batch_size=size)
+        numbers = {"train/stage": self.timeline.place(self.global_step).stage + 1} if self.stages else {}
+        numbers |= {"train/skipped_steps": self._finite.skipped} if self._finite.skipped else {}
+        for name, number in numbers.items():  # filled on the device: copying a number there would wait for it
+            self.log(name, torch.full((), float(number), device=self.device), batch_size=size)
         return over_processes(terms) if self.trainer.accumulate_grad_batches == 1 else self._window.add(terms)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse a loss that isn't finite, complete the mean over accumulated batches, unset zero gradients.
+        """Refuse a step that isn't finite, complete the mean over accumulated batches, unset zero gradients.
 
         A new stage gets a fresh optimiser.
         """
-        self._losses.check(self.global_step, self.current_epoch)
         self.distillation.drop_zero_gradients()
-        if self._window.is_open:
-            factor = self._window.close(self.trainer.accumulate_grad_batches)
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, factor)
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if not self._is_finite(gradients):
+            self._window.abandon()
+            optimizer.zero_grad(set_to_none=True)  # without gradients it changes neither weights nor its own state
+        elif self._window.is_open:
+            torch._foreach_mul_(gradients, self._window.close(self.trainer.accumulate_grad_batches))
         if self.timeline.starts_anew(self.global_step):
             optimizer.state.clear()
+
+    def _is_finite(self, gradients: list[Tensor]) -> bool:
+        scaler, step = getattr(self.trainer.precision_plugin, "scaler", None), self.step
+
+        def spoilt(batch: Mapping[str, Tensor]) -> list[str]:
+            with self.trainer.precision_plugin.train_step_context():
+                return self.distillation.spoilt_terms(batch, step)
+
+        return self._finite.check(
+            gradients, self.global_step, self.current_epoch, spoilt, lambda: scaler.get_scale() if scaler else None
+        )
 
     # Evaluation: the student alone
 
