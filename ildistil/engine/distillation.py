@@ -207,7 +207,8 @@ class Distillation(nn.Module):
             return Terms(values, dict(weights), counts)
         trained = [p for p in self.student.parameters() if p.requires_grad]
         measuring = self.training and torch.is_grad_enabled()
-        balanced = self.balance.weights(values, weights, trained, step.number, measuring)
+        numbers = {name: count.number for name, count in counts.items()}
+        balanced = self.balance.weights(values, weights, trained, step.number, measuring, numbers)
         return Terms(values, dict(balanced), counts, self.balance.gradient_shares(balanced))
 
     def weights_at(self, step: Step) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from ildistil.capture import ModelInfo, unwrapped
+from ildistil.capture import ModelInfo, real_labels, unwrapped
 from ildistil.data.task import task_of
 from ildistil.engine import Balance, Distillation, DryRun
 from ildistil.errors import CheckpointError, ConfigError, DataError
@@ -22,7 +22,7 @@ from ildistil.teachers import Teacher
 from ildistil.training import checks
 from ildistil.training.accumulation import Window, over_processes
 from ildistil.training.checkpoint import PROJECTIONS, Saved, recipe, specification, stage_lines
-from ildistil.training.evaluation import Evaluation, batch_size, predictions
+from ildistil.training.evaluation import Evaluation, Measures, batch_size, check_predicted
 from ildistil.training.finite import FiniteSteps, NonFinite
 from ildistil.training.lifecycle import Lifecycle
 from ildistil.training.optimization import Optimization, Shape
@@ -243,31 +243,46 @@ class Distiller(L.LightningModule):
         """Update the metrics of one test set."""
         self._evaluate("test", batch, dataloader_idx)
 
-    def _evaluate(self, stage: str, batch: Mapping[str, Any], dataloader_idx: int) -> None:
-        name = self._evaluation.name(stage, dataloader_idx)
+    def on_validation_epoch_end(self) -> None:
+        """Look at what was predicted."""
+        self._evaluation.look(self._measures, quiet=self.trainer.sanity_checking)
+
+    def on_test_epoch_end(self) -> None:
+        """Look at what was predicted."""
+        self._evaluation.look(self._measures)
+
+    @property
+    def _measures(self) -> dict[str, Measures]:
+        return dict(self.metrics.items())  # type: ignore[arg-type]
+
+    def _evaluate(self, stage: Literal["val", "test"], batch: Mapping[str, Any], dataloader_idx: int) -> None:
+        sets = self.trainer.num_val_batches if stage == "val" else self.trainer.num_test_batches
+        name = self._evaluation.name(stage, dataloader_idx, len(sets))
         if "labels" not in batch:
             raise DataError(
                 f"The {name} set has no labels, so there is nothing to measure. Use 'predict' for unlabelled rows."
             )
-        output = self(batch)
-        options: dict[str, Any] = {"batch_size": batch_size(batch), "add_dataloader_idx": False}
-        options |= {"on_step": False, "on_epoch": True}
-        if getattr(output, "loss", None) is not None:
-            self.log(f"{name}/loss", output.loss, sync_dist=True, **options)
-        if name not in self.metrics and (made := self._evaluation.make_metrics()) is not None:
-            self.metrics[name] = made.to(self.device)
+        inputs = self.distillation.student_inputs(real_labels(batch))
+        output, labels = self.student(**inputs), inputs["labels"]
+        if name not in self.metrics:
+            self.metrics[name] = self._evaluation.measures(labels).to(self.device)
             self._metric_attributes = None  # Lightning remembers where metrics are; it has to look again
-        if name in self.metrics:
-            metrics: Any = self.metrics[name]
-            metrics.update(predictions(output.logits), batch["labels"])
-            # Each by itself: Lightning then computes and resets them at the epoch's end, over all ranks.
-            for key, metric in metrics.items(keep_base=True):
-                self.log(f"{name}/{key}", metric, prog_bar=stage == "val", **options)
+        weight = self._evaluation.weight(unwrapped(self.student), inputs, output.logits)
+        self._measures[name].update(output, self._evaluation.predictions(output.logits, labels), labels, weight)
+        # Each by itself: Lightning then computes and resets them at the epoch's end, over all ranks.
+        options = {"on_step": False, "on_epoch": True, "add_dataloader_idx": False}
+        for key, metric in self._measures[name].logged():
+            self.log(f"{name}/{key}", metric, prog_bar=stage == "val" and key != "loss", **options)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Return row ids, logits and predictions (a class index, or a number for regression)."""
+        """Return row ids, logits and predictions: a class index, a number, or 0 and 1 for each of several labels.
+
+        Raises:
+            NotFiniteError: logits are NaN.
+        """
         logits = self({key: value for key, value in batch.items() if key != "labels"}).logits
-        prediction = {"logits": logits, "prediction": predictions(logits)}
+        check_predicted(logits)
+        prediction = {"logits": logits, "prediction": self._evaluation.predictions(logits)}
         return {"row_id": batch["row_id"], **prediction} if "row_id" in batch else prediction
 
     # Checkpoints

@@ -110,7 +110,8 @@ def test_the_metrics_of_a_task_of_which_only_the_labels_are_known() -> None:
 
     assert names(2, False) == names(5, False) == ["accuracy"]
     assert names(1, True) == ["pearson", "spearman"]
-    assert names(None, False) is names(None, True) is names(4, False, True) is names(3, True) is None
+    assert names(4, False, True) == ["micro_f1", "average_precision"]
+    assert names(None, False) is names(None, True) is names(3, True) is None
 
 
 def test_metrics_of_classes_need_classes() -> None:
