@@ -18,13 +18,22 @@ from torchmetrics.utilities import dim_zero_cat
 
 from ildistil.errors import ConfigError
 
-__all__ = ["METRICS", "AveragePrecision", "ClassF1", "Matthews", "default_metrics", "metric_collection"]
+__all__ = [
+    "METRICS",
+    "OF_CLASSES",
+    "OF_NUMBERS",
+    "AveragePrecision",
+    "ClassF1",
+    "Matthews",
+    "default_metrics",
+    "metric_collection",
+]
 
-_OF_CLASSES = ("accuracy", "f1", "macro_f1", "average_precision", "matthews")
+OF_CLASSES = ("accuracy", "f1", "macro_f1", "average_precision", "matthews")
 _OF_LABELS = ("micro_f1", "macro_f1", "average_precision")
-_OF_NUMBERS = ("pearson", "spearman")
+OF_NUMBERS = ("pearson", "spearman")
 #: Names of the metrics: of classes, of several labels a row (micro_f1, macro_f1, average_precision), of numbers.
-METRICS = (*_OF_CLASSES, "micro_f1", *_OF_NUMBERS)
+METRICS = (*OF_CLASSES, "micro_f1", *OF_NUMBERS)
 
 #: What marks a row or token that no metric counts, as no loss does.
 IGNORED = -100
@@ -84,8 +93,8 @@ class AveragePrecision(Metric):
     classes or labels it is the mean over those that occur; 0 where none does, and NaN where a score is.
 
     Args:
-        columns: Classes or labels it is of; None for all.
-        multi_label: Whether a row may have several labels.
+        columns: Classes it is of; None for all.
+        multi_label: Whether a row may have several labels: then it is of all.
 
     >>> metric = AveragePrecision([1])
     >>> logits = torch.tensor([[0.0, 3.0], [0.0, 2.0], [0.0, 1.0], [0.0, 0.0]])
@@ -113,14 +122,13 @@ class AveragePrecision(Metric):
             target: Class indices ``(rows,)``, or 0 and 1 ``(rows, labels)``.
             logits: Of the model, ``(rows, classes or labels)``.
         """
+        columns = range(logits.shape[-1]) if self.columns is None else self.columns
         if self.multi_label:
             scores, hits = logits.float(), target > 0.5
         else:
             real = target != IGNORED
-            scores = _log_odds(logits[real].float())
-            hits = target[real][:, None] == torch.arange(scores.shape[-1], device=target.device)
-        if self.columns is not None:
-            scores, hits = scores[:, list(self.columns)], hits[:, list(self.columns)]
+            scores = _log_odds(logits[real].float(), columns)
+            hits = target[real][:, None] == torch.tensor(columns, device=target.device)
         self.scores.append(scores)
         self.hits.append(hits)
 
@@ -143,13 +151,10 @@ def _average_precision(scores: Tensor, hits: Tensor) -> Tensor:
     return (found.diff(prepend=found.new_zeros(1)) * found / taken).sum() / found[-1]
 
 
-def _log_odds(logits: Tensor) -> Tensor:
-    """Return ``log(p / (1 - p))`` of each class's probability; unlike ``p``, it tells confident rows apart."""
-    top = logits.argmax(-1, keepdim=True)
-    whole = logits.logsumexp(-1, keepdim=True)
-    others = whole + torch.log1p(-torch.exp(logits - whole))  # not of the top class, where it would be log(0)
-    of_top = logits.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)
-    return logits - others.scatter(-1, top, of_top)
+def _log_odds(logits: Tensor, columns: Sequence[int]) -> Tensor:
+    """Return ``log(p / (1 - p))`` of classes' probabilities; unlike ``p``, it tells confident rows apart."""
+    others = [torch.cat([logits[:, :c], logits[:, c + 1 :]], dim=1).logsumexp(1) for c in columns]
+    return logits[:, list(columns)] - torch.stack(others, dim=1)
 
 
 def metric_collection(
@@ -198,14 +203,14 @@ def default_metrics(num_labels: int | None, regression: bool, multi_label: bool 
     """
     if num_labels is None or (regression and num_labels > 1):
         return None
-    names = _OF_NUMBERS if regression else ("micro_f1", "average_precision") if multi_label else ("accuracy",)
+    names = OF_NUMBERS if regression else ("micro_f1", "average_precision") if multi_label else ("accuracy",)
     return metric_collection(names, num_labels, multi_label=multi_label)
 
 
 def _metric(name: str, num_labels: int, positive: int | Literal["all"], multi_label: bool) -> Metric:
     if name not in METRICS:
         raise ConfigError(f"Unknown metric {name!r}. Known: {', '.join(METRICS)}.")
-    if name in _OF_NUMBERS:
+    if name in OF_NUMBERS:
         return PearsonCorrCoef() if name == "pearson" else _spearman()
     if multi_label:
         return _metric_of_labels(name, num_labels)
