@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 from ildistil import Balance, Distiller, objectives
@@ -13,7 +14,7 @@ from ildistil.capture import Activations
 from ildistil.engine.dry_run import look_finite
 from ildistil.errors import ConfigError, NotFiniteError
 from ildistil.objectives import Objective
-from ildistil.training.finite import MOST_IN_SUCCESSION
+from ildistil.training.finite import MOST_IN_SUCCESSION, NonFinite
 from test_distiller import loader, pair, trainer
 
 
@@ -191,3 +192,40 @@ def test_too_many_skipped_steps_end_it() -> None:
 def test_the_choice_is_checked() -> None:
     with pytest.raises(ConfigError, match="non_finite must be one of"):
         Distiller(*pair(), non_finite="ignore")  # type: ignore[arg-type]
+
+
+# float16
+
+
+def scaled(scale: float) -> list[MixedPrecision]:
+    return [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))]
+
+
+@pytest.mark.parametrize("non_finite", ["stop", "skip"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_gradients_that_overflow_in_float16_are_left_to_the_scaler(non_finite: NonFinite, accumulated: int) -> None:
+    student, teacher = pair()
+    states = States()
+    module = Distiller(student, teacher, non_finite=non_finite)
+    terms = [objectives.LogitsKL(), objectives.HiddenMSE()]
+    options: Any = {"plugins": scaled(2.0**40), "accumulate_grad_batches": accumulated}
+    run = trainer(*terms, states, max_epochs=16, **options)
+    run.fit(module, loader())
+    scaler = run.precision_plugin.scaler  # type: ignore[attr-defined]
+    assert 0 < module._finite.skipped < 40
+    assert scaler.get_scale() == 2.0 ** (40 - module._finite.skipped)
+    assert same(states.weights[0], states.weights[accumulated])
+    assert not same(states.weights[-1], states.weights[-1 - accumulated])
+    assert states.logged[-1] == module._finite.skipped
+    assert all(value.isfinite().all() for value in student.state_dict().values())
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_a_gradient_that_is_nan_at_any_scale_is_no_overflow() -> None:
+    student, teacher = pair()
+    start = copy.deepcopy(student.state_dict())
+    run = trainer(objectives.LogitsKL(), Spoilt(set(range(16))), plugins=scaled(8.0))
+    with pytest.raises(NotFiniteError, match=r"at step 3 .* gradient of: spoilt\."):
+        run.fit(Distiller(student, teacher), loader())
+    assert same(student.state_dict(), start)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from ildistil.capture import ModelInfo
 from ildistil.capture.inputs import token_mask, without_labels
@@ -31,7 +31,7 @@ class Measures(nn.Module):
 
     def __init__(self, metrics: MetricCollection | None, classes: int) -> None:
         super().__init__()
-        self.loss = MeanMetric(nan_strategy="disable")
+        self.loss = _MeanLoss()
         self.metrics = metrics
         self.seen = _Seen(classes)
         self._has_loss = False
@@ -41,7 +41,7 @@ class Measures(nn.Module):
         logits, loss = output.logits.detach(), getattr(output, "loss", None)
         if loss is not None:
             self._has_loss = True
-            self.loss.update(torch.where(weight > 0, loss.detach().float(), 0), weight)
+            self.loss.update(loss.detach(), weight)
         if self.metrics is not None:
             self.metrics.update(predictions, labels, logits=logits)
         self.seen.update(predictions, labels, logits)
@@ -52,6 +52,29 @@ class Measures(nn.Module):
             yield "loss", self.loss
         if self.metrics is not None:
             yield from self.metrics.items(keep_base=True)  # type: ignore[misc]
+
+
+class _MeanLoss(Metric):
+    """The mean over all that counts; NaN where nothing does. torchmetrics' own drops NaN, or else the weights."""
+
+    higher_is_better = False
+    full_state_update = False
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "weight"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, mean: Tensor, weight: Tensor) -> None:
+        """Take in the mean of a batch, which is nothing where its weight is 0."""
+        self.total += torch.where(weight > 0, mean.float(), 0) * weight
+        self.weight += weight
+
+    def compute(self) -> Tensor:
+        """Return the mean, a scalar."""
+        return self.total / self.weight
 
 
 class _Seen(Metric):
