@@ -83,6 +83,29 @@ def test_all_processes_stop_and_one_names_the_term(ranks: list[dict[str, Any]]) 
     assert "at step 1 (epoch 0, row ids [5, 7]), while the loss is. It is the gradient of: spoilt." in ranks[1]["stopped"]
 
 
+@pytest.mark.parametrize(("steps", "accumulated"), [(2, 1), (6, 1), (1, 2), (4, 1)])
+def test_the_last_weights_are_measured_where_steps_end_within_an_epoch(steps: int, accumulated: int) -> None:
+    """Four batches are an epoch."""
+    class Measured(L.Callback):
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            if not trainer.sanity_checking:
+                self.steps.append(trainer.global_step)
+
+    look = Measured()
+    student = tiny.bert(2)
+    options: dict[str, Any] = {"max_epochs": -1, "max_steps": steps, "accumulate_grad_batches": accumulated}
+    run = trainer(objectives.TaskLoss(), look, **options)
+    run.fit(Distiller(student), loader(), loader())
+    assert run.global_step == steps
+    assert look.steps == [*range(4, steps, 4), steps]
+    after = trainer()
+    after.validate(Distiller(student), loader(), verbose=False)
+    assert float(run.callback_metrics["val/loss"]) == pytest.approx(float(after.callback_metrics["val/loss"]))
+
+
 # Several labels a row
 
 

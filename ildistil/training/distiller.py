@@ -207,6 +207,11 @@ class Distiller(L.LightningModule):
             self.log(name, torch.full((), float(number), device=self.device), batch_size=size)
         return over_processes(terms) if self.trainer.accumulate_grad_batches == 1 else self._window.add(terms)
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Have the student measured after the last step where ``max_steps`` ends the training within an epoch."""
+        if self.global_step == self.trainer.max_steps:
+            self.trainer.should_stop = True  # which Lightning validates before
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse a step that isn't finite, complete the mean over accumulated batches, unset zero gradients.
 
