@@ -154,7 +154,9 @@ class Last(LayerMapping):
 
     def __call__(self, student: int, teacher: int) -> Pairs:
         """Return ``count`` pairs."""
-        return [(student - k, teacher - k) for k in reversed(range(self.count))]
+        # One beyond the first layers is enough to be refused; further ones would count from the end again.
+        count = min(self.count, min(student, teacher) + 1)
+        return [(student - k, teacher - k) for k in reversed(range(count))]
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ class First(LayerMapping):
 
     def __call__(self, student: int, teacher: int) -> Pairs:
         """Return ``count`` pairs."""
-        return [(i, i) for i in range(1, (self.count or student) + 1)]
+        count = min(self.count or student, student + 1)  # one beyond the last layer is enough to be refused
+        return [(i, i) for i in range(1, count + 1)]
 
 
 def _check_least(mapping: LayerMapping, name: str, value: int, least: int = 1) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ildistil import distributed
 from ildistil.errors import ConfigError
+from ildistil.functional.checks import check_count, check_number
 
 __all__ = ["Balance"]
 
@@ -42,11 +43,10 @@ class Balance:
     _measured: tuple[int | None, frozenset[str]] = field(default=(None, frozenset()), init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.by not in get_args(By) or self.every < 1 or not 0 <= self.momentum < 1:
-            raise ConfigError(
-                "Balance: by is 'magnitude' or 'gradient', every at least 1 and momentum in [0, 1); got "
-                f"{self.by!r}, {self.every} and {self.momentum}."
-            )
+        if not isinstance(self.by, str) or self.by not in get_args(By):
+            raise ConfigError(f"Balance: by is 'magnitude' or 'gradient', got {self.by!r:.80}.")
+        check_count("Balance: every", self.every)
+        check_number("Balance: momentum", self.momentum, "from 0 to below 1", lambda old: 0 <= old < 1)
 
     def weights(
         self,

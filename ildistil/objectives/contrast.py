@@ -40,7 +40,7 @@ class _Contrast(JointObjective):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, mapping, stack, name)
-        check_count(f"{type(self).__name__}: size", size)
+        check_count(f"{type(self).__name__}: size", size, most=65_536)
         check_temperature(temperature, f"{type(self).__name__}: temperature")
         if self.mapping.draws:
             raise ObjectiveError(f"{type(self).__name__} concatenates fixed layers; {self.mapping} draws them anew.")
