@@ -153,10 +153,16 @@ class Last(LayerMapping):
         _check_least(self, "count", self.count)
 
     def __call__(self, student: int, teacher: int) -> Pairs:
-        """Return ``count`` pairs."""
-        # One beyond the first layers is enough to be refused; further ones would count from the end again.
-        count = min(self.count, min(student, teacher) + 1)
-        return [(student - k, teacher - k) for k in reversed(range(count))]
+        """Return ``count`` pairs.
+
+        Raises:
+            ConfigError: there aren't as many layers, the embedding output counted: -1 would be the last one again.
+        """
+        if self.count > min(student, teacher) + 1:
+            raise ConfigError(
+                f"Last: count={self.count!r:.40} is out of range, of {student} student and {teacher} teacher layers."
+            )
+        return [(student - k, teacher - k) for k in reversed(range(self.count))]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Training in stages: first the intermediate layers, say, then the prediction."""
 
-import math
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -36,7 +36,7 @@ class Stage:
                 f"Stage(['attention_kl'], epochs=3); got {names!r:.80} and {epochs!r:.80}."
             )
         number = isinstance(rate, int | float) and not isinstance(rate, bool)
-        if rate is not None and not (number and 0 < rate < math.inf):
+        if rate is not None and not (number and 0 < rate <= sys.float_info.max):
             raise ConfigError(f"A stage's learning_rate must be > 0 and finite, got {rate!r:.80}.")
 
 
