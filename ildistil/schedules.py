@@ -129,9 +129,8 @@ def _span(begin: float, until: float) -> str:
 
 def _is_number(value: object) -> bool:
     """Return whether a value is a number of the size of a float."""
-    if isinstance(value, bool | Fraction) or not isinstance(value, Real):
-        return False
-    return not isinstance(value, int) or abs(value) <= sys.float_info.max
+    number = isinstance(value, Real) and not isinstance(value, bool | Fraction)
+    return number and not (isinstance(value, int) and abs(value) > sys.float_info.max)
 
 
 def _check(schedule: Schedule, weights: tuple[float, ...], begin: float, until: float) -> None:

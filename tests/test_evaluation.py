@@ -4,13 +4,11 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 import tiny
@@ -80,12 +78,15 @@ def test_all_processes_skip_alike(accumulated: int, ranks: list[dict[str, Any]])
 def test_all_processes_stop_and_one_names_the_term(ranks: list[dict[str, Any]]) -> None:
     assert "at step 1 (epoch 0, row ids [4, 6])" in ranks[0]["stopped"]
     assert "the last batches of this process have finite ones" in ranks[0]["stopped"]
-    assert "at step 1 (epoch 0, row ids [5, 7]), while the loss is. It is the gradient of: spoilt." in ranks[1]["stopped"]
+    assert (
+        "at step 1 (epoch 0, row ids [5, 7]), while the loss is. It is the gradient of: spoilt." in ranks[1]["stopped"]
+    )
 
 
 @pytest.mark.parametrize(("steps", "accumulated"), [(2, 1), (6, 1), (1, 2), (4, 1)])
 def test_the_last_weights_are_measured_where_steps_end_within_an_epoch(steps: int, accumulated: int) -> None:
     """Four batches are an epoch."""
+
     class Measured(L.Callback):
         def __init__(self) -> None:
             self.steps: list[int] = []
@@ -219,6 +220,26 @@ def test_rows_without_labels_do_not_count(recwarn: pytest.WarningsRecorder) -> N
     student = tiny.bert(2)
     run.validate(Distiller(student), DataLoader(without_labels(rows((5, 4, 6)), 0, 1, 2), 2), verbose=False)  # type: ignore[arg-type]
     assert math.isnan(run.callback_metrics["val/loss"])  # of no row
+
+
+def test_a_student_whose_forward_takes_no_labels_is_measured_without_a_loss() -> None:
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny.bert(2)
+
+        def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+    class Labelled(L.LightningDataModule):
+        num_labels = 3
+
+        def val_dataloader(self) -> DataLoader[Any]:
+            return loader()
+
+    run = trainer()
+    run.validate(Distiller(Plain()), datamodule=Labelled(), verbose=False)
+    assert run.callback_metrics.keys() == {"val/accuracy"}
 
 
 # Names of sets

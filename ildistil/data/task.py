@@ -72,9 +72,11 @@ class Task(Protocol):
         """Tokenizer of the rows, at the latest after ``setup``. Default: None, unknown."""
 
     def metrics(self) -> MetricCollection | None:
-        """Return new metrics, which are updated by ``(preds, target)``, and by ``logits=`` if they have such an argument.
+        """Return new metrics, updated by ``preds`` and ``target``, and by ``logits=`` if they have such an argument.
 
-        ``preds`` are class indices, floats in a regression, or 0 and 1 for each of several labels. Default: `default_metrics` of the labels; None where these are unknown.
+        ``preds`` are class indices, floats in a regression, or 0 and 1 for each of several labels.
+
+        Default: `default_metrics` of the labels; None where these are unknown.
         """
 
     def every_row(self) -> Batches:

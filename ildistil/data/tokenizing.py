@@ -100,7 +100,8 @@ def tokenize(
     columns["row_id"] = range(len(texts[0]))
     if labels is not None:
         columns["labels"] = labels
-    cut, empty, special = 0, [], set(tokenizer.all_special_ids)
+    cut, special = 0, set(tokenizer.all_special_ids)
+    empty: list[int] = []
 
     def encode(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         nonlocal cut

@@ -110,10 +110,11 @@ class Balance:
             pairs = zip(gradients, parameters, strict=True)  # unused ones as 0: another process may have used them
             found = [torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs]
         own = torch.cat([each.float() for each in found]) if found else value.new_zeros(1, dtype=torch.float32)
-        if distributed.world_size() == 1:
-            return own.norm()
-        part = count / distributed.all_reduce_sum(count.float()).clamp(min=1)
-        return distributed.all_reduce_sum(part * own).norm()
+        if distributed.world_size() > 1:
+            part = count / distributed.all_reduce_sum(count.float()).clamp(min=1)
+            own = distributed.all_reduce_sum(part * own)
+        size: Tensor = torch.linalg.vector_norm(own)
+        return size
 
     def _note(self, name: str, size: Tensor) -> None:
         old = self.sizes.get(name, torch.zeros_like(size)).to(size.device)

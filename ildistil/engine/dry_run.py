@@ -1,6 +1,5 @@
 """One step without a trace, to find out whether every term is finite and what it reaches."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -92,8 +91,8 @@ def look_finite(tensors: Sequence[Tensor]) -> Tensor:
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Return whether all numbers of some tensors are finite, as a boolean scalar.
 
-    >>> bool(all_finite([torch.ones(2), torch.tensor([0.0, 3e38])])), bool(all_finite([torch.tensor([0.0, math.nan])]))
-    (True, False)
+    >>> bool(all_finite([torch.ones(2), torch.tensor([0.0, 3e38])]))
+    True
     """
     found = [tensor.isfinite().all() for tensor in tensors]
     return torch.stack([each.to(found[0].device) for each in found]).all() if found else torch.tensor(True)

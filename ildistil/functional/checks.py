@@ -116,7 +116,7 @@ def check_count(name: str, value: Any, least: int = 1, most: float = math.inf) -
     Raises:
         ConfigError: it is none, or less than the least, or more than the most.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
         limit = "" if most == math.inf else f" and at most {most:,}"
         raise ConfigError(f"{name} must be an integer >= {least}{limit}, got {value!r:.80}.")
 

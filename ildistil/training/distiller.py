@@ -267,15 +267,16 @@ class Distiller(L.LightningModule):
             raise DataError(
                 f"The {name} set has no labels, so there is nothing to measure. Use 'predict' for unlabelled rows."
             )
-        inputs = self.distillation.student_inputs(real_labels(batch))
-        output, labels = self.student(**inputs), inputs["labels"]
+        batch = real_labels(batch)
+        inputs, labels = self.distillation.student_inputs(batch), batch["labels"]
+        output = self.student(**inputs)
         if name not in self.metrics:
             self.metrics[name] = self._evaluation.measures(labels).to(self.device)
             self._metric_attributes = None  # Lightning remembers where metrics are; it has to look again
-        weight = self._evaluation.weight(unwrapped(self.student), inputs, output.logits)
+        weight = self._evaluation.weight(unwrapped(self.student), inputs, labels, output.logits)
         self._measures[name].update(output, self._evaluation.predictions(output.logits, labels), labels, weight)
         # Each by itself: Lightning then computes and resets them at the epoch's end, over all ranks.
-        options = {"on_step": False, "on_epoch": True, "add_dataloader_idx": False}
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "add_dataloader_idx": False}
         for key, metric in self._measures[name].logged():
             self.log(f"{name}/{key}", metric, prog_bar=stage == "val" and key != "loss", **options)
 

@@ -51,7 +51,7 @@ class Measures(nn.Module):
         if self._has_loss:
             yield "loss", self.loss
         if self.metrics is not None:
-            yield from self.metrics.items(keep_base=True)  # type: ignore[misc]
+            yield from self.metrics.items(keep_base=True)
 
 
 class _MeanLoss(Metric):
@@ -157,22 +157,21 @@ class Evaluation:
             return (logits > 0).long()
         return logits.squeeze(-1).float() if logits.shape[-1] == 1 else logits.argmax(-1)
 
-    def weight(self, model: nn.Module, inputs: dict[str, Any], logits: Tensor) -> Tensor:
+    def weight(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor, logits: Tensor) -> Tensor:
         """Return how many things the model's loss of a batch is the mean of.
 
         These are its rows with a label, or the target tokens of a language model.
         """
-        labels = inputs["labels"]
         if labels.is_floating_point():
             return torch.tensor(len(labels), device=labels.device)
         if labels.ndim == 2 and logits.shape[:2] == labels.shape and self._predicts_next(model, inputs, logits):
             labels = labels[:, 1:]
-        return (labels != IGNORED).sum()
+        return torch.ne(labels, IGNORED).sum()
 
     def _predicts_next(self, model: nn.Module, inputs: dict[str, Any], logits: Tensor) -> bool:
         """Return whether logits predict the next token, which the model's loss then has no first label for."""
         real = token_mask(inputs)
-        real = torch.ones_like(inputs["labels"], dtype=torch.bool) if real is None else real
+        real = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device) if real is None else real
         if self._next_token is None and real.shape == logits.shape[:2]:
             found: bool | str | None = "not known"
             with suppress(CaptureError), undisturbed(model):

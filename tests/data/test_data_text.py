@@ -76,7 +76,9 @@ def test_a_test_file_needs_no_labels(write: Any) -> None:
 
 def test_quotes_and_odd_line_breaks_in_tsv_are_text(write: Any) -> None:
     file = write("train.tsv", 'text\tlabel\n" a good film\tyes\na "\x85cat\tno\n\tyes\r\n')
-    with pytest.warns(UserWarning, match=r"train.tsv: 1 of 3 rows have no token but special ones.*: 2 \(rows count from"):
+    with pytest.warns(
+        UserWarning, match=r"train.tsv: 1 of 3 rows have no token but special ones.*: 2 \(rows count from"
+    ):
         data = prepared(train_file=file)
     ids = {
         int(b["row_id"]): b["input_ids"][0].tolist() for b in prepared(train_file=file, batch_size=1).train_dataloader()
@@ -353,7 +355,11 @@ def test_the_positive_label_and_the_deciding_metric() -> None:
     plain = TextData("a.csv", label_names=["ham", "spam"])
     assert float(plain.metrics()["f1"](preds, target)) == pytest.approx((2 / 3 + 4 / 5) / 2)  # of neither, the mean
     loss = TextData("a.csv", label_names=["ham", "spam"], primary_metric="loss", metric_names=["macro_f1"])
-    assert (task_of(loss).primary_metric, task_of(loss).primary_mode, list(loss.metrics())) == ("loss", "min", ["macro_f1"])
+    assert (task_of(loss).primary_metric, task_of(loss).primary_mode, list(loss.metrics())) == (
+        "loss",
+        "min",
+        ["macro_f1"],
+    )
     glue = Glue("sst2", primary_metric="matthews")
     assert (list(glue.metrics()), task_of(glue).primary_metric) == (["accuracy", "matthews"], "matthews")
 
@@ -380,7 +386,10 @@ def test_the_positive_label_is_found_in_the_file(write: Any) -> None:
         ({"positive_label": 1}, r"positive_label is 1; it must be the name of a class, in quotes"),
         ({"positive_label": "x", "regression": True}, "positive_label is 'x'"),
         ({"positive_label": "c", "label_names": ["a", "b"]}, r"positive_label is 'c'.*The classes: 'a', 'b'"),
-        ({"primary_metric": "macrof1"}, r"no metric 'macrof1' of classes\. Did you mean 'macro_f1'\?.*may also be 'loss'"),
+        (
+            {"primary_metric": "macrof1"},
+            r"no metric 'macrof1' of classes\. Did you mean 'macro_f1'\?.*also be 'loss'",
+        ),
         ({"primary_metric": "pearson"}, "no metric 'pearson' of classes"),
         ({"primary_metric": "f1", "regression": True}, r"no metric 'f1' of a regression"),
         ({"metric_names": []}, r"metric_names is \[\]"),

@@ -20,11 +20,11 @@ from ildistil.schedules import HEAVIEST
 from ildistil.stages import Timeline
 
 VALUES: list[Any] = [
-    0, 1, -1, 2, 0.5, 1e30, -1e30, 1e-30, 1e300, 1e-320, math.nan, math.inf, -math.inf, 2**63, 10**400, True, False, None,
-    "", "x", "0.5", "nan", "auto", "first", b"x", [], (), {}, set(), [None], [1], (1, 2), {1: 4}, {"1": "4"}, [[1, 4]], [[1]],
-    [["a", "b"]], [[1.5, 2]], [[True, 1]], [[-1, -1]], ["first", "last"], ["q", "q"], range(2), 1j, Fraction(1, 3),
-    Decimal("0.5"), np.float32(0.5), np.int64(2), np.float64("nan"), torch.tensor(1.0), torch.tensor([1.0, 2.0]), object,
-    lambda: 1, mappings.Uniform(), schedules.Linear(1.0, 0.0),
+    0, 1, -1, 2, 0.5, 1e30, -1e30, 1e-30, 1e300, 1e-320, math.nan, math.inf, -math.inf, 2**63, 10**400, True, False,
+    None, "", "x", "0.5", "nan", "auto", "first", b"x", [], (), {}, set(), [None], [1], (1, 2), {1: 4}, {"1": "4"},
+    [[1, 4]], [[1]], [["a", "b"]], [[1.5, 2]], [[True, 1]], [[-1, -1]], ["first", "last"], ["q", "q"], range(2), 1j,
+    Fraction(1, 3), Decimal("0.5"), np.float32(0.5), np.int64(2), np.float64("nan"), torch.tensor(1.0),
+    torch.tensor([1.0, 2.0]), object, lambda: 1, mappings.Uniform(), schedules.Linear(1.0, 0.0),
 ]  # fmt: skip
 REQUIRED: dict[str, Any] = {"objectives": ["hidden_mse"], "epochs": 1, "start": 1.0, "end": 0.0}
 
@@ -68,7 +68,9 @@ def use(found: Any) -> None:
     elif isinstance(found, Balance):
         values = {"a": torch.tensor(2.0), "b": torch.tensor(6.0)}
         for step in range(3):
-            weights = found.weights(values, {"a": 1.0, "b": 1.0}, [torch.ones(1)], step, measuring=found.by != "gradient")
+            weights = found.weights(
+                values, {"a": 1.0, "b": 1.0}, [torch.ones(1)], step, measuring=found.by != "gradient"
+            )
             assert all(weight.isfinite() for weight in weights.values())
     elif isinstance(found, Stage):
         timeline = Timeline([found, Stage(["b"], 1)], 40)
@@ -82,7 +84,8 @@ def test_absurd_arguments_are_refused_in_words(made: type) -> None:
         try:
             use(made(**arguments))
         except IldistilError as error:
-            assert len(str(error)) < 700  # nothing endless is quoted
+            if len(str(error)) > 700:  # something endless is quoted
+                raise
         except Exception as error:
             raise AssertionError(f"{made.__name__}: {arguments!r:.200}") from error
 
@@ -90,11 +93,11 @@ def test_absurd_arguments_are_refused_in_words(made: type) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: objectives.LogitsDIST(temperature=1e30), "LogitsDIST: temperature must be a number between 0.01 and 1000"),
-        (lambda: objectives.LogitsKL(temperature=math.nan), "temperature must be a number between 0.01 and 1000, got nan"),
+        (lambda: objectives.LogitsDIST(temperature=1e30), "LogitsDIST: temperature must be a number between"),
+        (lambda: objectives.LogitsKL(temperature=math.nan), "must be a number between 0.01 and 1000, got nan"),
         (lambda: objectives.LogitsDIST(inter=math.nan), "LogitsDIST: inter must be a number >= 0"),
         (lambda: objectives.LogitsDIST(inter=0.0, intra=0), "both 0: nothing would teach"),
-        (lambda: objectives.LogitsKL(weight=1e300), "weight must be a finite number >= 0 or a schedule, and at most 1e"),
+        (lambda: objectives.LogitsKL(weight=1e300), "weight must be a finite number >= 0 or a schedule, and at"),
         (lambda: objectives.CLSContrast(size=2**63), "size must be an integer >= 1 and at most 65,536"),
         (lambda: objectives.CLSMSE(normalize="no"), "normalize must be True or False, got 'no'"),  # type: ignore[arg-type]
         (lambda: objectives.QKVMSE(parts="qk"), r"parts must be a list of any of 'q', 'k', 'v', each once; got 'qk'"),
@@ -115,7 +118,9 @@ def test_what_is_refused(make: Any, message: str) -> None:
 
 @pytest.mark.parametrize("lowest", [0, 1])
 @pytest.mark.parametrize(("student", "teacher"), [(3, 12), (4, 2)])
-def test_more_last_layers_than_there_are_do_not_count_from_the_end_again(lowest: int, student: int, teacher: int) -> None:
+def test_more_last_layers_than_there_are_do_not_count_from_the_end_again(
+    lowest: int, student: int, teacher: int
+) -> None:
     """Layer -1 is the last one, and must not be what follows layer 0."""
     for count in range(min(student, teacher) + 2 - lowest, 9):
         with pytest.raises(ConfigError, match="is out of range"):
