@@ -77,7 +77,7 @@ def test_all_processes_skip_alike(accumulated: int, ranks: list[dict[str, Any]])
 
 def test_all_processes_stop_and_one_names_the_term(ranks: list[dict[str, Any]]) -> None:
     assert "at step 1 (epoch 0, row ids [4, 6])" in ranks[0]["stopped"]
-    assert "the last batches of this process have finite ones" in ranks[0]["stopped"]
+    assert "the last batches of this process, run again, show none" in ranks[0]["stopped"]
     assert (
         "at step 1 (epoch 0, row ids [5, 7]), while the loss is. It is the gradient of: spoilt." in ranks[1]["stopped"]
     )
@@ -144,9 +144,9 @@ def test_several_labels_a_row(declared: bool) -> None:
     assert float(run.callback_metrics["val/micro_f1"]) == pytest.approx(2 * hits / (2 * hits + wrong))
     assert float(run.callback_metrics["val/loss"]) == pytest.approx(loss, rel=1e-5)
     assert 0 < float(run.callback_metrics["val/average_precision"]) <= 1
-    found = trainer().predict(Distiller(student), DataLoader(tagged(), 8))  # type: ignore[arg-type]
-    assert found is not None
-    assert torch.equal(found[0]["prediction"], (found[0]["logits"] > 0).long())  # type: ignore[index,call-overload]
+    (batch,) = DataLoader(tagged(), 8)  # type: ignore[arg-type]
+    found = Distiller(student).predict_step(batch, 0)
+    assert torch.equal(found["prediction"], (found["logits"] > 0).long())
 
 
 def test_labels_that_are_numbers_for_each_class_are_several_labels() -> None:
@@ -211,8 +211,12 @@ def test_logits_that_are_nan_are_refused(method: str) -> None:
         student.classifier.bias[0] = math.nan
     run, module = trainer(objectives.HiddenMSE(), max_epochs=1), Distiller(student, tiny.bert(2))
     data: Any = (loader(), loader()) if method == "fit" else (loader(),)
+    if method == "predict":
+        call, arguments = module.predict_step, (next(iter(loader())), 0)
+    else:
+        call, arguments = getattr(run, method), (module, *data)
     with pytest.raises(NotFiniteError, match=r"logits are NaN for \d+ rows"):
-        getattr(run, method)(module, *data)
+        call(*arguments)
 
 
 def test_rows_without_labels_do_not_count(recwarn: pytest.WarningsRecorder) -> None:

@@ -97,8 +97,21 @@ def test_a_gradient_that_no_term_has_by_itself() -> None:
         def on_after_backward(self, trainer: L.Trainer, module: Any) -> None:
             next(p for p in module.parameters() if p.grad is not None).grad[0] = float("nan")
 
-    with pytest.raises(NotFiniteError, match="isn't known: run again, the last batches have finite ones"):
+    with pytest.raises(NotFiniteError, match="isn't known: the last batches, run again, show none"):
         trainer(objectives.LogitsKL(), Hook()).fit(Distiller(*pair()), loader())
+
+
+def test_a_loss_of_a_subclass_of_its_own() -> None:
+    class Own(Distiller):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            logits = self(batch).logits
+            return _Spoil.apply(logits.square().mean(), float("nan") if batch_idx == 1 else 1.0)  # type: ignore[no-any-return,no-untyped-call]
+
+    student, teacher = pair()
+    states = States()
+    with pytest.raises(NotFiniteError, match=r"gradient is not finite at step 1 \(epoch 0\), while the loss is"):
+        trainer(objectives.LogitsKL(), states).fit(Own(student, teacher), loader())
+    assert same(student.state_dict(), states.weights[0])
 
 
 def test_large_gradients_are_finite() -> None:

@@ -22,7 +22,7 @@ from ildistil.teachers import Teacher
 from ildistil.training import checks
 from ildistil.training.accumulation import Window, over_processes
 from ildistil.training.checkpoint import PROJECTIONS, Saved, recipe, specification, stage_lines
-from ildistil.training.evaluation import Evaluation, Measures, batch_size, check_predicted
+from ildistil.training.evaluation import Evaluation, batch_size, check_predicted
 from ildistil.training.finite import FiniteSteps, NonFinite
 from ildistil.training.lifecycle import Lifecycle
 from ildistil.training.optimization import Optimization, Shape
@@ -234,9 +234,8 @@ class Distiller(L.LightningModule):
             with self.trainer.precision_plugin.train_step_context():
                 return self.distillation.spoilt_terms(batch, step)
 
-        return self._finite.check(
-            gradients, self.global_step, self.current_epoch, spoilt, lambda: scaler.get_scale() if scaler else None
-        )
+        scale = None if scaler is None else scaler.get_scale
+        return self._finite.check(gradients, self.global_step, self.current_epoch, spoilt, scale)
 
     # Evaluation: the student alone
 
@@ -250,15 +249,11 @@ class Distiller(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Look at what was predicted."""
-        self._evaluation.look(self._measures, quiet=self.trainer.sanity_checking)
+        self._evaluation.look(self.metrics, quiet=self.trainer.sanity_checking)
 
     def on_test_epoch_end(self) -> None:
         """Look at what was predicted."""
-        self._evaluation.look(self._measures)
-
-    @property
-    def _measures(self) -> dict[str, Measures]:
-        return dict(self.metrics.items())  # type: ignore[arg-type]
+        self._evaluation.look(self.metrics)
 
     def _evaluate(self, stage: Literal["val", "test"], batch: Mapping[str, Any], dataloader_idx: int) -> None:
         sets = self.trainer.num_val_batches if stage == "val" else self.trainer.num_test_batches
@@ -273,19 +268,16 @@ class Distiller(L.LightningModule):
         if name not in self.metrics:
             self.metrics[name] = self._evaluation.measures(labels).to(self.device)
             self._metric_attributes = None  # Lightning remembers where metrics are; it has to look again
+        measures: Any = self.metrics[name]
         weight = self._evaluation.weight(unwrapped(self.student), inputs, labels, output.logits)
-        self._measures[name].update(output, self._evaluation.predictions(output.logits, labels), labels, weight)
+        measures.update(output, self._evaluation.predictions(output.logits, labels), labels, weight)
         # Each by itself: Lightning then computes and resets them at the epoch's end, over all ranks.
         options: dict[str, Any] = {"on_step": False, "on_epoch": True, "add_dataloader_idx": False}
-        for key, metric in self._measures[name].logged():
+        for key, metric in measures.logged():
             self.log(f"{name}/{key}", metric, prog_bar=stage == "val" and key != "loss", **options)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Return row ids, logits and predictions: a class index, a number, or 0 and 1 for each of several labels.
-
-        Raises:
-            NotFiniteError: logits are NaN.
-        """
+        """Return row ids, logits and predictions: a class index, a number, or 0 and 1 for each of several labels."""
         logits = self({key: value for key, value in batch.items() if key != "labels"}).logits
         check_predicted(logits)
         prediction = {"logits": logits, "prediction": self._evaluation.predictions(logits)}

@@ -180,7 +180,7 @@ class Evaluation:
             self._next_token = None if found is None else found is True
         return self._next_token is True
 
-    def look(self, measures: Mapping[str, Measures], quiet: bool = False) -> None:
+    def look(self, measures: nn.ModuleDict, quiet: bool = False) -> None:
         """Look at the predictions on all sets, when they are through.
 
         A student that predicts one class for all rows of a set is pointed out once.
@@ -193,6 +193,7 @@ class Evaluation:
             NotFiniteError: logits are NaN.
         """
         for name, each in measures.items():
+            assert isinstance(each, Measures)
             if not each.seen.update_called:
                 continue
             predicted, true, spoilt = each.seen.compute()

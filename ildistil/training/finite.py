@@ -68,7 +68,7 @@ class FiniteSteps:
         step: int,
         epoch: int,
         spoilt: Callable[[Mapping[str, Tensor]], list[str]],
-        scale: Callable[[], float | None],
+        scale: Callable[[], float] | None,
     ) -> bool:
         """Look at all losses and gradients of an optimiser step, once.
 
@@ -93,7 +93,7 @@ class FiniteSteps:
             self._in_succession = 0
             return True
         lost = bool(losses) and not _everywhere(*losses)
-        factor = None if lost else scale()
+        factor = None if lost or scale is None else scale()
         self.skipped += 1
         if factor is not None and factor > 1:
             return True  # too large for float16 at this scale: the scaler leaves the step out, and lowers the scale
@@ -132,12 +132,17 @@ def _of_gradient(
 ) -> tuple[list[int], str]:
     """Run the batches again, and return the rows of those with a spoilt gradient, and whose gradients these are."""
     # All batches, in all processes alike: terms that compare the examples of a batch wait for each other.
-    found = [spoilt(batch) for batch in inputs]
+    found: list[list[str]] = []
+    for batch in inputs:
+        try:
+            found.append(spoilt(batch))
+        except Exception:  # for want of memory, say: what was found before must not be lost for it
+            found.append([])
     if names := sorted({name for each in found for name in each}):
         rows = [batch.get("row_id") for batch, each in zip(inputs, found, strict=True) if each]
         return _ids(rows), f", while the loss is. It is the gradient of: {', '.join(names)}"
     here = " of this process" if distributed.world_size() > 1 else ""
-    why = f", while the loss is. Which term's it is isn't known: run again, the last batches{here} have finite ones"
+    why = f", while the loss is. Which term's it is isn't known: the last batches{here}, run again, show none"
     return _ids([batch.rows for batch in batches]), why
 
 
