@@ -153,7 +153,15 @@ class Last(LayerMapping):
         _check_least(self, "count", self.count)
 
     def __call__(self, student: int, teacher: int) -> Pairs:
-        """Return ``count`` pairs."""
+        """Return ``count`` pairs.
+
+        Raises:
+            ConfigError: there aren't as many layers, the embedding output counted: -1 would be the last one again.
+        """
+        if self.count > min(student, teacher) + 1:
+            raise ConfigError(
+                f"Last: count={self.count!r:.40} is out of range, of {student} student and {teacher} teacher layers."
+            )
         return [(student - k, teacher - k) for k in reversed(range(self.count))]
 
 
@@ -179,7 +187,8 @@ class First(LayerMapping):
 
     def __call__(self, student: int, teacher: int) -> Pairs:
         """Return ``count`` pairs."""
-        return [(i, i) for i in range(1, (self.count or student) + 1)]
+        count = min(self.count or student, student + 1)  # one beyond the last layer is enough to be refused
+        return [(i, i) for i in range(1, count + 1)]
 
 
 def _check_least(mapping: LayerMapping, name: str, value: int, least: int = 1) -> None:

@@ -4,13 +4,20 @@ Progress runs from 0 to 1 over the training, or over the stage in which a term i
 """
 
 import math
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from numbers import Real
+from typing import Any
 
 from ildistil.errors import ConfigError
 
 __all__ = ["Cosine", "Linear", "Schedule", "Window"]
+
+#: A larger weight is no weight: float32 would overflow.
+HEAVIEST = 1e30
 
 
 class Schedule(ABC):
@@ -19,6 +26,11 @@ class Schedule(ABC):
     @abstractmethod
     def __call__(self, progress: float) -> float:
         """Return the weight at a progress between 0 and 1; finite and not negative."""
+
+
+def has_schedules(objectives: Mapping[str, Any]) -> bool:
+    """Return whether the weight of one of the objectives changes over the training; for other rooms."""
+    return any(isinstance(objective.weight, Schedule) for objective in objectives.values())
 
 
 @dataclass(frozen=True)
@@ -122,11 +134,17 @@ def _span(begin: float, until: float) -> str:
     return "" if (begin, until) == (0, 1) else f" in {begin:.4g}-{until:.4g}"
 
 
+def _is_number(value: object) -> bool:
+    """Return whether a value is a number of the size of a float."""
+    number = isinstance(value, Real) and not isinstance(value, bool | Fraction)
+    return number and not (isinstance(value, int) and abs(value) > sys.float_info.max)
+
+
 def _check(schedule: Schedule, weights: tuple[float, ...], begin: float, until: float) -> None:
     numbers: tuple[object, ...] = (*weights, begin, until)
-    if wrong := [number for number in numbers if isinstance(number, bool) or not isinstance(number, Real)]:
-        raise ConfigError(f"{type(schedule).__name__}: weights and shares must be numbers, got {wrong[0]!r}.")
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
-        raise ConfigError(f"{schedule}: weights must be finite, not negative, and not all 0.")
+    if wrong := [number for number in numbers if not _is_number(number)]:
+        raise ConfigError(f"{type(schedule).__name__}: weights and shares must be numbers, got {wrong[0]!r:.80}.")
+    if not all(0 <= weight <= HEAVIEST for weight in weights) or not any(weights):
+        raise ConfigError(f"{schedule}: weights must be finite, not negative, at most {HEAVIEST:g}, and not all 0.")
     if not 0 <= begin < until <= 1:
         raise ConfigError(f"{schedule}: begin and until are shares of the training, 0 <= begin < until <= 1.")

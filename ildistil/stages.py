@@ -1,5 +1,6 @@
 """Training in stages: first the intermediate layers, say, then the prediction."""
 
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,6 +8,9 @@ from typing import NamedTuple
 from ildistil.errors import ConfigError
 
 __all__ = ["Place", "Stage", "Step", "Timeline", "check_names"]
+
+# Of epochs: what is more is no number of epochs.
+_LONGEST = 10**9
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,16 @@ class Stage:
     learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or not self.objectives or isinstance(self.objectives, str):
+        names, epochs, rate = self.objectives, self.epochs, self.learning_rate
+        listed = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        if not listed or not names or type(epochs) is not int or not 1 <= epochs <= _LONGEST:
             raise ConfigError(
                 "A stage has at least one epoch and a list of names of objectives, such as "
-                f"Stage(['attention_kl'], epochs=3); got {self.objectives!r} and {self.epochs}."
+                f"Stage(['attention_kl'], epochs=3); got {names!r:.80} and {epochs!r:.80}."
             )
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ConfigError(f"A stage's learning_rate must be > 0, got {self.learning_rate}.")
+        number = isinstance(rate, int | float) and not isinstance(rate, bool)
+        if rate is not None and not (number and 0 < rate <= sys.float_info.max):
+            raise ConfigError(f"A stage's learning_rate must be > 0 and finite, got {rate!r:.80}.")
 
 
 class Step(NamedTuple):

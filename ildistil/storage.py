@@ -123,11 +123,12 @@ def hold(path: Path) -> int | None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the drafts of processes that are gone."""
-    for draft in folder.glob(f".*{DRAFT}*"):
-        with contextlib.suppress(OSError), _opened(draft) as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(draft)
+    """Remove the drafts of processes that are gone, as far as this one may."""
+    with contextlib.suppress(OSError):
+        for draft in folder.glob(f".*{DRAFT}*"):
+            with contextlib.suppress(OSError), _opened(draft) as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(draft)
 
 
 def checksum(path: Path, end: int | None = None) -> str:

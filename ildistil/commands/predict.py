@@ -15,7 +15,7 @@ from ildistil.errors import DataError, ModelError
 
 __all__ = ["main"]
 
-Row = tuple[int, float, list[float]]  # its id, what is predicted, probabilities of the classes
+Row = tuple[int, float | list[int], list[float]]  # its id, what is predicted, probabilities of the classes
 
 
 def main(command: str, arguments: Sequence[str]) -> None:
@@ -50,6 +50,7 @@ def _rows(batches: Sequence[Mapping[str, Tensor]], multi_label: bool) -> Iterato
         if ids is None and distributed.world_size() > 1:
             raise DataError("The batches have no 'row_id', so the rows of several processes can't be put in order.")
         count, classes = logits.shape
+        multi_label = multi_label or batch["prediction"].ndim == 2
         names = range(number, number + count) if ids is None else ids.tolist()
         shares = logits.sigmoid() if multi_label else logits.softmax(-1)
         probabilities = [[]] * count if classes == 1 and not multi_label else shares.tolist()
@@ -73,7 +74,8 @@ def _write(rows: Sequence[Row], task: Task, path: Path) -> None:
         writer = csv.writer(file, delimiter="\t", lineterminator="\n")
         writer.writerow(["row_id", "prediction", *(f"p_{name}" for name in names[:classes])])
         for row, value, probabilities in rows:
-            label: Any = names[int(value)] if classes else value
-            if task.multi_label:
-                label = ", ".join(name for name, p in zip(names, probabilities, strict=True) if p > 0.5)
+            if task.multi_label or isinstance(value, list):
+                label: Any = ", ".join(name for name, p in zip(names, probabilities, strict=True) if p > 0.5)
+            else:
+                label = names[int(value)] if classes else value
             writer.writerow([row, label, *(f"{p:.6f}" for p in probabilities)])

@@ -52,20 +52,28 @@ class Glue(LabelledText):
         task: Name of the task; "SST-2" and "sst2" are the same.
         path: Folder with the files, or the folder that holds a folder for each task; None loads from the hub.
         train_file: Another name for the train file, relative to the task's folder; needs ``path``.
+        primary_metric: Another metric that chooses the best checkpoint than the task's official one, or "loss".
         loading: The options of `LoadingOptions`, by name: ``tokenizer``, ``batch_size`` ...
 
     Raises:
-        DataError: The task is unknown, ``train_file`` has no ``path``, or see `LoadingOptions`.
+        DataError: The task is unknown, ``train_file`` has no ``path``, the metric doesn't suit the task, or see
+            `LoadingOptions`.
 
     >>> Glue("MRPC").label_names, Glue("stsb").num_labels, Glue("mnli", batch_size=8).validation_names
     (['not_equivalent', 'equivalent'], 1, ['val', 'val_mismatched'])
     """
 
-    def __init__(self, task: str, path: str | None = None, train_file: str | None = None, **loading: Any) -> None:
+    def __init__(
+        self, task: str, path: str | None = None, train_file: str | None = None, primary_metric: str | None = None,
+        **loading: Any,
+    ) -> None:  # fmt: skip
         if train_file is not None and path is None:
             raise DataError(f"train_file={train_file!r} needs path=<its folder>; the hub has its own train set.")
         name = _task_name(task)
-        super().__init__(LoadingOptions(**loading), task_name=name, label_column="label", **vars(TASKS[name]))
+        super().__init__(
+            LoadingOptions(**loading), task_name=name, label_column="label", primary_metric=primary_metric,
+            **vars(TASKS[name]),
+        )  # fmt: skip
         self.path = path
         self.train_file = train_file
         self._hub: datasets.DatasetDict | None = None

@@ -6,12 +6,12 @@ from typing import Any
 import datasets
 from torchmetrics import MetricCollection
 
-from ildistil.data.files import ROWS_FROM_ZERO, Source, Table, table_column
+from ildistil.data.files import ROWS_FROM_ZERO, Source, Table, quoted, similar, table_column
 from ildistil.data.labels import all_hidden, encode_classes, encode_numbers
 from ildistil.data.loading import LoadingOptions, TokenizedDataModule
 from ildistil.data.tokenizing import tokenize
 from ildistil.errors import DataError
-from ildistil.metrics import metric_collection
+from ildistil.metrics import OF_CLASSES, OF_NUMBERS, Positive, metric_collection
 
 
 class LabelledText(TokenizedDataModule):
@@ -29,14 +29,17 @@ class LabelledText(TokenizedDataModule):
         label_column: Column of the labels.
         label_names: The classes in the order of their indices; None in a regression.
         metric_names: Of `ildistil.metrics.METRICS`; the first is the primary one.
+        primary_metric: Another metric that chooses the best checkpoint: any of classes or numbers, whichever the labels
+            are, or "loss".
 
     Raises:
-        DataError: A column is named twice.
+        DataError: A column is named twice, or a metric doesn't exist or doesn't suit the labels.
     """
 
     def __init__(
         self, options: LoadingOptions, *, task_name: str, text_columns: Sequence[str], label_column: str,
-        label_names: Sequence[str] | None, metric_names: tuple[str, ...],
+        label_names: Sequence[str] | None, metric_names: Sequence[str],
+        primary_metric: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(options)
         if len({*text_columns, label_column}) < len(text_columns) + 1:
@@ -45,8 +48,9 @@ class LabelledText(TokenizedDataModule):
         self.text_columns = tuple(text_columns)
         self.texts_per_row = len(text_columns)
         self.label_column = label_column
-        self.metric_names = metric_names
         self._label_names = label_names
+        self.metric_names = _checked_metrics(metric_names, primary_metric, regression=label_names is None)
+        self._primary_metric = primary_metric or self.metric_names[0]
 
     @property
     def label_names(self) -> list[str] | None:
@@ -66,11 +70,16 @@ class LabelledText(TokenizedDataModule):
     @property
     def primary_metric(self) -> str:
         """Metric that chooses the best checkpoint."""
-        return self.metric_names[0]
+        return self._primary_metric
+
+    @property
+    def positive(self) -> Positive:
+        """Class that f1 and average_precision are of: see `ildistil.metrics.metric_collection`."""
+        return None
 
     def metrics(self) -> MetricCollection:
-        """Return new metrics, which take ``preds`` (class indices, or floats in a regression) and ``target``."""
-        return metric_collection(self.metric_names, self.num_labels)
+        """Return new metrics; see `Task.metrics` for what they are updated by."""
+        return metric_collection(self.metric_names, self.num_labels, self.positive)
 
     def made_of(self, kind: str) -> dict[str, Any]:
         """Return columns and label names, and whether labels may be hidden."""
@@ -91,6 +100,19 @@ class LabelledText(TokenizedDataModule):
             return None
         values, where = table_column(table, column, where), f"{where}, column {column!r}"
         return encode_numbers(values, where) if names is None else encode_classes(values, names, where)
+
+
+def _checked_metrics(names: Sequence[str], primary: str | None, regression: bool) -> tuple[str, ...]:
+    """Return the metrics of a task, with the primary one among them."""
+    known, kind = (OF_NUMBERS, "a regression") if regression else (OF_CLASSES, "classes")
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        raise DataError(f"metric_names is {names!r}; it must be a list of metrics. Those of {kind}: {quoted(known)}.")
+    wanted = [*names, *([] if primary in (None, "loss") else [primary])]
+    for name in wanted:
+        if name not in known:
+            near, loss = similar(str(name), known), " The primary one may also be 'loss'." if name == primary else ""
+            raise DataError(f"There is no metric {name!r} of {kind}.{near} Those of {kind}: {quoted(known)}.{loss}")
+    return tuple(dict.fromkeys(wanted))
 
 
 def _checked_texts(values: Sequence[Any], name: str, where: str) -> list[str]:

@@ -79,7 +79,9 @@ class Task(Protocol):
         """
 
     def metrics(self) -> MetricCollection | None:
-        """Return new metrics of ``preds`` (class indices, or floats in a regression) and ``target``.
+        """Return new metrics, updated by ``preds`` and ``target``, and by ``logits=`` if they have such an argument.
+
+        ``preds`` are class indices, floats in a regression, or 0 and 1 for each of several labels.
 
         Default: `default_metrics` of the labels; None where these are unknown.
         """

@@ -3,11 +3,12 @@
 from functools import cached_property
 from typing import Any
 
-from ildistil.data.files import Source, file_source, table_column
+from ildistil.data.files import Source, file_source, quoted, similar, table_column
 from ildistil.data.labelled import LabelledText
 from ildistil.data.labels import derive_label_names
 from ildistil.data.loading import LoadingOptions
 from ildistil.errors import DataError
+from ildistil.metrics import Positive
 
 
 class TextData(LabelledText):
@@ -24,12 +25,17 @@ class TextData(LabelledText):
         label_column: Column of the labels: words, or numbers from 0.
         label_names: The classes in the order of their indices; None takes the train file's labels, sorted.
         regression: The labels are numbers on a scale.
+        positive_label: The class that the metrics f1 and average_precision are of; None takes their mean over the
+            classes, whichever of two comes first in the alphabet.
+        metric_names: Metrics to measure: accuracy, f1, macro_f1, average_precision, matthews; pearson and spearman in a
+            regression. None is accuracy and f1, with a positive label average_precision too; both in a regression.
+        primary_metric: The metric that chooses the best checkpoint, or "loss"; None is the first.
         name: Name of the task in logs and tables.
         loading: The options of `LoadingOptions`, by name: ``tokenizer``, ``batch_size`` ...
 
     Raises:
         DataError: No file is given, a column is named twice, label names go with a regression, occur twice or are no
-            list of strings, or see `LoadingOptions`.
+            list of strings, the positive label is none of them, a metric doesn't exist, or see `LoadingOptions`.
 
     >>> TextData(train_file="reviews.csv", text_column="review", label_names=["bad", "good"], batch_size=8).num_labels
     2
@@ -40,17 +46,25 @@ class TextData(LabelledText):
     def __init__(
         self, train_file: str | None = None, validation_file: str | None = None, test_file: str | None = None,
         text_column: str = "text", text_pair_column: str | None = None, label_column: str = "label",
-        label_names: list[str] | None = None, regression: bool = False, name: str = "text", **loading: Any,
+        label_names: list[str] | None = None, regression: bool = False, positive_label: str | None = None,
+        metric_names: list[str] | None = None, primary_metric: str | None = None, name: str = "text", **loading: Any,
     ) -> None:  # fmt: skip
         _check_label_names(label_names, regression)
+        if positive_label is not None and (regression or not isinstance(positive_label, str)):
+            raise DataError(f"positive_label is {positive_label!r}; it must be the name of a class, in quotes.")
+        usual = ["accuracy", "f1", *(["average_precision"] if positive_label is not None else [])]
         super().__init__(
             LoadingOptions(**loading),
             task_name=name,
             text_columns=[text_column] if text_pair_column is None else [text_column, text_pair_column],
             label_column=label_column,
             label_names=None if regression else label_names or [],
-            metric_names=("pearson", "spearman") if regression else ("accuracy", "f1"),
+            metric_names=(["pearson", "spearman"] if regression else usual) if metric_names is None else metric_names,
+            primary_metric=primary_metric,
         )
+        self.positive_label = positive_label
+        if label_names:
+            self.positive  # noqa: B018 (refused now rather than when the file is read)
         self.files = {"train": train_file, "validation": validation_file, "test": test_file}
         if not any(self.files.values()):
             raise DataError("TextData needs a file: set train_file, validation_file or test_file.")
@@ -59,6 +73,16 @@ class TextData(LabelledText):
     def label_names(self) -> list[str] | None:
         """Names of the classes in the order of their indices; read from the train file unless they were given."""
         return super().label_names if self.regression or self._label_names else list(self._derived_names)
+
+    @property
+    def positive(self) -> Positive:
+        """Class that f1 and average_precision are of, or "all" for their mean over the classes."""
+        names, positive = self.label_names or [], self.positive_label
+        if positive is None:
+            return "all"
+        if positive not in names:
+            raise DataError(f"positive_label is {positive!r}.{similar(positive, names)} The classes: {quoted(names)}.")
+        return names.index(positive)
 
     @cached_property
     def _derived_names(self) -> list[str]:

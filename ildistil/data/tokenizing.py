@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from ildistil.data.files import ROWS_FROM_ZERO
@@ -75,7 +75,8 @@ def tokenize(
     columns["row_id"] = range(len(texts[0]))
     if labels is not None:
         columns["labels"] = labels
-    cut = 0
+    cut, special = 0, set(tokenizer.all_special_ids)
+    empty: list[int] = []
 
     def encode(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         nonlocal cut
@@ -85,6 +86,7 @@ def tokenize(
         if 0 in lengths:
             row_id = batch["row_id"][lengths.index(0)]
             raise DataError(f"{where}: row {row_id} ({ROWS_FROM_ZERO}) has no token. Fill in its text or remove it.")
+        empty.extend(i for i, row in zip(batch["row_id"], encoded["input_ids"], strict=True) if special.issuperset(row))
         # The attention mask of a row without padding says nothing; the padding of a batch makes it anew.
         return {k: v for k, v in encoded.items() if k in ("input_ids", "token_type_ids")} | {"length": lengths}
 
@@ -102,6 +104,13 @@ def tokenize(
     )  # fmt: skip
     if cut:
         rank_zero_info(f"{where}: {cut:,} of {len(rows):,} rows are cut to max_length={max_length} tokens.")
+    if empty:
+        listed = ", ".join(map(str, empty[:10])) + (" ..." if len(empty) > 10 else "")
+        rank_zero_warn(
+            f"{where}: {len(empty):,} of {len(rows):,} rows have no token but special ones, as their text is empty or "
+            f"all of its words are unknown: {listed} ({ROWS_FROM_ZERO}). They are used like any other. Fill them in or "
+            "remove them if they mean nothing."
+        )
     return rows
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ildistil import distributed
 from ildistil.errors import ConfigError
+from ildistil.functional.checks import check_count, check_number
 
 __all__ = ["Balance"]
 
@@ -21,6 +22,9 @@ class Balance:
 
     Each term's size ``m`` is measured in training and smoothed; its factor is ``share * sum_j(w_j m_j) / m``, with
     ``share = w / sum_j(w_j)``. So the total is as large as with plain weights, and every term has its share of it.
+
+    What is measured is the mean over the batches of all processes, weighted by what each term counts, so that sizes
+    don't depend on how a batch is shared among processes. Of accumulated batches it is the first one of the step.
 
     Args:
         by: ``"magnitude"``, the absolute value of the term, or ``"gradient"``, the norm of its gradient in the
@@ -39,11 +43,10 @@ class Balance:
     _measured: tuple[int | None, frozenset[str]] = field(default=(None, frozenset()), init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.by not in get_args(By) or self.every < 1 or not 0 <= self.momentum < 1:
-            raise ConfigError(
-                "Balance: by is 'magnitude' or 'gradient', every at least 1 and momentum in [0, 1); got "
-                f"{self.by!r}, {self.every} and {self.momentum}."
-            )
+        if not isinstance(self.by, str) or self.by not in get_args(By):
+            raise ConfigError(f"Balance: by is 'magnitude' or 'gradient', got {self.by!r:.80}.")
+        check_count("Balance: every", self.every)
+        check_number("Balance: momentum", self.momentum, "from 0 to below 1", lambda old: 0 <= old < 1)
 
     def weights(
         self,
@@ -52,6 +55,7 @@ class Balance:
         parameters: Sequence[Tensor],
         step: int | None = None,
         measuring: bool = True,
+        counts: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Measure, if it is time to, and give the factors of the terms.
 
@@ -61,10 +65,12 @@ class Balance:
             parameters: what gradients are taken with respect to.
             step: number of the optimiser step; all batches of a step get the same factors. ``None``: measure always.
             measuring: false in evaluation; a term that was never measured then has its plain weight.
+            counts: how many things each term is a mean of in this process; by default as many as in any other.
         """
         if measuring and self._is_due(values, step):
             for name, value in values.items():
-                self._note(name, self._size(value, parameters))
+                count = torch.ones(()) if counts is None else counts[name]
+                self._note(name, self._size(value, count.to(value.device), parameters))
             self._measured = step, frozenset(values)
         sizes = {name: self.sizes.get(name, torch.zeros(())).to(value.device) for name, value in values.items()}
         # A term of size 0 has nothing to scale: it keeps its plain weight, and the others share the total.
@@ -96,13 +102,19 @@ class Balance:
             return True
         return step % self.every == 0 and self._measured != (step, frozenset(values))
 
-    def _size(self, value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        size = value.detach().abs().float()
+    def _size(self, value: Tensor, count: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+        """Return the size of a term over all processes, of which each has the mean over its own part of the batch."""
+        found = [value.detach().reshape(1)]
         if self.by == "gradient":
-            found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
-            norms = [g.detach().float().norm() for g in found if g is not None]
-            size = torch.stack(norms).norm() if norms else torch.zeros_like(size)
-        return distributed.all_reduce_sum(size) / distributed.world_size()
+            gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            pairs = zip(gradients, parameters, strict=True)  # unused ones as 0: another process may have used them
+            found = [torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs]
+        own = torch.cat([each.float() for each in found]) if found else value.new_zeros(1, dtype=torch.float32)
+        if distributed.world_size() > 1:
+            part = count / distributed.all_reduce_sum(count.float()).clamp(min=1)
+            own = distributed.all_reduce_sum(part * own)
+        size: Tensor = torch.linalg.vector_norm(own)
+        return size
 
     def _note(self, name: str, size: Tensor) -> None:
         old = self.sizes.get(name, torch.zeros_like(size)).to(size.device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ildistil.capture import Activations, Capture, Layers, ModelInfo, Role, Tap, model_inputs, real_labels, unwrapped
 from ildistil.engine import checks
 from ildistil.engine.balance import Balance
-from ildistil.engine.dry_run import DryRun, check_terms, without_trace
+from ildistil.engine.dry_run import DryRun, check_terms, spoilt_terms, without_trace
 from ildistil.engine.reach import Reach
 from ildistil.engine.synthetic import synthetic_batch
 from ildistil.engine.terms import Terms
@@ -207,7 +207,8 @@ class Distillation(nn.Module):
             return Terms(values, dict(weights), counts)
         trained = [p for p in self.student.parameters() if p.requires_grad]
         measuring = self.training and torch.is_grad_enabled()
-        balanced = self.balance.weights(values, weights, trained, step.number, measuring)
+        numbers = {name: count.number for name, count in counts.items()}
+        balanced = self.balance.weights(values, weights, trained, step.number, measuring, numbers)
         return Terms(values, dict(balanced), counts, self.balance.gradient_shares(balanced))
 
     def weights_at(self, step: Step) -> dict[str, float]:
@@ -297,6 +298,16 @@ class Distillation(nn.Module):
             found, reach = check_terms(values, [p for p in self.parameters() if p.requires_grad])
         self._reach.of = reach  # only now: a run that failed leaves what was known
         return found
+
+    def spoilt_terms(self, batch: Mapping[str, Any], step: Step) -> list[str]:
+        """Run the batch of a step once more, without a trace, and return the terms that spoil its gradient.
+
+        Each term is differentiated by itself; those are named whose value or gradient isn't finite.
+        """
+        active = {name: self.objectives[name] for name in self.weights_at(step)}
+        with without_trace(self), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            values, _ = self._run(batch, active, verify=False)
+            return spoilt_terms(values, [p for p in self.parameters() if p.requires_grad])
 
     def synthetic_batch(self) -> Mapping[str, Any] | None:
         """Make two short sequences of unequal length, or ``None`` where the models' inputs aren't known."""

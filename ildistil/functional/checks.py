@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection
+from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from ildistil.errors import ConfigError, ObjectiveError
 
-__all__ = ["Shapes", "check_choice", "check_count", "check_number", "check_temperature"]
+__all__ = ["Shapes", "check_choice", "check_count", "check_flag", "check_number", "check_temperature", "check_words"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Colder, all probabilities are 0 or 1 in float32; hotter, their differences are lost, and with them the gradient.
 _COLDEST, _HOTTEST = 1e-2, 1e3
+_MOST = 1e30
 
 
 class Shapes:
@@ -84,7 +86,7 @@ def _kind(value: object) -> str:
 
 
 def check_number(name: str, value: Any, wanted: str, fits: Callable[[float], bool]) -> None:
-    """Check a finite number.
+    """Check a number that is finite, and not so large that float32 overflows.
 
     Raises:
         ConfigError: it is none, or doesn't fit.
@@ -93,8 +95,10 @@ def check_number(name: str, value: Any, wanted: str, fits: Callable[[float], boo
     Traceback (most recent call last):
     ildistil.errors.ConfigError: beta must be a number between 0 and 1, got 1.0.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not fits(float(value)):
-        raise ConfigError(f"{name} must be a number {wanted}, got {value!r}.")
+    # Fractions are numbers, but none that a tensor can be multiplied by; beyond 1e30 a float32 overflows.
+    number = isinstance(value, Real) and not isinstance(value, bool | Fraction)
+    if not number or not abs(value) <= _MOST or not fits(float(value)):
+        raise ConfigError(f"{name} must be a number {wanted}, got {value!r:.80}.")
 
 
 def check_temperature(value: Any, name: str = "temperature") -> None:
@@ -106,14 +110,37 @@ def check_temperature(value: Any, name: str = "temperature") -> None:
     check_number(name, value, f"between {_COLDEST:g} and {_HOTTEST:g}", lambda t: _COLDEST <= t <= _HOTTEST)
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
+def check_count(name: str, value: Any, least: int = 1, most: float = math.inf) -> None:
     """Check an integer.
 
     Raises:
-        ConfigError: it is none, or less than the least.
+        ConfigError: it is none, or less than the least, or more than the most.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+        limit = "" if most == math.inf else f" and at most {most:,}"
+        raise ConfigError(f"{name} must be an integer >= {least}{limit}, got {value!r:.80}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Check a truth value: any other would silently be one.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, got {value!r:.80}.")
+
+
+def check_words(name: str, value: Any, choices: Collection[str]) -> None:
+    """Check a list of choices, at least one, each once.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    words = isinstance(value, list | tuple) and all(isinstance(word, str) and word in choices for word in value)
+    if not words or not value or len(set(value)) < len(value):
+        known = ", ".join(map(repr, choices))
+        raise ConfigError(f"{name} must be a list of any of {known}, each once; got {value!r:.80}.")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:

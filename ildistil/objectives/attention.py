@@ -12,7 +12,7 @@ from ildistil import distributed, functional, kernels
 from ildistil.attention import Attention
 from ildistil.capture import Activations, ModelInfo
 from ildistil.errors import ObjectiveError
-from ildistil.functional.checks import check_choice
+from ildistil.functional.checks import check_choice, check_words
 from ildistil.mappings import LayerMapping
 from ildistil.objectives.base import Count, Weight, same_tokens
 from ildistil.objectives.mapped import Stack
@@ -296,8 +296,7 @@ class QKVMSE(StateObjective):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, mapping, projection, stack, "qkv_mse" if name is None else name)
-        if not parts or any(part not in ("q", "k", "v") for part in parts) or len(set(parts)) < len(parts):
-            raise ObjectiveError(f"QKVMSE: parts are any of 'q', 'k' and 'v', each once; got {list(parts)}.")
+        check_words("QKVMSE: parts", parts, ("q", "k", "v"))
         self.kinds, self.vectors = tuple(parts), "".join(parts)
 
     def width(self, info: ModelInfo, kind: str) -> int | None:

@@ -1,6 +1,5 @@
 """What every objective is: taps in, one weighted scalar out."""
 
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ildistil.capture import Activations, ModelInfo, Role, Tap
 from ildistil.errors import ObjectiveError
-from ildistil.schedules import Schedule
+from ildistil.schedules import HEAVIEST, Schedule
 from ildistil.stages import Step
 
 __all__ = ["Count", "Objective", "Weight", "same_tokens"]
@@ -63,9 +62,10 @@ class Objective(Callback, ABC):
 
     def __init__(self, weight: Weight = 1.0, name: str | None = None) -> None:
         number = isinstance(weight, Real) and not isinstance(weight, bool)
-        if not isinstance(weight, Schedule) and not (number and math.isfinite(weight) and weight >= 0):
+        if not isinstance(weight, Schedule) and not (number and 0 <= weight <= HEAVIEST):
             raise ObjectiveError(
-                f"{type(self).__name__}: weight must be a finite number >= 0 or a schedule, got {weight!r}."
+                f"{type(self).__name__}: weight must be a finite number >= 0 or a schedule, and at most "
+                f"{HEAVIEST:g}; got {weight!r:.80}."
             )
         if not isinstance(name, str | None):
             raise ObjectiveError(f"{type(self).__name__}: name must be a string, got {name!r}.")

@@ -40,7 +40,7 @@ class _Contrast(JointObjective):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, mapping, stack, name)
-        check_count(f"{type(self).__name__}: size", size)
+        check_count(f"{type(self).__name__}: size", size, most=65_536)
         check_temperature(temperature, f"{type(self).__name__}: temperature")
         if self.mapping.draws:
             raise ObjectiveError(f"{type(self).__name__} concatenates fixed layers; {self.mapping} draws them anew.")
@@ -177,7 +177,8 @@ class CLSContrast(_Contrast):
         rows, classes = self._rows(batch)
         s, t, real = self._vectors(student, teacher)
         real = real & (classes >= 0)
-        self._now = [rows[real], classes[real], s[real].detach(), t[real].detach()]
+        kept = real & (s.detach().isfinite() & t.isfinite()).all(1)  # NaN would stay in the bank for good
+        self._now = [rows[kept], classes[kept], s[kept].detach(), t[kept].detach()]
         drawn, drawn_for = self._draw(classes[real])
         allowed = drawn_for == classes[:, None]
         bank = {role: vectors[drawn].to(s.dtype) for role, vectors in self._bank.items()}
@@ -287,7 +288,7 @@ class CLSContrast(_Contrast):
             ids, classes, *vectors = (x[first] for x in waiting)
             self._to(ids.device)
             new = [row for row in ids.tolist() if row not in self._slots]
-            known = torch.tensor([row in self._slots for row in ids.tolist()], device=ids.device).unsqueeze(1)
+            known = torch.tensor([r in self._slots for r in ids.tolist()], dtype=torch.bool, device=ids.device)[:, None]
             self._slots.update({row: len(self._slots) + i for i, row in enumerate(new)})
             self._grow(len(self._slots))
             rows = torch.tensor([self._slots[row] for row in ids.tolist()], dtype=torch.long, device=ids.device)

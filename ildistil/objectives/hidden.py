@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ildistil import distributed, functional
 from ildistil.capture import Activations, ModelInfo, Role, Tap
+from ildistil.functional.checks import check_flag
 from ildistil.mappings import All, Explicit, LayerMapping
 from ildistil.objectives.base import Weight, same_tokens
 from ildistil.objectives.mapped import JointObjective, MappedObjective, Stack
@@ -134,6 +135,7 @@ class CLSMSE(StateObjective):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, mapping, projection, stack, "cls_mse" if name is None else name)
+        check_flag("CLSMSE: normalize", normalize)
         self.normalize, self.pool = normalize, checked(pool)
 
     def states(self, activations: Activations, layer: int) -> list[tuple[Tensor, Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ildistil import distributed, functional
 from ildistil.capture import Activations, LazyLogits, ModelInfo
 from ildistil.errors import ObjectiveError
-from ildistil.functional.checks import check_temperature
+from ildistil.functional.checks import check_count, check_number, check_temperature
 from ildistil.functional.logits import Divergence
 from ildistil.kernels import chunked
 from ildistil.objectives.base import Count, Objective, Weight
@@ -165,13 +165,10 @@ class LogitsKL(_RowObjective):
         _check_temperature(self, temperature)
         if divergence not in get_args(Divergence):
             raise ObjectiveError(f"LogitsKL: divergence must be one of {get_args(Divergence)}, got {divergence!r}.")
-        if not 0 < beta < 1:
-            raise ObjectiveError(
-                f"LogitsKL: beta must be between 0 and 1, both left out, got {beta}. Its limits are the divergences "
-                "'forward' and 'reverse'."
-            )
-        if top_k is not None and top_k < 1:
-            raise ObjectiveError(f"LogitsKL: top_k must be at least 1, got {top_k}.")
+        limits = "between 0 and 1, both left out (its limits are the divergences 'forward' and 'reverse')"
+        check_number("LogitsKL: beta", beta, limits, lambda share: 0 < share < 1)
+        if top_k is not None:
+            check_count("LogitsKL: top_k", top_k)
         self.temperature, self.divergence, self.beta, self.top_k = temperature, divergence, beta, top_k
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
@@ -245,8 +242,10 @@ class LogitsDIST(_LogitsObjective):
     ) -> None:
         super().__init__(weight, name)
         _check_temperature(self, temperature)
-        if inter < 0 or intra < 0 or inter + intra == 0:
-            raise ObjectiveError(f"LogitsDIST: inter and intra must be >= 0, and one > 0; got {inter} and {intra}.")
+        for part, factor in (("inter", inter), ("intra", intra)):
+            check_number(f"LogitsDIST: {part}", factor, ">= 0 and at most 1e30", lambda factor: factor >= 0)
+        if inter == intra == 0:
+            raise ObjectiveError("LogitsDIST: inter and intra are both 0: nothing would teach.")
         self.temperature, self.inter, self.intra = temperature, inter, intra
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ildistil.errors import ObjectiveError
+from ildistil.functional.checks import check_flag
 from ildistil.objectives.base import Objective
 
 __all__ = ["Projection", "ProjectionOption", "option", "project"]
@@ -35,8 +36,10 @@ class Projection:
     orthogonal: bool = False
 
     def __post_init__(self) -> None:
-        if self.when not in get_args(When):
-            raise ObjectiveError(f"projection must be 'auto', 'always' or 'never', got {self.when!r}.")
+        if not isinstance(self.when, str) or self.when not in get_args(When):
+            raise ObjectiveError(f"projection must be 'auto', 'always' or 'never', got {self.when!r:.80}.")
+        for name in ("shared", "norm", "orthogonal"):
+            check_flag(f"projection: {name}", getattr(self, name))
 
     def make(self, objective: Objective, keys: Iterable[str], student: int | None, teacher: int | None) -> None:
         """Make the maps of an objective from the student's width to the teacher's, if there are to be any.

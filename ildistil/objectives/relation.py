@@ -8,7 +8,7 @@ from ildistil import functional, kernels
 from ildistil.attention import Attention, Masks, Scores
 from ildistil.capture import Activations, ModelInfo
 from ildistil.errors import ObjectiveError
-from ildistil.functional.checks import check_count
+from ildistil.functional.checks import check_count, check_words
 from ildistil.mappings import Last, LayerMapping
 from ildistil.objectives.base import Weight, same_tokens
 from ildistil.objectives.mapped import Stack
@@ -16,7 +16,7 @@ from ildistil.objectives.pairwise import PairwiseObjective
 
 __all__ = ["RelationKL", "ValueRelationKL"]
 
-_RELATIONS = {f"{left}-{right}" for left in "qkv" for right in "qkv"}
+_RELATIONS = [f"{left}-{right}" for left in "qkv" for right in "qkv"]
 
 
 class RelationKL(PairwiseObjective):
@@ -59,10 +59,7 @@ class RelationKL(PairwiseObjective):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, mapping, stack, name)
-        bad = [r for r in relations if not isinstance(r, str) or r not in _RELATIONS]
-        if bad or not relations:
-            got = repr(bad[0]) if bad else "none"
-            raise ObjectiveError(f"{type(self).__name__}: a relation is 'q-q', 'k-k', 'v-v', 'q-k' ...; got {got}.")
+        check_words(f"{type(self).__name__}: relations", relations, _RELATIONS)
         if heads is not None:
             check_count(f"{type(self).__name__}: heads", heads)
         self.relations, self.heads = tuple(relations), heads

@@ -18,24 +18,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ildistil import storage
+from ildistil.capture import unwrapped
 from ildistil.data.task import task_of
 from ildistil.errors import CheckpointError, WriteError
 from ildistil.objectives import Objective
+from ildistil.schedules import has_schedules
 from ildistil.stages import Stage
-from ildistil.training.optimization import Optimization
+from ildistil.training.position import settle
 
 __all__ = [
     "PROJECTIONS",
     "STUDENT",
     "CheckpointFiles",
     "Saved",
-    "keep_best",
     "load",
     "newest",
-    "recipe",
+    "restore",
     "run_settings",
-    "specification",
-    "stage_lines",
+    "write",
 ]
 
 # To be raised when a checkpoint would be written in another way.
@@ -81,6 +81,26 @@ class Saved:
     settings: dict[str, str] = field(default_factory=dict)
     seed: int | None = None
     sealed: bool = False
+
+    @classmethod
+    def of(cls, module: Any, projections: dict[str, Tensor]) -> Self:
+        """Collect it from a Distiller."""
+        distillation = module.distillation
+        balance, teacher = distillation.balance, distillation.teacher
+        return cls(
+            objectives={name: specification(objective) for name, objective in distillation.objectives.items()},
+            stages=stage_lines(module.stages),
+            projections=projections,
+            student=recipe(unwrapped(distillation.student)),
+            tokenizer=module.tokenizer_source,
+            teacher=None if teacher is None else teacher.info.source,
+            metrics=module.evaluation.measured({} if module._trainer is None else module.trainer.callback_metrics),
+            balance={} if balance is None else balance.state_dict(),
+            window=module.window.state_dict(),
+            waiting=module.window.waiting,
+            settings=module.settings,
+            seed=module.seed,
+        )
 
     def write(self, checkpoint: dict[str, Any]) -> None:
         """Add it to a checkpoint."""
@@ -154,6 +174,43 @@ class Saved:
         return {**self.settings, **self.stages, **kept, **student}
 
 
+def write(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Complete what Lightning is about to write of a Distiller: projections apart, and no state of metrics."""
+    weights = checkpoint["state_dict"]
+    projections = {key: weights.pop(key) for key in list(weights) if key.startswith(PROJECTIONS)}
+    for key in [key for key in weights if key.startswith("metrics.")]:
+        del weights[key]
+    if "loops" in checkpoint:
+        settle(checkpoint["loops"]["fit_loop"], checkpoint["global_step"])
+    Saved.of(module, projections).write(checkpoint)
+
+
+def restore(module: Any, checkpoint: dict[str, Any], *, fits: bool) -> Saved | None:
+    """Take what a Distiller needs of a checkpoint, before Lightning loads the rest.
+
+    Args:
+        module: the Distiller.
+        checkpoint: what was read; it gets the projections that the module has.
+        fits: whether a training goes on.
+
+    Returns:
+        What a training that goes on is to be compared with.
+
+    Raises:
+        CheckpointError: no Distiller wrote it, or one with other projections.
+    """
+    saved = Saved.read(checkpoint)
+    own = {key: value for key, value in module.state_dict().items() if key.startswith(PROJECTIONS)}
+    if fits:
+        saved.check_projections(own)
+        _keep_best(module.trainer, checkpoint["callbacks"])
+        module.window.load_state_dict(saved.window)
+        if module.distillation.balance is not None:
+            module.distillation.balance.load_state_dict(saved.balance)
+    checkpoint["state_dict"] |= {key: saved.projections.get(key, value) for key, value in own.items()}
+    return saved if fits else None
+
+
 def load(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint file: tensors and plain values only, since a foreign file must not be able to run code.
 
@@ -208,7 +265,7 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def keep_best(trainer: L.Trainer, states: Mapping[str, dict[str, Any]]) -> None:
+def _keep_best(trainer: L.Trainer, states: Mapping[str, dict[str, Any]]) -> None:
     """Let callbacks keep what was best, where its file is still there though the folder has another name now."""
     for callback in trainer.checkpoint_callbacks:
         state = states.get(callback.state_key)
@@ -288,19 +345,15 @@ def stage_lines(stages: Sequence[Stage]) -> dict[str, str]:
     return {f"stage {i}": f"{', '.join(s.objectives)}, {s.epochs} epochs" for i, s in enumerate(stages, start=1)}
 
 
-def run_settings(trainer: L.Trainer, optimization: Optimization, steps: float | None) -> dict[str, str]:
-    """Return what decides how a training goes on, beside models and objectives, in words.
-
-    Args:
-        trainer: its options.
-        optimization: the module's.
-        steps: number of all steps, ``None`` where no step depends on it.
-    """
+def run_settings(module: Any) -> dict[str, str]:
+    """Return what decides how a training goes on, beside models and objectives, in words."""
+    trainer, optimization = module.trainer, module.optimization
+    scheduled = module.stages or optimization.depends_on_steps or has_schedules(module.distillation.objectives)
     told = {name: getattr(trainer, name) for name in ("accumulate_grad_batches", "gradient_clip_val", "precision")}
     told |= {name.replace("_", " "): value for name, value in vars(optimization).items()}
     told |= {"processes": trainer.world_size, "seed": os.environ.get("PL_GLOBAL_SEED")}
-    told["steps"] = None if steps is None else f"{steps:g}"
-    told["data"] = task_of(trainer.datamodule).fingerprint  # type: ignore[attr-defined]
+    told["steps"] = f"{module.timeline.steps:g}" if scheduled else None  # else no step depends on it
+    told["data"] = task_of(trainer.datamodule).fingerprint
     return {name: str(value) for name, value in told.items()}
 
 

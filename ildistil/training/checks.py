@@ -11,12 +11,12 @@ from ildistil.data.task import Task
 from ildistil.engine.checks import check_label_order
 from ildistil.errors import ConfigError, DataError, ObjectiveError
 from ildistil.objectives import Objective
-from ildistil.schedules import Schedule
+from ildistil.schedules import has_schedules
 from ildistil.stages import Stage, Timeline, check_names
 from ildistil.training.lifecycle import watches
 from ildistil.training.progress import ResumeCheckpoint
 
-__all__ = ["check_gaps", "check_task", "check_trainer", "has_schedules"]
+__all__ = ["check_gaps", "check_task", "check_trainer"]
 
 
 def check_trainer(trainer: L.Trainer, objectives: Mapping[str, Objective], stages: Sequence[Stage]) -> None:
@@ -62,11 +62,6 @@ def _check_checkpoints(trainer: L.Trainer) -> None:
         )
 
 
-def has_schedules(objectives: Mapping[str, Objective]) -> bool:
-    """Return whether a weight changes over the training."""
-    return any(isinstance(objective.weight, Schedule) for objective in objectives.values())
-
-
 def check_gaps(objectives: Mapping[str, Objective], timeline: Timeline) -> None:
     """Refuse a training that comes to a step without any term.
 
@@ -94,13 +89,24 @@ def check_task(task: Task, student: ModelInfo) -> None:
         DataError: labels or lengths don't fit.
         ModelError: the labels come in another order.
     """
-    labels = task.num_labels
+    labels, names = task.num_labels, [name.lower() for name in task.label_names or []]
+    known = student.label_names
+    unknown = [name for name in names if known and name not in known]
+    listed = f" The models don't know {', '.join(map(repr, unknown))}; their labels are {', '.join(known)}."
     if labels is not None and student.labels is not None and labels != student.labels:
         raise DataError(
-            f"The data has {labels} labels, the models have {student.labels}. Fine-tune a teacher for this task first "
-            "(ildistil finetune), or choose the data it was trained for."
+            f"The data has {labels} labels, the models have {student.labels}.{listed if unknown else ''} Fine-tune a "
+            "teacher for this task first (ildistil finetune), or choose the data it was trained for."
         )
-    check_label_order(student, [name.lower() for name in task.label_names or []], "the data")
+    check_label_order(student, names, "the data")
+    if unknown and len(unknown) < len(names):  # with none in common they may be names for the same
+        moved = [name for number, name in enumerate(names) if name in known and known.index(name) != number]
+        if moved:
+            raise DataError(
+                f"Some of the data's labels are the models', in another order: {', '.join(names)}.{listed} Bring them "
+                "into one order by label_names, or choose the data that the teacher was trained for."
+            )
+        rank_zero_warn(f"The data's labels are taken for the models' in their order.{listed}")
     longest, positions = task.max_length, student.positions
     if longest is not None and positions is not None and longest > positions:
         raise DataError(

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import lightning as L
 import torch
@@ -13,32 +13,22 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from ildistil.capture import ModelInfo, unwrapped
+from ildistil.capture import ModelInfo, real_labels, unwrapped
 from ildistil.data.task import task_of
 from ildistil.engine import Balance, Distillation, DryRun
 from ildistil.errors import CheckpointError, ConfigError, DataError
 from ildistil.objectives import Objective
+from ildistil.schedules import has_schedules
 from ildistil.stages import Stage, Step, Timeline
 from ildistil.teachers import Teacher
 from ildistil.training import checks
 from ildistil.training.accumulation import Window, over_processes
-from ildistil.training.checkpoint import (
-    PROJECTIONS,
-    CheckpointFiles,
-    Saved,
-    keep_best,
-    load,
-    recipe,
-    run_settings,
-    specification,
-    stage_lines,
-)
-from ildistil.training.evaluation import Evaluation, batch_size, predictions
-from ildistil.training.finite import FiniteLosses
+from ildistil.training.checkpoint import CheckpointFiles, Saved, load, restore, run_settings, write
+from ildistil.training.evaluation import Evaluation, batch_size, check_predicted
+from ildistil.training.finite import FiniteSteps, NonFinite
 from ildistil.training.lifecycle import Lifecycle
 from ildistil.training.optimization import Optimization, Shape
 from ildistil.training.plan import describe
-from ildistil.training.position import settle
 from ildistil.training.randomness import reseed, seed_of_run
 from ildistil.training.rehearsal import try_first_batch, try_synthetic_batch
 from ildistil.training.targets import prepare_targets
@@ -61,6 +51,9 @@ class Distiller(L.LightningModule):
             the Trainer's. Learning rate, warm-up and optimiser start anew with each; early stopping and the best
             checkpoint watch the last.
         balance: makes the objectives' weights shares of the total; by default they are plain factors.
+        non_finite: what happens to an optimiser step with a loss or a gradient that isn't finite: ``"stop"`` ends the
+            training before it is applied, ``"skip"`` leaves it out and counts it as ``train/skipped_steps``, up to 100
+            in succession.
         compile: compile the training runs of both models with ``torch.compile``.
         tokenizer: name or folder of the tokenizer; the data module falls back to it, and the exported student gets
             it. Default: the teacher's, else the student's ``name_or_path``.
@@ -87,6 +80,7 @@ class Distiller(L.LightningModule):
         schedule: Shape = "linear",
         stages: Sequence[Stage] = (),
         balance: Balance | None = None,
+        non_finite: NonFinite = "stop",
         compile: bool = False,
         tokenizer: str | None = None,
         accept_changes: bool = False,
@@ -104,11 +98,11 @@ class Distiller(L.LightningModule):
         self.accept_changes = accept_changes
         self.metrics = nn.ModuleDict()
         self.timeline = Timeline((), math.inf)
-        self._evaluation = Evaluation(task_of(None), ModelInfo.of(student))
+        self.evaluation = Evaluation(task_of(None), ModelInfo.of(student))
         self._lifecycle = Lifecycle()
-        self._window, self._losses = Window(), FiniteLosses()
+        self.window, self._finite = Window(), FiniteSteps(non_finite)
         self._structural: DryRun | None = None
-        self._seed, self._settings = 0, dict[str, str]()
+        self.seed, self.settings = 0, dict[str, str]()
         self._resumed: Saved | None = None
 
     @property
@@ -145,10 +139,10 @@ class Distiller(L.LightningModule):
         """Check that data and student fit, make the metrics, and write and read checkpoints in our own way."""
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = CheckpointFiles()
-        self._seed = self.trainer.strategy.broadcast(seed_of_run())
+        self.seed = self.trainer.strategy.broadcast(seed_of_run())
         task, info = task_of(self.trainer.datamodule), ModelInfo.of(self.student)  # type: ignore[attr-defined]
         checks.check_task(task, info)
-        self._evaluation = Evaluation(task, info)
+        self.evaluation = Evaluation(task, info)
         self.metrics = nn.ModuleDict()
 
     def configure_model(self) -> None:
@@ -156,7 +150,7 @@ class Distiller(L.LightningModule):
         if not self._is_fitting:
             return
         self._lifecycle.restore(self)
-        self._window, self._losses = Window(), FiniteLosses()
+        self.window, self._finite = Window(), FiniteSteps(self._finite.non_finite)
         self.distillation.set_objectives(self._objectives)
         checks.check_trainer(self.trainer, self.distillation.objectives, self.stages)
         self._structural = try_synthetic_batch(self.distillation)
@@ -181,7 +175,7 @@ class Distiller(L.LightningModule):
         steps = math.inf if steps < 0 else steps  # a stream without max_steps
         if not math.isfinite(steps) and self.stages:
             raise ConfigError("Stages last whole epochs, and the data's length isn't known. Use data with a length.")
-        scheduled = checks.has_schedules(self.distillation.objectives)
+        scheduled = has_schedules(self.distillation.objectives)
         if not math.isfinite(steps) and (self.optimization.schedule != "constant" or scheduled):
             shape = self.optimization.schedule
             what = "a weight's schedule" if shape == "constant" else f"schedule={shape!r}"
@@ -196,17 +190,14 @@ class Distiller(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Compare a run that goes on with what it was, dry-run the first batch and print the plan."""
-        scheduled = (
-            self.stages or self.optimization.depends_on_steps or checks.has_schedules(self.distillation.objectives)
-        )
-        self._settings = run_settings(self.trainer, self.optimization, self.timeline.steps if scheduled else None)
+        self.settings = run_settings(self)
         if self._resumed is not None:
-            self._resumed.check_same(self._saved({}), self.accept_changes)
-            self._seed = self._seed if self._resumed.seed is None else self._resumed.seed
+            self._resumed.check_same(Saved.of(self, {}), self.accept_changes)
+            self.seed = self.seed if self._resumed.seed is None else self._resumed.seed
             self._resumed = None
         self.distillation.train()
-        self._window.abandon()  # a run that failed may have left one half filled
-        self._losses.abandon()
+        self.window.abandon()  # a run that failed may have left one half filled
+        self._finite.abandon()
         with self.trainer.precision_plugin.train_step_context():
             found = try_first_batch(self.distillation, self.trainer) or self._structural
         if found is not None and self._structural is not None:
@@ -222,34 +213,50 @@ class Distiller(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the batch's random numbers by its place, so that a run that goes on draws the same."""
-        reseed(self._seed, self.current_epoch, batch_idx, self.global_rank)
+        reseed(self.seed, self.current_epoch, batch_idx, self.global_rank)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return what to differentiate, so that a step is the mean over all examples of all its batches."""
         terms = self.distillation(batch, self.step)
-        self._losses.add(terms, batch.get("row_id"))
+        self._finite.add(terms, batch)
         logs, size = terms.logs("train"), batch_size(batch)
         self.log("train/loss", logs.pop("train/loss"), prog_bar=True, batch_size=size)
         self.log_dict(logs, batch_size=size)
-        if self.stages:
-            # Filled on the device: copying a number there would wait for it.
-            stage = self.timeline.place(self.global_step).stage + 1.0
-            self.log("train/stage", torch.full((), stage, device=self.device), batch_size=size)
-        return over_processes(terms) if self.trainer.accumulate_grad_batches == 1 else self._window.add(terms)
+        numbers = {"train/stage": self.timeline.place(self.global_step).stage + 1} if self.stages else {}
+        numbers |= {"train/skipped_steps": self._finite.skipped} if self._finite.skipped else {}
+        for name, number in numbers.items():  # filled on the device: copying a number there would wait for it
+            self.log(name, torch.full((), float(number), device=self.device), batch_size=size)
+        return over_processes(terms) if self.trainer.accumulate_grad_batches == 1 else self.window.add(terms)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Have the student measured after the last step where ``max_steps`` ends the training within an epoch."""
+        if self.global_step == self.trainer.max_steps:
+            self.trainer.should_stop = True  # which Lightning validates before
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse a loss that isn't finite, complete the mean over accumulated batches, unset zero gradients.
+        """Refuse a step that isn't finite, complete the mean over accumulated batches, unset zero gradients.
 
         A new stage gets a fresh optimiser.
         """
-        self._losses.check(self.global_step, self.current_epoch)
         self.distillation.drop_zero_gradients()
-        if self._window.waiting:
-            factor = self._window.close(self.trainer.accumulate_grad_batches)
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, factor)
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if not self._is_finite(gradients):
+            self.window.abandon()
+            optimizer.zero_grad(set_to_none=True)  # without gradients it changes neither weights nor its own state
+        elif self.window.waiting:
+            torch._foreach_mul_(gradients, self.window.close(self.trainer.accumulate_grad_batches))
         if self.timeline.starts_anew(self.global_step):
             optimizer.state.clear()
+
+    def _is_finite(self, gradients: list[Tensor]) -> bool:
+        scaler, step = getattr(self.trainer.precision_plugin, "scaler", None), self.step
+
+        def spoilt(batch: Mapping[str, Tensor]) -> list[str]:
+            with self.trainer.precision_plugin.train_step_context():
+                return self.distillation.spoilt_terms(batch, step)
+
+        scale = None if scaler is None else scaler.get_scale
+        return self._finite.check(gradients, self.global_step, self.current_epoch, spoilt, scale)
 
     # Evaluation: the student alone
 
@@ -261,74 +268,51 @@ class Distiller(L.LightningModule):
         """Update the metrics of one test set."""
         self._evaluate("test", batch, dataloader_idx)
 
-    def _evaluate(self, stage: str, batch: Mapping[str, Any], dataloader_idx: int) -> None:
-        name = self._evaluation.name(stage, dataloader_idx)
+    def on_validation_epoch_end(self) -> None:
+        """Look at what was predicted."""
+        self.evaluation.look(self.metrics, quiet=self.trainer.sanity_checking)
+
+    def on_test_epoch_end(self) -> None:
+        """Look at what was predicted."""
+        self.evaluation.look(self.metrics)
+
+    def _evaluate(self, stage: Literal["val", "test"], batch: Mapping[str, Any], dataloader_idx: int) -> None:
+        sets = self.trainer.num_val_batches if stage == "val" else self.trainer.num_test_batches
+        name = self.evaluation.name(stage, dataloader_idx, len(sets))
         if "labels" not in batch:
             raise DataError(
                 f"The {name} set has no labels, so there is nothing to measure. Use 'predict' for unlabelled rows."
             )
-        output = self(batch)
-        options: dict[str, Any] = {"batch_size": batch_size(batch), "add_dataloader_idx": False}
-        options |= {"on_step": False, "on_epoch": True}
-        if getattr(output, "loss", None) is not None:
-            self.log(f"{name}/loss", output.loss, sync_dist=True, **options)
-        if name not in self.metrics and (made := self._evaluation.make_metrics()) is not None:
-            self.metrics[name] = made.to(self.device)
+        batch = real_labels(batch)
+        inputs, labels = self.distillation.student_inputs(batch), batch["labels"]
+        output = self.student(**inputs)
+        if name not in self.metrics:
+            self.metrics[name] = self.evaluation.measures(labels).to(self.device)
             self._metric_attributes = None  # Lightning remembers where metrics are; it has to look again
-        if name in self.metrics:
-            metrics: Any = self.metrics[name]
-            metrics.update(predictions(output.logits), batch["labels"])
-            # Each by itself: Lightning then computes and resets them at the epoch's end, over all ranks.
-            for key, metric in metrics.items(keep_base=True):
-                self.log(f"{name}/{key}", metric, prog_bar=stage == "val", **options)
+        measures: Any = self.metrics[name]
+        weight = self.evaluation.weight(unwrapped(self.student), inputs, labels, output.logits)
+        measures.update(output, self.evaluation.predictions(output.logits, labels), labels, weight)
+        # Each by itself: Lightning then computes and resets them at the epoch's end, over all ranks.
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "add_dataloader_idx": False}
+        for key, metric in measures.logged():
+            self.log(f"{name}/{key}", metric, prog_bar=stage == "val" and key != "loss", **options)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Return row ids, logits and predictions (a class index, or a number for regression)."""
+        """Return row ids, logits and predictions: a class index, a number, or 0 and 1 for each of several labels."""
         logits = self({key: value for key, value in batch.items() if key != "labels"}).logits
-        prediction = {"logits": logits, "prediction": predictions(logits)}
+        check_predicted(logits)
+        prediction = {"logits": logits, "prediction": self.evaluation.predictions(logits)}
         return {"row_id": batch["row_id"], **prediction} if "row_id" in batch else prediction
 
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the projections apart from the student, and note what makes the student loadable by itself."""
-        weights = checkpoint["state_dict"]
-        projections = {key: weights.pop(key) for key in list(weights) if key.startswith(PROJECTIONS)}
-        for key in [key for key in weights if key.startswith("metrics.")]:
-            del weights[key]
-        if "loops" in checkpoint:
-            settle(checkpoint["loops"]["fit_loop"], checkpoint["global_step"])
-        self._saved(projections).write(checkpoint)
-
-    def _saved(self, projections: dict[str, Tensor]) -> Saved:
-        balance, seen = self.distillation.balance, {} if self._trainer is None else self.trainer.callback_metrics
-        return Saved(
-            objectives={name: specification(objective) for name, objective in self.distillation.objectives.items()},
-            stages=stage_lines(self.stages),
-            projections=projections,
-            student=recipe(unwrapped(self.student)),
-            tokenizer=self.tokenizer_source,
-            teacher=None if self.teacher is None else self.teacher.info.source,
-            metrics=self._evaluation.measured(seen),
-            balance={} if balance is None else balance.state_dict(),
-            window=self._window.state_dict(),
-            waiting=self._window.waiting,
-            settings=self._settings,
-            seed=self._seed,
-        )
+        write(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the projections that this run has, and what a training that goes on needs."""
-        saved = Saved.read(checkpoint)
-        own = {key: value for key, value in self.state_dict().items() if key.startswith(PROJECTIONS)}
-        if self._is_fitting:
-            saved.check_projections(own)
-            keep_best(self.trainer, checkpoint["callbacks"])
-            self._resumed = saved
-            self._window.load_state_dict(saved.window)
-            if self.distillation.balance is not None:
-                self.distillation.balance.load_state_dict(saved.balance)
-        checkpoint["state_dict"] |= {key: saved.projections.get(key, value) for key, value in own.items()}
+        self._resumed = restore(self, checkpoint, fits=self._is_fitting)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:

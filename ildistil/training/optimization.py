@@ -71,7 +71,8 @@ class Optimization:
         fused = all(p.device.type in ("cpu", "cuda") for p in trained)
         optimizer = AdamW([g for g in groups if g["params"]], lr=self.learning_rate, fused=True if fused else None)
         # A fused optimiser offers to unscale float16 gradients while it steps, and Lightning then refuses to clip, in
-        # bfloat16 too. Without the offer gradients are unscaled before they are completed, clipped and applied.
+        # bfloat16 too. Without the offer gradients are unscaled before they are completed, clipped and applied: they
+        # reach `on_before_optimizer_step` unscaled, and infinite there where the scale was too large for them.
         optimizer._step_supports_amp_scaling = False
         return optimizer
 

@@ -8,7 +8,7 @@ import torch
 
 from ildistil.data import Glue, TextData
 from ildistil.errors import ConfigError
-from ildistil.metrics import Matthews, default_metrics, metric_collection
+from ildistil.metrics import AveragePrecision, Matthews, default_metrics, metric_collection
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -110,7 +110,8 @@ def test_the_metrics_of_a_task_of_which_only_the_labels_are_known() -> None:
 
     assert names(2, False) == names(5, False) == ["accuracy"]
     assert names(1, True) == ["pearson", "spearman"]
-    assert names(None, False) is names(None, True) is names(4, False, True) is names(3, True) is None
+    assert names(4, False, True) == ["average_precision", "micro_f1"]
+    assert names(None, False) is names(None, True) is names(3, True) is None
 
 
 def test_metrics_of_classes_need_classes() -> None:
@@ -153,3 +154,85 @@ def test_the_filter_for_torchmetrics_warning_is_taken_back() -> None:
 def test_an_unknown_metric() -> None:
     with pytest.raises(ValueError, match=r"Unknown metric 'recall'\. Known: accuracy"):
         metric_collection(("recall",), 2)
+
+
+def average_precision(scores: list[float], hits: list[bool]) -> float:
+    """The mean over the hits of the precision at the last row that scores no less."""
+    found = 0.0
+    for score, hit in zip(scores, hits, strict=True):
+        if hit:
+            at_least = [h for s, h in zip(scores, hits, strict=True) if s >= score]
+            found += sum(at_least) / len(at_least)
+    return found / sum(hits)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+@pytest.mark.parametrize("positive", [None, 0, 1, "all"])
+def test_f1_and_average_precision_are_of_the_positive_class(classes: int, positive: Any) -> None:
+    preds, target = drawn(classes)
+    logits = torch.randn(200, classes, generator=GENERATOR) * 2
+    logits = logits.round() if classes == 2 else logits  # with ties
+    logits += 3 * torch.nn.functional.one_hot(torch.tensor(target), classes) * (torch.rand(200, 1) < 0.5)
+    metrics = metric_collection(("f1", "macro_f1", "average_precision"), classes, positive)
+    for i in range(0, 200, 32):
+        part = slice(i, i + 32)
+        metrics.update(torch.tensor(preds[part]), torch.tensor(target[part]), logits=logits[part])
+    shares = logits.double().softmax(-1) if classes > 2 else logits - logits.flip(1)
+    of_class = [average_precision(shares[:, k].tolist(), [t == k for t in target]) for k in range(classes)]
+    scores = [f1(preds, target, k) for k in range(classes)]
+    one = 1 if positive is None and classes == 2 else positive
+    mean = one is None or one == "all"
+    assert {k: float(v) for k, v in metrics.compute().items()} == {
+        "f1": pytest.approx(sum(scores) / classes if mean else scores[one]),
+        "macro_f1": pytest.approx(sum(scores) / classes),
+        "average_precision": pytest.approx(sum(of_class) / classes if mean else of_class[one], abs=1e-5),
+    }
+    sklearn = pytest.importorskip("sklearn.metrics")
+    assert float(metrics.compute()["macro_f1"]) == pytest.approx(sklearn.f1_score(target, preds, average="macro"))
+
+
+def test_average_precision_tells_confident_rows_apart() -> None:
+    """Their probabilities are all 1 in float32."""
+    logits = torch.tensor([[0.0, 40.0], [0.0, 30.0], [0.0, 50.0], [0.0, 60.0]])
+    assert len(logits.softmax(-1)[:, 1].unique()) == 1
+    assert float(AveragePrecision([1])(None, torch.tensor([1, 0, 1, 0]), logits)) == pytest.approx((1 / 2 + 2 / 3) / 2)
+
+
+def test_average_precision_of_odd_rows() -> None:
+    logits = torch.tensor([[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
+    assert float(AveragePrecision([1])(None, torch.zeros(3, dtype=torch.long), logits)) == 0.0  # none is positive
+    assert float(AveragePrecision([1])(None, torch.tensor([1, -100, 0]), logits)) == pytest.approx(0.5)
+    assert math.isnan(AveragePrecision([1])(None, torch.tensor([1, 0, 0]), logits * math.nan))
+
+
+def test_metrics_of_several_labels_a_row() -> None:
+    logits = torch.randn(60, 4, generator=GENERATOR)
+    target = (torch.rand(60, 4, generator=GENERATOR) < 0.3).float()
+    target[:, 3] = 0  # a label that no row has
+    metrics = default_metrics(4, False, multi_label=True)
+    assert metrics is not None
+    for i in range(0, 60, 16):
+        part = slice(i, i + 16)
+        metrics.update((logits[part].sigmoid() > 0.5).long(), target[part], logits=logits[part])
+    hits = sum(int(p > 0 and t == 1) for p, t in zip(logits.flatten(), target.flatten(), strict=True))
+    wrong = sum(int((p > 0) != (t == 1)) for p, t in zip(logits.flatten(), target.flatten(), strict=True))
+    of_label = [average_precision(logits[:, k].tolist(), (target[:, k] == 1).tolist()) for k in range(3)]
+    assert {k: float(v) for k, v in metrics.compute().items()} == {
+        "micro_f1": pytest.approx(2 * hits / (2 * hits + wrong)),
+        "average_precision": pytest.approx(sum(of_label) / 3, abs=1e-6),
+    }
+    with pytest.raises(ConfigError, match="'accuracy' is not for rows of several labels"):
+        metric_collection(("accuracy",), 4, multi_label=True)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+def test_rows_and_tokens_without_a_label_do_not_count(shape: tuple[int, ...]) -> None:
+    target = torch.tensor([0, -100, 2, 1, -100, 2]).view(shape)
+    preds = torch.tensor([0, 1, 2, 2, 0, 2]).view(shape)
+    metrics = metric_collection(("accuracy", "f1", "matthews"), 3)
+    metrics.update(preds, target)
+    kept = metric_collection(("accuracy", "f1", "matthews"), 3)
+    kept.update(torch.tensor([0, 2, 2, 2]), torch.tensor([0, 2, 1, 2]))
+    assert metrics.compute() == kept.compute()
+    metrics.update(preds, torch.full(shape, -100))
+    assert metrics.compute() == kept.compute()

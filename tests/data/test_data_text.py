@@ -7,7 +7,8 @@ import lightning as L
 import pytest
 import torch
 
-from ildistil.data import TextData, labelled, loading
+from ildistil.data import Glue, TextData, labelled, loading
+from ildistil.data.task import task_of
 from ildistil.errors import DataError
 from tiny_data import GOOD, labels_of, make_tokenizer, prepared
 
@@ -77,7 +78,10 @@ def test_a_test_file_needs_no_labels(write: Any) -> None:
 
 def test_quotes_and_odd_line_breaks_in_tsv_are_text(write: Any) -> None:
     file = write("train.tsv", 'text\tlabel\n" a good film\tyes\na "\x85cat\tno\n\tyes\r\n')
-    data = prepared(train_file=file)
+    with pytest.warns(
+        UserWarning, match=r"train.tsv: 1 of 3 rows have no token but special ones.*: 2 \(rows count from"
+    ):
+        data = prepared(train_file=file)
     ids = {
         int(b["row_id"]): b["input_ids"][0].tolist() for b in prepared(train_file=file, batch_size=1).train_dataloader()
     }
@@ -346,3 +350,79 @@ def test_a_split_that_was_not_given(write: Any) -> None:
     alone = TextData(test_file="x.csv", tokenizer=make_tokenizer())
     with pytest.raises(ValueError, match="set label_names"):
         _ = alone.label_names
+
+
+def test_rows_without_words_are_counted_once(write: Any) -> None:
+    texts = ["", "good", "[SEP]", "unheard", " ", "a film"] + [""] * 12
+    file = write("train.csv", {"text": texts, "label": ["yes", "no"] * 9})
+    expected = r"16 of 18 rows .*: 0, 2, 3, 4, 6, 7, 8, 9, 10, 11 \.\.\. .* They are used like any other"
+    with pytest.warns(UserWarning, match=expected):
+        prepared(train_file=file)
+    prepared(train_file=file)  # from the cache, without a word
+
+
+def test_an_empty_text_beside_another_says_something(write: Any) -> None:
+    columns = {"text": ["", "a cat"], "more": ["good film", ""], "label": ["yes", "no"]}
+    prepared(train_file=write("train.jsonl", columns), text_pair_column="more")
+
+
+def test_the_positive_label_and_the_deciding_metric() -> None:
+    spam = TextData("a.csv", label_names=["ham", "spam"], positive_label="ham", primary_metric="average_precision")
+    assert spam.metric_names == ("accuracy", "f1", "average_precision")
+    assert (spam.primary_metric, spam.positive) == ("average_precision", 0)
+    assert (task_of(spam).primary_metric, task_of(spam).primary_mode) == ("average_precision", "max")
+    preds, target = torch.tensor([1, 1, 1, 0]), torch.tensor([1, 1, 0, 0])
+    metrics = spam.metrics()
+    metrics.update(preds, target, logits=torch.tensor([[0.0, 3.0], [0.0, 2.0], [0.0, 1.0], [1.0, 0.0]]))
+    assert float(metrics.compute()["f1"]) == pytest.approx(2 / 3)  # of ham: one of two found, none wrong
+    assert float(metrics.compute()["average_precision"]) == pytest.approx(1.0)
+    plain = TextData("a.csv", label_names=["ham", "spam"])
+    assert float(plain.metrics()["f1"](preds, target)) == pytest.approx((2 / 3 + 4 / 5) / 2)  # of neither, the mean
+    loss = TextData("a.csv", label_names=["ham", "spam"], primary_metric="loss", metric_names=["macro_f1"])
+    assert (task_of(loss).primary_metric, task_of(loss).primary_mode, list(loss.metrics())) == (
+        "loss",
+        "min",
+        ["macro_f1"],
+    )
+    glue = Glue("sst2", primary_metric="matthews")
+    assert (list(glue.metrics()), task_of(glue).primary_metric) == (["accuracy", "matthews"], "matthews")
+
+
+def test_a_constant_prediction_scores_little_without_a_positive_label() -> None:
+    target = torch.tensor([1] * 87 + [0] * 13)
+    preds = torch.ones_like(target)
+    data = TextData("a.csv", label_names=["rare", "usual"])
+    assert float(data.metrics()["f1"](preds, target)) == pytest.approx(0.93 / 2, abs=1e-2)
+    rare = TextData("a.csv", label_names=["rare", "usual"], positive_label="rare")
+    assert float(rare.metrics()["f1"](preds, target)) == 0.0
+
+
+def test_the_positive_label_is_found_in_the_file(write: Any) -> None:
+    file = write("train.csv", {"text": ["a", "b", "c"], "label": ["yes", "no", "no"]})
+    assert TextData(file, positive_label="yes").positive == 1
+    with pytest.raises(DataError, match=r"positive_label is 'yess'\. Did you mean 'yes'\? The classes: 'no', 'yes'\."):
+        TextData(file, positive_label="yess").metrics()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"positive_label": 1}, r"positive_label is 1; it must be the name of a class, in quotes"),
+        ({"positive_label": "x", "regression": True}, "positive_label is 'x'"),
+        ({"positive_label": "c", "label_names": ["a", "b"]}, r"positive_label is 'c'.*The classes: 'a', 'b'"),
+        (
+            {"primary_metric": "macrof1"},
+            r"no metric 'macrof1' of classes\. Did you mean 'macro_f1'\?.*also be 'loss'",
+        ),
+        ({"primary_metric": "pearson"}, "no metric 'pearson' of classes"),
+        ({"primary_metric": "f1", "regression": True}, r"no metric 'f1' of a regression"),
+        ({"metric_names": []}, r"metric_names is \[\]"),
+        ({"metric_names": "f1"}, "metric_names is 'f1'; it must be a list"),
+        ({"metric_names": ["f1", "loss"]}, "no metric 'loss' of classes"),
+        ({"metric_names": [["f1"]]}, r"no metric \['f1'\] of classes"),
+        ({"metric_names": ["micro_f1"]}, "no metric 'micro_f1' of classes"),
+    ],
+)
+def test_metrics_that_do_not_suit_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        TextData("a.csv", **options)
