@@ -307,7 +307,7 @@ def test_predicting_two_sets_writes_two_files(tmp_path: Path, monkeypatch: pytes
     cli.main([
         "predict", "--model.teacher.class_path=pretrained", "--model.teacher.init_args.path=./teacher",
         "--model.student.layers=[1]", "--data=Glue", "--data.task=mnli", "--data.path=glue", "--data.cache_dir=cache",
-        "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+        "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--untrained=true",
     ])  # fmt: skip
     written = sorted(p.name for p in Path("runs/predict").rglob("*.tsv"))
     assert written == ["predictions_val.tsv", "predictions_val_mismatched.tsv"]

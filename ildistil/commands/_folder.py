@@ -99,17 +99,17 @@ class RunFolder:
         """
         given = os.environ.get(_VARIABLE)
         folder = self.path or (Path(given) if given else _claimed(Path("runs") / command))
-        handle = None
-        if _is_first():
-            os.environ[_VARIABLE] = str(folder)
-            handle = storage.hold(folder / _LOCK) if lock else None
-            if lock and handle is None:
-                raise ConfigError(f"Another process trains in {str(folder)!r}. Wait for it, or name another folder.")
+        if not _is_first():
+            yield folder
+            return
+        handle = storage.hold(folder / _LOCK) if lock else None
+        if lock and handle is None:
+            raise ConfigError(f"Another process trains in {str(folder)!r}. Wait for it, or name another folder.")
+        os.environ[_VARIABLE] = str(folder)
         try:
             yield folder
         finally:
-            if _is_first():
-                os.environ.pop(_VARIABLE, None)
+            del os.environ[_VARIABLE]
             if handle is not None:
                 os.close(handle)
 

@@ -234,10 +234,7 @@ class Distiller(L.LightningModule):
             self.trainer.should_stop = True  # which Lightning validates before
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse a step that isn't finite, complete the mean over accumulated batches, unset zero gradients.
-
-        A new stage gets a fresh optimiser.
-        """
+        """Refuse what isn't finite, complete the mean over accumulated batches; a new stage gets a fresh optimiser."""
         self.distillation.drop_zero_gradients()
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         if not self._is_finite(gradients):
