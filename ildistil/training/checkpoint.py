@@ -64,7 +64,7 @@ class Saved:
         window: the averages of accumulated batches.
         waiting: how many batches waited for the end of their optimiser step: what they gave is in no checkpoint.
         settings: what else decides how training goes on, in words: data, steps, learning rate, seed ...
-        seed: what the random numbers of every batch are seeded from.
+        seeds: what the random numbers of every batch are seeded from.
         sealed: whether its file ends with a checksum.
     """
 
@@ -79,7 +79,7 @@ class Saved:
     window: dict[str, tuple[float, float]] = field(default_factory=dict)
     waiting: int = 0
     settings: dict[str, str] = field(default_factory=dict)
-    seed: int | None = None
+    seeds: list[int] = field(default_factory=list)
     sealed: bool = False
 
     @classmethod
@@ -99,7 +99,7 @@ class Saved:
             window=module.window.state_dict(),
             waiting=module.window.waiting,
             settings=module.settings,
-            seed=module.seed,
+            seeds=list(module.seeds),
         )
 
     def write(self, checkpoint: dict[str, Any]) -> None:

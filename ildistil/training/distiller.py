@@ -29,7 +29,7 @@ from ildistil.training.finite import FiniteSteps, NonFinite
 from ildistil.training.lifecycle import Lifecycle
 from ildistil.training.optimization import Optimization, Shape
 from ildistil.training.plan import describe
-from ildistil.training.randomness import reseed, seed_of_run
+from ildistil.training.randomness import reseed, seeds_of_run
 from ildistil.training.rehearsal import try_first_batch, try_synthetic_batch
 from ildistil.training.targets import prepare_targets
 
@@ -102,7 +102,7 @@ class Distiller(L.LightningModule):
         self._lifecycle = Lifecycle()
         self.window, self._finite = Window(), FiniteSteps(non_finite)
         self._structural: DryRun | None = None
-        self.seed, self.settings = 0, dict[str, str]()
+        self.seeds, self.settings = [0, 0, 0], dict[str, str]()
         self._resumed: Saved | None = None
 
     @property
@@ -139,7 +139,7 @@ class Distiller(L.LightningModule):
         """Check that data and student fit, make the metrics, and write and read checkpoints in our own way."""
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = CheckpointFiles()
-        self.seed = self.trainer.strategy.broadcast(seed_of_run())
+        self.seeds = self.trainer.strategy.broadcast(seeds_of_run())
         task, info = task_of(self.trainer.datamodule), ModelInfo.of(self.student)  # type: ignore[attr-defined]
         checks.check_task(task, info)
         self.evaluation = Evaluation(task, info)
@@ -193,7 +193,7 @@ class Distiller(L.LightningModule):
         self.settings = run_settings(self)
         if self._resumed is not None:
             self._resumed.check_same(Saved.of(self, {}), self.accept_changes)
-            self.seed = self.seed if self._resumed.seed is None else self._resumed.seed
+            self.seeds = self._resumed.seeds or self.seeds
             self._resumed = None
         self.distillation.train()
         self.window.abandon()  # a run that failed may have left one half filled
@@ -213,7 +213,7 @@ class Distiller(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the batch's random numbers by its place, so that a run that goes on draws the same."""
-        reseed(self.seed, self.current_epoch, batch_idx, self.global_rank)
+        reseed(self.seeds, self.current_epoch, batch_idx, self.global_rank)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Return what to differentiate, so that a step is the mean over all examples of all its batches."""
