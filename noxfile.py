@@ -67,6 +67,22 @@ def sweep(session: nox.Session) -> None:
 
 
 @nox.session
+def faults(session: nox.Session) -> None:
+    """Try to lose a run's work: 200 experiments of each kind, or ``-- resume --count 20``."""
+    session.install(*PINNED, "-e", ".[dev]")
+    session.chdir("tests")
+    session.run("python", "-m", "faults", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """Twenty minutes of mixed experiments beside an undisturbed training: nothing is lost, nothing grows."""
+    session.install(*PINNED, "-e", ".[dev]")
+    session.chdir("tests")
+    session.run("python", "-m", "faults", "--soak", "20", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """Build the wheel, install it into an empty environment, and run the quickstart in another folder."""
     session.install(*PINNED, "build", "hatchling")

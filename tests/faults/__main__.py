@@ -14,7 +14,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from faults import resume, stored
+from faults import resume, soak, stored
 
 # Each takes a folder and the number of an experiment, and returns "equal" or what was lost.
 KINDS: dict[str, Callable[[Path, int], str]] = {
@@ -31,15 +31,18 @@ KINDS: dict[str, Callable[[Path, int], str]] = {
 def main() -> None:
     """Run experiments and print what came of them."""
     parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
-    parser.add_argument("kinds", nargs="*", default=list(KINDS), choices=list(KINDS), help="default: all")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}; default: all")
     parser.add_argument("--count", type=int, default=200, help="experiments of each kind")
     parser.add_argument("--start", type=int, default=0, help="number of the first")
     parser.add_argument("--jobs", type=int, default=2, help="experiments at a time")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="mixed experiments for some minutes instead")
     arguments = parser.parse_args()
     top = Path(tempfile.mkdtemp(prefix="faults-"))
     numbers = range(arguments.start, arguments.start + arguments.count)
     bad = 0
-    for kind in arguments.kinds:
+    if arguments.soak:
+        bad = soak.soak(top, arguments.soak, KINDS, arguments.start)
+    for kind in [] if arguments.soak else arguments.kinds or KINDS:
         root = top / kind
         root.mkdir()
         results: Counter[str] = Counter()
