@@ -52,11 +52,7 @@ def logits_kl(
     tensor([0.6931])
     """
     Shapes().floats("batch classes", student=student, teacher=teacher)
-    check_temperature(temperature)
-    check_choice("divergence", divergence, get_args(Divergence))
-    check_number("beta", beta, "between 0 and 1, both left out", lambda share: 0 < share < 1)
-    if top_k is not None:
-        check_count("top_k", top_k)
+    check_divergence(temperature, divergence, beta, top_k)
     with full_precision(student, teacher) as (s, t):
         log_s, log_t = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
         if top_k is not None and top_k < t.shape[-1]:
@@ -70,6 +66,18 @@ def logits_kl(
             mixture = torch.logaddexp(log_t + math.log(beta), log_s + math.log(1 - beta))
             value = beta * kl(mixture, log_t) + (1 - beta) * kl(mixture, log_s)
         return temperature**2 * value
+
+
+def check_divergence(
+    temperature: float, divergence: Divergence, beta: float, top_k: int | None, whose: str = ""
+) -> None:
+    """Check the settings of :func:`logits_kl`, of which messages say ``whose`` they are."""
+    check_temperature(temperature, f"{whose}temperature")
+    check_choice(f"{whose}divergence", divergence, get_args(Divergence))
+    limits = "between 0 and 1, both left out (its limits are the divergences 'forward' and 'reverse')"
+    check_number(f"{whose}beta", beta, limits, lambda share: 0 < share < 1)
+    if top_k is not None:
+        check_count(f"{whose}top_k", top_k)
 
 
 def _rest_as_one(log_p: Tensor, kept: Tensor) -> Tensor:

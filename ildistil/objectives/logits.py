@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from ildistil import distributed, functional
 from ildistil.capture import Activations, LazyLogits, ModelInfo
 from ildistil.errors import ObjectiveError
 from ildistil.functional.checks import check_temperature
-from ildistil.functional.logits import Divergence
+from ildistil.functional.logits import Divergence, check_divergence
 from ildistil.kernels import chunked
 from ildistil.objectives.base import Count, Objective, Weight
 
@@ -134,18 +134,18 @@ class LogitsKL(_RowObjective):
     With ``p = softmax(z_T / T)`` of the teacher and ``q = softmax(z_S / T)`` of the student, ``T^2 KL(p || q)``, in
     nats; reverse ``T^2 KL(q || p)``; generalised Jensen-Shannon ``T^2 (beta KL(p || m) + (1 - beta) KL(q || m))`` with
     ``m = beta p + (1 - beta) q``. Mean over examples; for language models over the target tokens (where ``labels``
-    isn't -100; without labels, over all real tokens), the next ones where the model predicts the next.
+    isn't -100; without labels, over all real tokens), the next ones where the model predicts the next. The other
+    arguments are those of :class:`Objective`.
 
     Args:
-        weight: factor of the term: a number, or a schedule.
         temperature: softening ``T``, between 0.01 and 1000; the factor ``T^2`` keeps the size of the gradient
             independent of it.
         divergence: ``"forward"``, ``"reverse"`` or ``"jensen-shannon"``.
         beta: the teacher's part of the mixture, ``0 < beta < 1``; for Jensen-Shannon.
         top_k: keep the teacher's ``k`` most likely classes apart, and count all others as one.
-        name: key of the term in logs; default ``logits_kl``.
 
     Raises:
+        ConfigError: an argument is out of range.
         ObjectiveError: the models have different labels, or a single one (a regression).
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015; reverse and Jensen-Shannon:
@@ -162,16 +162,7 @@ class LogitsKL(_RowObjective):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, name)
-        _check_temperature(self, temperature)
-        if divergence not in get_args(Divergence):
-            raise ObjectiveError(f"LogitsKL: divergence must be one of {get_args(Divergence)}, got {divergence!r}.")
-        if not 0 < beta < 1:
-            raise ObjectiveError(
-                f"LogitsKL: beta must be between 0 and 1, both left out, got {beta}. Its limits are the divergences "
-                "'forward' and 'reverse'."
-            )
-        if top_k is not None and top_k < 1:
-            raise ObjectiveError(f"LogitsKL: top_k must be at least 1, got {top_k}.")
+        check_divergence(temperature, divergence, beta, top_k, "LogitsKL: ")
         self.temperature, self.divergence, self.beta, self.top_k = temperature, divergence, beta, top_k
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
@@ -195,10 +186,7 @@ class LogitsMSE(_RowObjective):
     """Mean squared error of the logits; also the one for regression.
 
     ``1/C ||z_S - z_T||^2``, mean over examples; for language models over the target tokens, as in :class:`LogitsKL`.
-
-    Args:
-        weight: factor of the term: a number, or a schedule.
-        name: key of the term in logs; default ``logits_mse``.
+    The arguments are those of :class:`Objective`.
 
     Raises:
         ObjectiveError: the models have different numbers of labels.
@@ -218,14 +206,13 @@ class LogitsDIST(_LogitsObjective):
     student's and teacher's probabilities at temperature ``T``. It asks for the same order and proportions, not for the
     same values. Of two classes a correlation is always 1 or -1: then only the part over the batch teaches. The term
     couples the examples of a batch: it takes in the batches of all processes, and refuses accumulated batches. For
-    language models the rows are the target tokens, as in :class:`LogitsKL`.
+    language models the rows are the target tokens, as in :class:`LogitsKL`. The other arguments are those of
+    :class:`Objective`.
 
     Args:
-        weight: factor of the term: a number, or a schedule.
         temperature: softening ``T``, between 0.01 and 1000.
         inter: factor of the part over classes.
         intra: factor of the part over the batch.
-        name: key of the term in logs; default ``logits_dist``.
 
     Raises:
         ObjectiveError: the models have different labels, or a single one (a regression); or nothing would teach.
@@ -244,7 +231,7 @@ class LogitsDIST(_LogitsObjective):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, name)
-        _check_temperature(self, temperature)
+        check_temperature(temperature, "LogitsDIST: temperature")
         if inter < 0 or intra < 0 or inter + intra == 0:
             raise ObjectiveError(f"LogitsDIST: inter and intra must be >= 0, and one > 0; got {inter} and {intra}.")
         self.temperature, self.inter, self.intra = temperature, inter, intra
@@ -267,10 +254,6 @@ class LogitsDIST(_LogitsObjective):
         inter = distributed.all_reduce_sum(torch.where(defined, within, 0).sum()) / rows
         intra = functional.logits_dist_over_batch(student, teacher, mask, self.temperature, distributed.all_reduce_sum)
         return self.inter * inter + self.intra * intra
-
-
-def _check_temperature(objective: Objective, temperature: float) -> None:
-    check_temperature(temperature, f"{type(objective).__name__}: temperature")
 
 
 def _check_classes(objective: Objective, student: ModelInfo, teacher: ModelInfo) -> None:

@@ -17,15 +17,16 @@ Stack = Literal["encoder", "decoder", "cross"]
 class MappedObjective(Objective):
     """An objective on layers that a mapping pairs; how it compares them is up to the subclass.
 
+    The other arguments are those of :class:`Objective`.
+
     Args:
-        weight: see :class:`Objective`.
-        mapping: which student layer learns from which teacher layer.
+        mapping: which student layer learns from which teacher layer; ``Uniform()`` unless the objective says otherwise.
         stack: which layers of an encoder-decoder: ``"encoder"``, ``"decoder"`` or, for attention, ``"cross"``.
-        name: see :class:`Objective`.
 
     Attributes:
         default_mapping: the mapping where none is given.
         vectors: what is read of an attention, any of queries, keys and values (``"qkv"``); all by default.
+        models: info of the chosen stack of student and teacher, known from :meth:`build` on.
         pairs: the (student layer, teacher layer) pairs of the current step, known from :meth:`build` on.
 
     Raises:
@@ -34,6 +35,7 @@ class MappedObjective(Objective):
 
     default_mapping: ClassVar[LayerMapping] = Uniform()
     vectors: str = ""
+    models: tuple[ModelInfo, ModelInfo]
 
     def __init__(
         self,
@@ -55,18 +57,11 @@ class MappedObjective(Objective):
         self.mapping = self.default_mapping if mapping is None else mapping
         self.stack = stack
         self.pairs: Pairs = []
-        self._models: tuple[ModelInfo, ModelInfo] | None = None
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
-        """Resolve the mapping for these two models; see :attr:`models` for the info of the chosen stack."""
-        self._models = student.stack(self.stack), teacher.stack(self.stack)
+        """Resolve the mapping for these two models."""
+        self.models = student.stack(self.stack), teacher.stack(self.stack)
         self.pairs = self._pairs(0)
-
-    @property
-    def models(self) -> tuple[ModelInfo, ModelInfo]:
-        """Info of the chosen stack of student and teacher."""
-        assert self._models is not None, "known from build() on"
-        return self._models
 
     def begin(self, step: Step) -> None:
         """Draw the layers of a step, where the mapping is one that draws."""

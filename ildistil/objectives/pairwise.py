@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ildistil.capture import Activations
@@ -13,14 +14,7 @@ __all__ = ["PairwiseObjective"]
 
 
 class PairwiseObjective(MappedObjective):
-    """An objective on pairs of layers: the mean over the pairs of :meth:`pair_loss`.
-
-    Args:
-        weight: see :class:`Objective`.
-        mapping: see :class:`MappedObjective`.
-        stack: see :class:`MappedObjective`.
-        name: see :class:`Objective`.
-    """
+    """An objective on pairs of layers: the mean over the pairs of :meth:`pair_loss`."""
 
     @abstractmethod
     def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
@@ -32,5 +26,4 @@ class PairwiseObjective(MappedObjective):
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Return the mean over the pairs."""
         student, teacher = student.stack(self.stack), teacher.stack(self.stack)
-        losses = [self.pair_loss(pair, student, teacher) for pair in self.pairs]
-        return sum(losses[1:], start=losses[0]) / len(losses)
+        return torch.stack([self.pair_loss(pair, student, teacher) for pair in self.pairs]).mean()

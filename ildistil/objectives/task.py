@@ -19,11 +19,7 @@ class TaskLoss(Objective):
     """The loss the student's own head computes from the batch's ``labels``; needs no teacher.
 
     Cross-entropy for classification, mean squared error for regression, and so on: whatever the model's ``forward``
-    returns as ``loss``, in its own reduction.
-
-    Args:
-        weight: factor of the term: a number, or a schedule.
-        name: key of the term in logs; default ``task_loss``.
+    returns as ``loss``, in its own reduction. The arguments are those of :class:`Objective`.
     """
 
     taps = ("loss",)
