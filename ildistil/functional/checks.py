@@ -33,11 +33,7 @@ class Shapes:
         self._first: tuple[str, torch.device] | None = None
 
     def floats(self, dimensions: str, **tensors: Tensor) -> "Shapes":
-        """Check tensors of floating-point numbers.
-
-        Raises:
-            ObjectiveError: one has another dtype, shape or device.
-        """
+        """Check tensors of floating-point numbers: their dtype, shape and device."""
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS:
                 raise ObjectiveError(f"{name} must be a tensor of floating-point numbers, got {_kind(tensor)}.")
@@ -45,11 +41,7 @@ class Shapes:
         return self
 
     def masks(self, dimensions: str, **tensors: Tensor) -> "Shapes":
-        """Check boolean tensors.
-
-        Raises:
-            ObjectiveError: one has another dtype, shape or device.
-        """
+        """Check boolean tensors: their dtype, shape and device."""
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
                 raise ObjectiveError(
@@ -84,10 +76,7 @@ def _kind(value: object) -> str:
 
 
 def check_number(name: str, value: Any, wanted: str, fits: Callable[[float], bool]) -> None:
-    """Check a finite number.
-
-    Raises:
-        ConfigError: it is none, or doesn't fit.
+    """Check a finite number that fits.
 
     >>> check_number("beta", 1.0, "between 0 and 1", lambda beta: 0 < beta < 1)
     Traceback (most recent call last):
@@ -98,29 +87,17 @@ def check_number(name: str, value: Any, wanted: str, fits: Callable[[float], boo
 
 
 def check_temperature(value: Any, name: str = "temperature") -> None:
-    """Check a temperature that divides logits or similarities.
-
-    Raises:
-        ConfigError: it is no number between 0.01 and 1000.
-    """
+    """Check a temperature that divides logits or similarities."""
     check_number(name, value, f"between {_COLDEST:g} and {_HOTTEST:g}", lambda t: _COLDEST <= t <= _HOTTEST)
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Check an integer.
-
-    Raises:
-        ConfigError: it is none, or less than the least.
-    """
+    """Check an integer that is at least this."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}.")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Check the name of a choice.
-
-    Raises:
-        ConfigError: there is no such choice.
-    """
+    """Check the name of a choice."""
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

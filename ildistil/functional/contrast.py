@@ -52,15 +52,8 @@ def nce(
 
     ``-log h(p) - sum_k log(1 - h(n_k))`` over the ``K`` negatives of an anchor ``a``, with
     ``h(x) = exp(a x / T) / (exp(a x / T) + K c)`` and all vectors divided by their lengths. With ``c = Z / N`` this is
-    ``h(x) = (exp(a x / T) / Z) / (exp(a x / T) / Z + K / N)`` for a data set of ``N`` texts.
-
-    Args:
-        anchors: ``(batch, size)``.
-        positives: ``(batch, size)``.
-        negatives: ``(candidates, size)``.
-        allowed: boolean ``(batch, candidates)``, true where a candidate is a negative of an anchor.
-        temperature: ``T``, between 0.01 and 1000.
-        log_normalizer: ``log c``, a scalar; see :func:`log_normalizer`.
+    ``h(x) = (exp(a x / T) / Z) / (exp(a x / T) / Z + K / N)`` for a data set of ``N`` texts. The arguments are those
+    of :func:`info_nce`, and the scalar ``log c``, for which see :func:`log_normalizer`.
 
     Returns:
         ``(batch,)``, in nats; 0 for an anchor without negatives.
@@ -88,12 +81,7 @@ def log_normalizer(
 ) -> Tensor:
     """Estimate the normaliser of :func:`nce`: ``log`` of the mean of ``exp(a x / T)`` over positives and negatives.
 
-    Args:
-        anchors: ``(batch, size)``.
-        positives: ``(batch, size)``.
-        negatives: ``(candidates, size)``.
-        allowed: boolean ``(batch, candidates)``, true where a candidate is a negative of an anchor.
-        temperature: ``T``, between 0.01 and 1000.
+    The arguments are those of :func:`info_nce`.
 
     Returns:
         A scalar.

@@ -42,12 +42,7 @@ def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Cosine distance of hidden states over tokens.
 
     ``1/n sum_i (1 - cos(h_S,i, h_T,i))`` over the ``n`` unmasked tokens of each example; the distance to a zero vector
-    is 1.
-
-    Args:
-        student: ``(batch, tokens, width)``.
-        teacher: ``(batch, tokens, width)``.
-        mask: boolean ``(batch, tokens)``, true where a token is real.
+    is 1. The arguments are those of :func:`hidden_mse`.
 
     Returns:
         ``(batch,)``, between 0 and 2.
@@ -69,13 +64,8 @@ def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 def cls_mse(student: Tensor, teacher: Tensor, mask: Tensor, normalize: bool = False) -> Tensor:
     """Squared error of the first real token's hidden state.
 
-    ``1/d ||h_S,1 - h_T,1||^2``; with ``normalize`` ``||h_S,1 / ||h_S,1|| - h_T,1 / ||h_T,1|| ||^2``.
-
-    Args:
-        student: ``(batch, tokens, width)``.
-        teacher: ``(batch, tokens, width)``.
-        mask: boolean ``(batch, tokens)``; the first true column is the first token, wherever the padding stands.
-        normalize: compare directions.
+    ``1/d ||h_S,1 - h_T,1||^2``; with ``normalize`` ``||h_S,1 / ||h_S,1|| - h_T,1 / ||h_T,1|| ||^2``. The first token is
+    the first one that the mask lets count. The other arguments are those of :func:`hidden_mse`.
 
     Returns:
         ``(batch,)``.
