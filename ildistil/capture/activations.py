@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from ildistil.capture.head import LazyLogits
 from ildistil.capture.info import check_stack
 from ildistil.capture.taps import Tap
 from ildistil.errors import CaptureError
+from ildistil.functional.pooling import Pooling
 
 __all__ = ["Activations", "KnownTraits", "Layers", "Pooling", "Traits"]
 
@@ -72,9 +73,6 @@ class Layers(Mapping[int, T]):
 
     def __len__(self) -> int:
         return len(self._records)
-
-
-Pooling = Literal["first", "last", "mean"]
 
 
 class Traits(Protocol):

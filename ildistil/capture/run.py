@@ -112,7 +112,7 @@ class Capture:
         check_complete(self._name, self._recorder, records, None if output is None else self._depths)
         if verify:
             check_between_layers(self._name, records)
-        records = records._replace(hidden=self._layout.arranged(records.hidden, masks, inputs))
+        records.hidden = self._layout.arranged(records.hidden, masks, inputs)
         if records.attention:
             rows = len(main_input(unwrapped(self.model), inputs))
             check_attention_shapes(self._name, records.attention, masks, rows)

@@ -192,6 +192,6 @@ def _log_probabilities(allowed: Tensor, *scores: Tensor) -> list[Tensor]:
         log_p = F.log_softmax(torch.where(allowed, x, torch.finfo(x.dtype).min / 4), -1)
         merged = x.shape[1] // heads
         if merged > 1:
-            log_p = log_p.unflatten(1, (heads, merged)).logsumexp(2) - math.log(merged)
+            log_p = log_p.reshape(len(x), heads, merged, *x.shape[2:]).logsumexp(2) - math.log(merged)
         found.append(log_p)
     return found
