@@ -72,15 +72,10 @@ def output_layer(model: nn.Module) -> nn.Module | None:
 
 
 def agrees(found: LazyLogits, output: Any, before: Mapping[str, bool]) -> dict[str, bool]:
-    """Return whether the output layer really comes last (no softcap, no scale after it), and cross-entropy is the loss.
+    """Return whether ``"logits"`` and ``"loss"`` may be made later, as far as this run or one before it tells.
 
-    Args:
-        found: what the output layer was given.
-        output: what the model gave in the same run.
-        before: what earlier runs told; what once did not agree never does.
-
-    Returns:
-        For ``"logits"`` and ``"loss"``, as far as this run or an earlier one told, whether they may be made later.
+    They may if the output layer really comes last (no softcap, no scale after it), and cross-entropy is the loss. What
+    once did not agree never does.
     """
     logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
     now = dict(before)

@@ -72,14 +72,7 @@ class Recorder:
         self.wants_head = bool({"logits", "loss"} & self.wanted_names)
 
     def start(self, wanted: frozenset[Tap], masks: PaddingMasks, verify: bool, stops: bool) -> None:
-        """Begin a run.
-
-        Args:
-            wanted: what to record.
-            masks: the real queries and keys of every stack.
-            verify: record also what only checks need.
-            stops: raise :class:`StopForward` as soon as everything is recorded.
-        """
+        """Begin a run: ``verify`` records also what only checks need, ``stops`` ends it once everything is recorded."""
         self._want(wanted)
         self.active, self.verify, self.stops, self.masks = True, verify, stops, masks
         self.records.layers_run = dict.fromkeys(masks, 0)
