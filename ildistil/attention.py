@@ -1,5 +1,6 @@
 """What an attention is made of: its scores, which of them count, and its values; and the scores as whole maps."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,18 +42,19 @@ class Scores(NamedTuple):
 
     def full_precision(self) -> "Scores":
         """Widen half-precision tensors to float32."""
-        query, key = widened(self.query), widened(self.key)
-        return self._replace(query=query, key=key, bias=None if self.bias is None else widened(self.bias))
+        return self._each(widened)
 
     def to(self, dtype: torch.dtype) -> "Scores":
         """Convert all tensors."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return self._replace(query=self.query.to(dtype), key=self.key.to(dtype), bias=bias)
+        return self._each(lambda x: x.to(dtype))
 
     def detach(self) -> "Scores":
         """Cut the gradients off."""
-        bias = None if self.bias is None else self.bias.detach()
-        return self._replace(query=self.query.detach(), key=self.key.detach(), bias=bias)
+        return self._each(Tensor.detach)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Scores":
+        bias = None if self.bias is None else change(self.bias)
+        return self._replace(query=change(self.query), key=change(self.key), bias=bias)
 
 
 class Masks(NamedTuple):

@@ -54,15 +54,7 @@ def without_trace(module: nn.Module) -> Iterator[None]:
 def check_terms(values: Mapping[str, Tensor], parameters: list[nn.Parameter]) -> tuple[DryRun, dict[str, set[int]]]:
     """Differentiate each term, and check that it and its gradient are finite.
 
-    Args:
-        values: the terms, with their graph.
-        parameters: all that are trained.
-
-    Returns:
-        What was found, and the ids of the parameters that each term reaches.
-
-    Raises:
-        ObjectiveError: a term reaches no trainable parameter, or isn't finite.
+    Return what was found, and the ids of the parameters that each term reaches.
     """
     checks: dict[str, TermCheck] = {}
     reach: dict[str, set[int]] = {}

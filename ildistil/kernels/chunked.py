@@ -22,16 +22,14 @@ def summed(
     """Sum a loss over the rows of ``logits(states)``, of which only one chunk exists at a time.
 
     ``sum_i values(logits(states_i), i)``. One pass gives the value and the gradients of the states and the layer's
-    parameters; nothing of the size of the vocabulary is kept but the parameters' own gradients.
+    parameters; nothing of the size of the vocabulary is kept but the parameters' own gradients. Without any row it is
+    zero, with gradients of zero.
 
     Args:
         values: computes the losses ``(rows,)`` of some logits ``(rows, vocabulary)``, and is given which rows they are.
         logits: makes logits of states, row by row.
         layer: has the parameters that it uses, the largest as long as a row of logits.
         states: ``(rows, width)``.
-
-    Returns:
-        A scalar; zero (with gradients of zero) where there is no row.
 
     >>> layer = nn.Linear(2, 3)
     >>> states = torch.randn(5, 2)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ildistil.attention import Masks, Scores, zeroed
+from ildistil.kernels.choice import refuse_second_derivative
 from ildistil.kernels.spans import spans
 
 __all__ = ["squared_errors", "suits"]
@@ -96,10 +97,7 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "The squared error by Gram matrices has no second derivative. Use kernels.use('plain') around the step."
-            )
+        refuse_second_derivative("The squared error by Gram matrices")
         q_s, k_s, q_t, k_t, *matrices = ctx.saved_tensors
         weighted = [x * (2 * grad[:, None, None, None]) for x in matrices]
         dq, dk = torch.zeros_like(q_s), torch.zeros_like(k_s)

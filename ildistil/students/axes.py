@@ -77,11 +77,7 @@ class Module:
 
 
 def modules_of(model: PreTrainedModel) -> list[Module]:
-    """Return the modules with weights of a model, with their roles.
-
-    Raises:
-        ModelError: a module has no known role.
-    """
+    """Return the modules with weights of a model, with their roles."""
     found: list[Module] = []
     for name, module in model.named_modules():
         own = [parameter for parameter, _ in module.named_parameters(recurse=False)]

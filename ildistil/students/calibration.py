@@ -27,11 +27,7 @@ class Measured:
 def measure(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], reads: list[str], writes: list[str]
 ) -> Measured:
-    """Run the model on the batches, and sum up its states and what the named modules read and write.
-
-    Raises:
-        ModelError: there is no batch.
-    """
+    """Run the model on the batches, and sum up its states and what the named modules read and write."""
     seen: dict[str, list[Tensor]] = defaultdict(list)
     named = dict(model.named_modules())
     handles = [named[n].register_forward_pre_hook(lambda _, x, n=n: seen[n].append(x[0])) for n in reads]

@@ -38,11 +38,7 @@ _BETWEEN = re.compile(r"eomt.*|seggpt|granite_speech.*|minicpm.*_vision")
 
 
 def changed_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
-    """Return a copy of a config with other values.
-
-    Raises:
-        ModelError: the config has no such value, or doesn't take it.
-    """
+    """Return a copy of a config with other values."""
     config = copy.deepcopy(config)
     for key, value in changes.items():
         try:
@@ -56,11 +52,7 @@ def changed_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreT
 
 
 def picked_config(config: PreTrainedConfig, layers: list[int]) -> PreTrainedConfig:
-    """Return a copy of a config that describes these layers only.
-
-    Raises:
-        ModelError: the config doesn't take their number.
-    """
+    """Return a copy of a config that describes these layers only."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     depth = text.num_hidden_layers
@@ -143,16 +135,9 @@ def _query(module: nn.Module) -> str | None:
 def check_places(
     student: PreTrainedModel, whole: PreTrainedModel, stack: str, name_in_teacher: Callable[[str], str]
 ) -> None:
-    """Refuse layers that would compute something else in their new place.
+    """Refuse layers of which a module is of another kind, or has another setting, than in its place in ``whole``.
 
-    Args:
-        student: a model of the chosen layers.
-        whole: a model of all layers, with the same config otherwise; its weights are not read.
-        stack: the path of the layers.
-        name_in_teacher: from a name in the student to that in the teacher.
-
-    Raises:
-        ModelError: a module of a layer is of another kind, or has another setting, than in its old place.
+    That is a model of all layers, with the same config otherwise; its weights are not read.
     """
     theirs = dict(whole.named_modules(remove_duplicate=False))
     for name, mine in student.named_modules(remove_duplicate=False):

@@ -35,11 +35,7 @@ _NORM_BEFORE = dict.fromkeys(
 def narrowed(
     model: PreTrainedModel, student: PreTrainedModel, width: Width, batches: Iterable[Mapping[str, Any]] | None = None
 ) -> dict[str, Tensor]:
-    """Return the model's weights in the widths of a student of its class, under the model's names.
-
-    Raises:
-        ModelError: the family or a module is not understood, or the widths can't be reached.
-    """
+    """Return the model's weights in the widths of a student of its class, under the model's names."""
     family = model.config.model_type
     if family not in FAMILIES:
         raise ModelError(
