@@ -15,8 +15,6 @@ from ildistil.capture.taps import Tap
 from ildistil.errors import CaptureError
 from ildistil.functional.pooling import Pooling
 
-__all__ = ["Activations", "KnownTraits", "Layers", "Pooling", "Traits"]
-
 T = TypeVar("T")
 
 

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ildistil.capture.activations import Pooling
 from ildistil.capture.layout import Layout, States
 from ildistil.capture.trial import Trial, depends_on_later_tokens, pooled_states, predicts_next_token, undisturbed
 from ildistil.errors import ModelRunError
-
-__all__ = ["Behaviour", "TriedTraits"]
+from ildistil.functional.pooling import Pooling
 
 
 class Behaviour:

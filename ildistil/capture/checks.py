@@ -11,8 +11,6 @@ from ildistil.capture.recorder import Key, PaddingMasks, Recorder, Records
 from ildistil.capture.taps import Tap
 from ildistil.errors import CaptureError
 
-__all__ = ["MaskCheck", "check_attention_shapes", "check_between_layers", "check_complete"]
-
 
 def check_complete(model: str, recorder: Recorder, records: Records, depths: Mapping[str | None, int] | None) -> None:
     """Refuse a run that lacks something wanted, or, unless it stopped before its end (no ``depths``), some layers."""

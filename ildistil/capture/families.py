@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from ildistil.capture.interface import active_recorder
 from ildistil.capture.recorder import Recorder
 
-__all__ = ["FAMILIES", "Family", "attach", "layer_ends"]
-
 Parts = dict[str, Tensor]
 
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from ildistil.functional.reduction import widened
 
-__all__ = ["LazyLogits", "agrees", "is_token_labels", "output_layer"]
-
 
 @dataclass(frozen=True)
 class LazyLogits:

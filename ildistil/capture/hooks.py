@@ -13,8 +13,6 @@ from ildistil.capture.recorder import Recorder
 from ildistil.capture.taps import Tap
 from ildistil.errors import CaptureError
 
-__all__ = ["Hooks"]
-
 
 class Hooks:
     """Attaches a recorder to a model, for the taps that may be wanted of it.

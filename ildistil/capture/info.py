@@ -11,8 +11,6 @@ from transformers import PreTrainedConfig
 from ildistil.capture.layers import coder_layers, coders, find_layers, layered_config, unwrapped
 from ildistil.errors import CaptureError
 
-__all__ = ["ModelInfo", "check_stack", "is_classifier"]
-
 
 @dataclass(frozen=True)
 class ModelInfo:

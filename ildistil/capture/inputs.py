@@ -11,20 +11,6 @@ from torch import Tensor, nn
 from ildistil.capture.info import is_classifier
 from ildistil.errors import CaptureError
 
-__all__ = [
-    "OURS",
-    "TARGETS",
-    "decoder_mask",
-    "encoder_mask",
-    "input_names",
-    "main_input",
-    "model_inputs",
-    "real_labels",
-    "separate_configs",
-    "token_mask",
-    "without_labels",
-]
-
 TARGETS = "ildistil_targets"  # stored targets that were read for a batch travel in it
 OURS = frozenset({"row_id", TARGETS})  # what no model is given
 

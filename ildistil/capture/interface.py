@@ -15,8 +15,6 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from ildistil.capture.recorder import Recorder
 
-__all__ = ["active_recorder", "goes_through_interface", "recording"]
-
 _active: Recorder | None = None
 
 

@@ -3,8 +3,6 @@
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["coder_layers", "coders", "find_layers", "find_stacks", "layered_config", "unwrapped"]
-
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside ``torch.compile``'s wrapper."""

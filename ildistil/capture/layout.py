@@ -12,8 +12,6 @@ from ildistil.capture.taps import Tap
 from ildistil.capture.trial import Trial, undisturbed
 from ildistil.errors import CaptureError
 
-__all__ = ["Layout", "States"]
-
 # Runs a model on some inputs, and returns the states of a layer as the layer gave them.
 States = Callable[[Mapping[str, Any], Key], Tensor]
 

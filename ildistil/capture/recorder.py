@@ -12,8 +12,6 @@ from ildistil.attention import Attention, Masks, Scores
 from ildistil.capture.taps import Tap
 from ildistil.errors import CaptureError
 
-__all__ = ["Key", "PaddingMasks", "Recorder", "Records", "StopForward", "layer_states"]
-
 Key = tuple[str | None, int]  # a stack and a layer of it
 PaddingMasks = dict[str | None, tuple[Tensor | None, Tensor | None]]  # of queries and of keys, by stack
 # What transformers passes to attention functions beside the tensors that doesn't change the scores.

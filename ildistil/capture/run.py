@@ -25,8 +25,6 @@ from ildistil.capture.recorder import Key, PaddingMasks, Recorder, Records, Stop
 from ildistil.capture.taps import Role, Tap, merged
 from ildistil.errors import CaptureError, IldistilError, ModelRunError
 
-__all__ = ["Capture"]
-
 
 class Capture:
     """Runs one model while recording the wanted taps.

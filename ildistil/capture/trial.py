@@ -7,12 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ildistil.capture.activations import Pooling
 from ildistil.capture.inputs import input_names
 from ildistil.capture.recorder import layer_states
 from ildistil.errors import CaptureError, ModelRunError
-
-__all__ = ["Trial", "depends_on_later_tokens", "pooled_states", "predicts_next_token", "undisturbed"]
+from ildistil.functional.pooling import Pooling
 
 _TELLING = 5  # tokens tell the first and the last one apart from several between
 

@@ -10,16 +10,6 @@ from ildistil.errors import DataError, ModelError, ObjectiveError
 from ildistil.objectives import Objective
 from ildistil.schedules import Schedule
 
-__all__ = [
-    "check_batch",
-    "check_label_order",
-    "check_learned_parts",
-    "check_models",
-    "check_numbers_of_real_rows",
-    "named_objectives",
-    "no_weight",
-]
-
 NO_OBJECTIVE = (
     "There is no objective. Give at least one, such as objectives.LogitsKL(): as a callback of the Trainer, in a YAML "
     "file under 'objectives:', or to Distillation(...)."

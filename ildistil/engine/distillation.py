@@ -19,8 +19,6 @@ from ildistil.objectives import Count, Objective
 from ildistil.stages import Step
 from ildistil.teachers import LiveTeacher, Teacher
 
-__all__ = ["Distillation"]
-
 _NOTHING = Activations(Layers({}, 0, "hidden"), Layers({}, 0, "attention"), torch.empty(0, 0, dtype=torch.bool), None)
 
 

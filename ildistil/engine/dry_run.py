@@ -10,8 +10,6 @@ from transformers import PreTrainedModel
 
 from ildistil.errors import ObjectiveError
 
-__all__ = ["DryRun", "TermCheck", "check_terms", "without_trace"]
-
 
 @dataclass(frozen=True)
 class TermCheck:

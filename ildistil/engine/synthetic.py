@@ -8,8 +8,6 @@ from transformers import PreTrainedModel
 
 from ildistil.capture import ModelInfo
 
-__all__ = ["synthetic_batch"]
-
 Batch = dict[str, Tensor]
 
 

@@ -12,8 +12,6 @@ from ildistil.functional.checks import Shapes, check_choice
 from ildistil.functional.correlation import Total, pearson_distance, unchanged
 from ildistil.functional.reduction import full_precision, kl, within
 
-__all__ = ["Over", "attention_dist", "attention_dist_over_batch", "attention_kl", "attention_mse", "attention_output"]
-
 Over = Literal["tokens", "heads"]
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ildistil.errors import ConfigError, ObjectiveError
 
-__all__ = ["Shapes", "check_choice", "check_count", "check_number", "check_temperature"]
-
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Colder, all probabilities are 0 or 1 in float32; hotter, their differences are lost, and with them the gradient.
 _COLDEST, _HOTTEST = 1e-2, 1e3

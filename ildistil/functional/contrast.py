@@ -7,8 +7,6 @@ from torch import Tensor
 from ildistil.functional.checks import Shapes, check_temperature
 from ildistil.functional.reduction import full_precision, unit
 
-__all__ = ["info_nce", "log_normalizer", "nce"]
-
 
 def info_nce(anchors: Tensor, positives: Tensor, negatives: Tensor, allowed: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of picking each anchor's positive among negatives, by cosine similarity.

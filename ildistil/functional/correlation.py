@@ -5,8 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Total", "pearson_distance", "unchanged"]
-
 Total = Callable[[Tensor], Tensor]
 
 

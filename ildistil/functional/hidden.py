@@ -8,8 +8,6 @@ from ildistil.functional.correlation import Total, unchanged
 from ildistil.functional.pooling import first_token
 from ildistil.functional.reduction import full_precision, unit, within
 
-__all__ = ["cls_mse", "hidden_cka", "hidden_cosine", "hidden_mse"]
-
 
 def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error of hidden states over tokens and features.

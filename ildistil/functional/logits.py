@@ -11,8 +11,6 @@ from ildistil.functional.checks import Shapes, check_choice, check_count, check_
 from ildistil.functional.correlation import Total, pearson_distance, unchanged
 from ildistil.functional.reduction import full_precision, kl
 
-__all__ = ["Divergence", "logits_dist", "logits_dist_over_batch", "logits_kl", "logits_mse"]
-
 Divergence = Literal["forward", "reverse", "jensen-shannon"]
 
 

@@ -9,8 +9,6 @@ from torch import Tensor
 from ildistil.functional.checks import Shapes, check_choice
 from ildistil.functional.reduction import full_precision
 
-__all__ = ["Pooling", "first_token", "last_token", "pool", "token_mean"]
-
 Pooling = Literal["first", "last", "mean"]
 
 

@@ -9,8 +9,6 @@ from torch import Tensor
 from ildistil.errors import ObjectiveError
 from ildistil.functional.checks import Shapes
 
-__all__ = ["example_mean", "full_precision", "kl", "masked_mean", "unit", "widened", "within"]
-
 
 @contextmanager
 def full_precision(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -18,8 +18,6 @@ from ildistil.attention import Masks, Scores, visible, zeroed
 from ildistil.kernels.choice import refuse_second_derivative
 from ildistil.kernels.spans import spans
 
-__all__ = ["divergences", "squared_errors"]
-
 # Elements of one block of scores: on a CPU a few blocks fit into the caches, a GPU wants larger pieces of work.
 _BLOCK = 2**20
 _LARGE_BLOCK = 2**24

@@ -11,8 +11,6 @@ import torch
 from ildistil.attention import Scores
 from ildistil.errors import KernelError
 
-__all__ = ["Backend", "choose_backend", "is_short", "refuse_second_derivative", "triton_suits", "use"]
-
 Backend = Literal["auto", "triton", "blockwise", "plain"]
 
 # Scores of a layer from which on blocks are taken on a device that has no kernel of its own: 1 GiB in float32, of which

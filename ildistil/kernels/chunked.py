@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["summed"]
-
 # Elements of one chunk of logits, on a CPU and elsewhere. On a CPU 2**21 to 2**23 are equally fast, larger ones slower;
 # a GPU wants larger matrix products: how large hasn't been measured.
 _CHUNK, _CHUNK_ELSEWHERE = 2**22, 2**25

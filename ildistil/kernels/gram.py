@@ -20,8 +20,6 @@ from ildistil.attention import Masks, Scores, zeroed
 from ildistil.kernels.choice import refuse_second_derivative
 from ildistil.kernels.spans import spans
 
-__all__ = ["squared_errors", "suits"]
-
 # An example, or all of them, and the spans of its queries and keys.
 _Place = tuple[int | slice, slice, slice]
 # Below this part of the sum's greatest possible value its terms cancel too much for float32.

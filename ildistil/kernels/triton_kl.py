@@ -16,8 +16,6 @@ from torch import Tensor
 from ildistil.attention import Masks, Scores
 from ildistil.kernels.choice import refuse_second_derivative
 
-__all__ = ["divergences"]
-
 # The first axis of a grid, the one that may be long, counts batch times heads.
 # Rows and columns of a tile, and stages of loading, by the size of the heads: large ones need more shared memory.
 _TILES = {64: (64, 2), 128: (32, 1), 256: (16, 1)}

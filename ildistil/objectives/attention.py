@@ -20,8 +20,6 @@ from ildistil.objectives.pairwise import PairwiseObjective
 from ildistil.objectives.projection import ProjectionOption
 from ildistil.objectives.states import StateObjective
 
-__all__ = ["QKVMSE", "AttentionDIST", "AttentionKL", "AttentionMSE", "AttentionOutputMSE"]
-
 Heads = Literal["equal", "merge"]
 Over = Literal["tokens", "heads", "sentences"]
 

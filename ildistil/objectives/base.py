@@ -16,8 +16,6 @@ from ildistil.errors import ObjectiveError
 from ildistil.schedules import Schedule
 from ildistil.stages import Step
 
-__all__ = ["Count", "Objective", "Weight", "same_tokens"]
-
 Weight = float | Schedule
 
 LOWEST = {"hidden": 0, "attention": 1}  # layer number

@@ -19,8 +19,6 @@ from ildistil.objectives.pooling import Pool, checked, pooling
 from ildistil.objectives.projection import Projection
 from ildistil.stages import Step
 
-__all__ = ["CLSContrast", "CLSInBatchContrast"]
-
 Estimator = Literal["info_nce", "nce"]
 
 

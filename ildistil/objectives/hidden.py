@@ -16,16 +16,6 @@ from ildistil.objectives.pooling import Pool, checked, pooling
 from ildistil.objectives.projection import ProjectionOption, option, project
 from ildistil.objectives.states import StateObjective
 
-__all__ = [
-    "CLSMSE",
-    "CLSAttentiveMSE",
-    "EmbeddingMSE",
-    "HiddenCKA",
-    "HiddenConcatMSE",
-    "HiddenCosine",
-    "HiddenMSE",
-]
-
 
 class HiddenMSE(StateObjective):
     """Mean squared error of the hidden states of mapped layers, over all real tokens ("Hid-Seq").

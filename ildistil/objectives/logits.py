@@ -15,8 +15,6 @@ from ildistil.functional.logits import Divergence, check_divergence
 from ildistil.kernels import chunked
 from ildistil.objectives.base import Count, Objective, Weight
 
-__all__ = ["LogitsDIST", "LogitsKL", "LogitsMSE"]
-
 
 class _LogitsObjective(Objective):
     taps = ("logits",)

@@ -9,8 +9,6 @@ from ildistil.mappings import LayerMapping, Pairs, Uniform
 from ildistil.objectives.base import LOWEST, Count, Objective, Weight
 from ildistil.stages import Step
 
-__all__ = ["MappedObjective", "Stack"]
-
 Stack = Literal["encoder", "decoder", "cross"]
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from ildistil.capture import Activations
 from ildistil.objectives.mapped import MappedObjective
 
-__all__ = ["PairwiseObjective"]
-
 
 class PairwiseObjective(MappedObjective):
     """An objective on pairs of layers: the mean over the pairs of :meth:`pair_loss`."""

@@ -7,8 +7,6 @@ from ildistil.errors import ObjectiveError
 from ildistil.functional.checks import check_choice
 from ildistil.functional.pooling import Pooling
 
-__all__ = ["Pool", "checked", "pooling"]
-
 Pool = Literal["auto", "first", "last", "mean"]
 
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from ildistil.errors import ObjectiveError
 from ildistil.objectives.base import Objective
 
-__all__ = ["Projection", "ProjectionOption", "option", "project"]
-
 When = Literal["auto", "always", "never"]
 
 

@@ -16,8 +16,6 @@ from ildistil.objectives.base import Weight
 from ildistil.objectives.mapped import Stack
 from ildistil.objectives.pairwise import PairwiseObjective
 
-__all__ = ["RelationKL", "ValueRelationKL"]
-
 _RELATIONS = {f"{left}-{right}" for left in "qkv" for right in "qkv"}
 
 

@@ -11,8 +11,6 @@ from ildistil.objectives.mapped import Stack
 from ildistil.objectives.pairwise import PairwiseObjective
 from ildistil.objectives.projection import ProjectionOption, option, project
 
-__all__ = ["StateObjective"]
-
 
 class StateObjective(PairwiseObjective):
     """An objective on the states of mapped layers, token by token, after a linear map where the widths differ.

@@ -12,8 +12,6 @@ from ildistil.capture import Activations, LazyLogits
 from ildistil.kernels import chunked
 from ildistil.objectives.base import Count, Objective
 
-__all__ = ["TaskLoss"]
-
 
 class TaskLoss(Objective):
     """The loss the student's own head computes from the batch's ``labels``; needs no teacher.

@@ -19,8 +19,6 @@ from transformers.pytorch_utils import Conv1D
 from ildistil.errors import ModelError
 from ildistil.students.calibration import Measured
 
-__all__ = ["FAMILIES", "LAYER_NORM", "ROTARY", "Heads", "Module", "inner_axes", "modules_of", "top"]
-
 LAYER_NORM = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert", "gpt2", "modernbert"}
 FAMILIES = LAYER_NORM | {"llama", "mistral", "qwen2", "qwen3"}
 ROTARY = FAMILIES - LAYER_NORM | {"modernbert"}

@@ -12,8 +12,6 @@ from transformers import PreTrainedModel
 from ildistil.capture import Capture, Tap
 from ildistil.errors import ModelError
 
-__all__ = ["Measured", "measure"]
-
 
 @dataclass
 class Measured:

@@ -11,17 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ildistil.errors import ModelError
 
-__all__ = [
-    "PER_LAYER",
-    "changed_config",
-    "check_between",
-    "check_places",
-    "origin",
-    "pick_weights",
-    "picked_config",
-    "scale_queries",
-]
-
 # Settings with a value, or an index, for each layer; and how many layers at the start are of one kind.
 PER_LAYER = re.compile(
     r".*(layer|(block|attn|visual)_ind|attention_window|indexer_types|sliding_windows|sparsity_pattern).*"

@@ -18,8 +18,6 @@ from ildistil.errors import ModelError
 from ildistil.students.axes import FAMILIES, LAYER_NORM, ROTARY, Heads, Module, inner_axes, modules_of, top
 from ildistil.students.calibration import measure
 
-__all__ = ["Width", "narrowed"]
-
 Width = Literal["importance", "pca"]
 # In these the norm stands between the stream and its readers: its gain can move into them, which is exact.
 _NORM_BEFORE = dict.fromkeys(
