@@ -184,13 +184,7 @@ class Attention:
         return vectors if groups == 1 else vectors.repeat_interleave(groups, dim=1)
 
     def score_map(self) -> Tensor:
-        """Return the scores before the softmax, ``(batch, heads, queries, keys)``, at least in float32.
-
-        ``softcap * tanh(q k^T scale / softcap) + bias``, without masks: see :meth:`allowed_map`.
-
-        Raises:
-            CaptureError: the model makes its scores otherwise.
-        """
+        """Return the scores before softmax and masks, ``(batch, heads, queries, keys)``, at least in float32."""
         return score_map(self.scores, self.masks)
 
     def allowed_map(self) -> Tensor:

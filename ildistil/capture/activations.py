@@ -170,13 +170,7 @@ class Activations:
                 layers.expect(tap.layer)
 
     def stack(self, name: str | None) -> "Activations":
-        """Return what one stack of layers gave, with the same output and modules.
-
-        Args:
-            name: ``"encoder"``, ``"decoder"`` or ``"cross"``; ``None`` for the one stack of other models.
-
-        Returns:
-            Its activations, with a mask of its own.
+        """Return what one stack gave: ``"encoder"``, ``"decoder"``, ``"cross"``, or ``None`` for the only one.
 
         Raises:
             CaptureError: the model has several stacks and none is named, or it has none of this name.

@@ -47,14 +47,19 @@ class LazyLogits:
         """Return the states of the tokens that have a label to predict, ``(rows, width)``, and these labels."""
         assert self.labels is not None, "wanted only of batches with labels"
         assert self.next_token is not None, "wanted only where the loss is known to be that of these labels"
-        states, labels = (self.states[:, :-1], self.labels[:, 1:]) if self.next_token else (self.states, self.labels)
+        labels = labels_of_rows(self.labels, self.next_token)
         chosen = labels != -100
-        return states[chosen], labels[chosen]
+        return self.states[chosen], labels[chosen]
 
     def loss(self) -> Tensor:
         """Return the mean cross-entropy of the labels."""
         states, labels = self.labelled()
         return F.cross_entropy(widened(self.made(states)), labels)
+
+
+def labels_of_rows(labels: Tensor, next_token: bool | None) -> Tensor:
+    """Return the label that each row of logits predicts, -100 where it predicts none."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100) if next_token and labels.ndim == 2 else labels
 
 
 def is_token_labels(labels: Any) -> TypeGuard[Tensor]:

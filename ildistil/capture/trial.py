@@ -16,19 +16,25 @@ _TELLING = 5  # tokens tell the first and the last one apart from several betwee
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a model plainly in eval mode, without gradients, and leave its mode and the random state as they were."""
+def same_state(model: nn.Module) -> Iterator[None]:
+    """Leave the training mode of every module, and the random state, as they were."""
     modes = {module: module.training for module in model.modules()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    versions = _versions(model)
-    plainly = torch.compiler.set_stance("force_eager")
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), plainly:
-        model.eval()
+    with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run a model plainly in eval mode, without gradients, and leave its mode and the random state as they were."""
+    versions = _versions(model)
+    with same_state(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        model.eval()
+        yield
     if versions != _versions(model):
         raise CaptureError(
             f"The {type(model).__name__} changes its own weights when it runs in eval mode, and so can't be tried "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ildistil.capture.trial import same_state
 from ildistil.errors import ObjectiveError
 
 
@@ -33,15 +34,11 @@ def without_trace(module: nn.Module) -> Iterator[None]:
     # transformers notes the problem type that labels suggest in the config: ours must not decide it.
     configs = [m.config for m in module.modules() if isinstance(m, PreTrainedModel)]
     problem_types = [getattr(config, "problem_type", None) for config in configs]
-    modes = {m: m.training for m in module.modules()}
     buffers = [(b, b.clone()) for b in module.buffers()]
-    devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with same_state(module):
         try:
             yield
         finally:
-            for m, mode in modes.items():
-                m.training = mode
             for config, problem_type in zip(configs, problem_types, strict=True):
                 config.problem_type = problem_type
             with torch.no_grad():

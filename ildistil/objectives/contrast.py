@@ -114,14 +114,6 @@ class CLSContrast(_Contrast):
     BERT", 2023.
     """
 
-    _slots: dict[int, int]  # row id -> row of the bank
-    _bank: dict[str, Tensor]
-    _classes: Tensor
-    _log_normalizers: Tensor  # of both directions; empty until there is something to estimate them from
-    _step: int | None
-    _now: list[Tensor]
-    _waiting: list[list[Tensor]]
-
     def __init__(
         self,
         weight: Weight = 1.0,
@@ -143,6 +135,15 @@ class CLSContrast(_Contrast):
         check_choice("CLSContrast: estimator", estimator, get_args(Estimator))
         self.negatives, self.momentum, self.seed, self.estimator = negatives, momentum, seed, estimator
         self._forget()
+
+    def _forget(self) -> None:
+        self._slots: dict[int, int] = {}  # row id -> row of the bank
+        self._bank = {"student": torch.empty(0, self.size), "teacher": torch.empty(0, self.size)}
+        self._classes = torch.empty(0, dtype=torch.long)
+        self._log_normalizers = torch.empty(0)  # of both directions; until there is something to estimate them from
+        self._step: int | None = None
+        self._now: list[Tensor] = []
+        self._waiting: list[list[Tensor]] = []
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Make the projections."""
@@ -219,13 +220,6 @@ class CLSContrast(_Contrast):
         self._classes = state_dict["classes"]
         self._waiting = list(state_dict["waiting"])
         self._log_normalizers = state_dict["log_normalizers"]
-
-    def _forget(self) -> None:
-        self._slots = {}
-        self._bank = {"student": torch.empty(0, self.size), "teacher": torch.empty(0, self.size)}
-        self._classes = torch.empty(0, dtype=torch.long)
-        self._log_normalizers = torch.empty(0)
-        self._step, self._now, self._waiting = None, [], []
 
     def _rows(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         rows, classes = batch.get("row_id"), batch.get("labels")

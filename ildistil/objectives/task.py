@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ildistil import functional
 from ildistil.capture import Activations, LazyLogits
+from ildistil.capture.head import labels_of_rows
 from ildistil.kernels import chunked
 from ildistil.objectives.base import Count, Objective
 
@@ -30,7 +31,7 @@ class TaskLoss(Objective):
             return super().count(student, batch)
         if labels.is_floating_point():
             return Count(torch.tensor(len(labels), device=labels.device))
-        targets = labels[:, 1:] if student.next_token and labels.ndim == 2 else labels
+        targets = labels_of_rows(labels, student.next_token)
         return Count((targets != -100).sum(), "tokens" if labels.ndim == 2 else "examples")
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
