@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from ildistil.attention import Attention
 from ildistil.capture.activations import Activations, Layers
 from ildistil.capture.behaviour import Behaviour, TriedTraits
 from ildistil.capture.checks import MaskCheck, check_attention_shapes, check_between_layers, check_complete
@@ -281,8 +280,9 @@ class Capture:
         if None in stacks:
             return stacks[None]
         named = {stack: seen for stack, seen in stacks.items() if stack is not None}
-        nothing: tuple[Layers[Tensor], Layers[Attention]] = (Layers({}, 0, "hidden"), Layers({}, 0, "attention"))
-        return replace(named["decoder"], hidden=nothing[0], attention=nothing[1], stacks=named)
+        return replace(
+            named["decoder"], hidden=Layers({}, 0, "hidden"), attention=Layers({}, 0, "attention"), stacks=named
+        )
 
 
 def _is_compiled(model: nn.Module) -> bool:

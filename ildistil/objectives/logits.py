@@ -18,13 +18,22 @@ from ildistil.objectives.base import Count, Objective, Weight
 
 class _LogitsObjective(Objective):
     taps = ("logits",)
+    of_classes = False  # whether distributions over exclusive classes are compared
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
-        """Check that both models have the same labels."""
+        """Check that both models have the same labels, and that these are classes where they must be."""
+        name, problems = type(self).__name__, (student.problem_type, teacher.problem_type)
         if None not in (student.labels, teacher.labels) and student.labels != teacher.labels:
             raise ObjectiveError(
-                f"{type(self).__name__}: the student has {student.labels} labels, the teacher {teacher.labels}. Give "
-                f"the student the teacher's labels (num_labels={teacher.labels}), or leave this objective out."
+                f"{name}: the student has {student.labels} labels, the teacher {teacher.labels}. Give the student the "
+                f"teacher's labels (num_labels={teacher.labels}), or leave this objective out."
+            )
+        # The softmax of one output is always 1.
+        if self.of_classes and (teacher.labels == 1 or "regression" in problems):
+            raise ObjectiveError(f"{name} compares class distributions; a regression has none. Use LogitsMSE.")
+        if self.of_classes and "multi_label_classification" in problems:
+            raise ObjectiveError(
+                f"{name} compares distributions over exclusive classes; a multi-label problem has none. Use LogitsMSE."
             )
 
     def count(self, student: Activations, batch: Mapping[str, Any]) -> Count:
@@ -39,6 +48,7 @@ class _LogitsObjective(Objective):
                 f"{type(self).__name__}: one model predicts the next token, the other doesn't. Give both the same head."
             )
         if student.lazy_logits is not None:
+            self._check_tokens(student.lazy_logits, teacher)
             return self._token_loss(student.lazy_logits, teacher, self._targets(student, batch))
         s, t = student.logits, teacher.logits
         if s.shape != t.shape or s.ndim not in (2, 3):
@@ -59,7 +69,6 @@ class _LogitsObjective(Objective):
 
     def _token_loss(self, student: LazyLogits, teacher: Activations, targets: Tensor) -> Tensor:
         """Compare logits that aren't made yet, at the targets ``(batch, tokens)`` only."""
-        self._check_tokens(student, teacher)
         t = teacher.logits[targets] if teacher.lazy_logits is None else teacher.lazy_logits.at(targets)
         return self.compare(student.at(targets), t, torch.ones_like(targets[targets]))
 
@@ -108,7 +117,6 @@ class _RowObjective(_LogitsObjective):
 
     def _token_loss(self, student: LazyLogits, teacher: Activations, targets: Tensor) -> Tensor:
         """Go over the targets a few rows at a time, through both models' output layers."""
-        self._check_tokens(student, teacher)
         theirs = teacher.lazy_logits
         rows = teacher.logits[targets] if theirs is None else theirs.states[targets]
 
@@ -150,6 +158,8 @@ class LogitsKL(_RowObjective):
     Agarwal et al., "On-Policy Distillation of Language Models", 2024.
     """
 
+    of_classes = True
+
     def __init__(
         self,
         weight: Weight = 1.0,
@@ -162,11 +172,6 @@ class LogitsKL(_RowObjective):
         super().__init__(weight, name)
         check_divergence(temperature, divergence, beta, top_k, "LogitsKL: ")
         self.temperature, self.divergence, self.beta, self.top_k = temperature, divergence, beta, top_k
-
-    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
-        """Check the labels; one output is a regression, whose softmax is always 1."""
-        super().build(student, teacher)
-        _check_classes(self, student, teacher)
 
     def values(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the divergence of every row."""
@@ -219,6 +224,7 @@ class LogitsDIST(_LogitsObjective):
     """
 
     batch_coupled = True
+    of_classes = True
 
     def __init__(
         self,
@@ -237,7 +243,6 @@ class LogitsDIST(_LogitsObjective):
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Check the labels."""
         super().build(student, teacher)
-        _check_classes(self, student, teacher)
         if teacher.labels == 2 and self.intra == 0:
             raise ObjectiveError(
                 "LogitsDIST: the correlation of two classes is always 1 or -1, so the part over classes teaches "
@@ -252,13 +257,3 @@ class LogitsDIST(_LogitsObjective):
         inter = distributed.all_reduce_sum(torch.where(defined, within, 0).sum()) / rows
         intra = functional.logits_dist_over_batch(student, teacher, mask, self.temperature, distributed.all_reduce_sum)
         return self.inter * inter + self.intra * intra
-
-
-def _check_classes(objective: Objective, student: ModelInfo, teacher: ModelInfo) -> None:
-    name = type(objective).__name__
-    if teacher.labels == 1 or "regression" in (student.problem_type, teacher.problem_type):
-        raise ObjectiveError(f"{name} compares class distributions; a regression has none. Use LogitsMSE.")
-    if "multi_label_classification" in (student.problem_type, teacher.problem_type):
-        raise ObjectiveError(
-            f"{name} compares distributions over exclusive classes; a multi-label problem has none. Use LogitsMSE."
-        )
