@@ -49,13 +49,11 @@ def attention_kl(student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: 
 
     ``1/(H n) sum_h sum_i KL(softmax(a_T,hi) || softmax(a_S,hi))`` over the ``n`` real queries of each example. Where
     the numbers of heads differ, heads are merged in probability space: consecutive heads are averaged, after the
-    softmax, down to the greatest common divisor of both numbers. The arguments are those of :func:`attention_mse`.
+    softmax, down to the greatest common divisor of both numbers. Arguments and errors are
+    those of :func:`attention_mse`.
 
     Returns:
         ``(batch,)``, in nats.
-
-    Raises:
-        ObjectiveError: a tensor has another dtype or shape.
 
     Source: Wang et al., "MiniLM", 2020; Wang et al., "How to Distill your BERT", 2023.
 
@@ -142,15 +140,12 @@ def attention_dist_over_batch(
     """Pearson distance of attention probabilities over the sentences of a batch.
 
     ``1 - corr_b(p_S,bhij, p_T,bhij)``, mean over heads and pairs of positions ``i, j`` where it is defined. Positions
-    are counted from each sentence's first real token, so that padding has no influence. The arguments are those of
-    :func:`attention_mse`, of self-attention, and ``total``, which extends a sum over the batch over further processes;
-    they must have as many positions.
+    are counted from each sentence's first real token, so that padding has no influence. Arguments and errors are
+    those of :func:`attention_mse`, of self-attention, and ``total``, which extends a sum over the batch over further
+    processes; they must have as many positions.
 
     Returns:
         A scalar, between 0 and 2.
-
-    Raises:
-        ObjectiveError: a tensor has another dtype or shape.
 
     Source: the code of Wang et al., "How to Distill your BERT", 2023.
 

@@ -40,13 +40,10 @@ def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Cosine distance of hidden states over tokens.
 
     ``1/n sum_i (1 - cos(h_S,i, h_T,i))`` over the ``n`` unmasked tokens of each example; the distance to a zero vector
-    is 1. The arguments are those of :func:`hidden_mse`.
+    is 1. Arguments and errors are those of :func:`hidden_mse`.
 
     Returns:
         ``(batch,)``, between 0 and 2.
-
-    Raises:
-        ObjectiveError: a tensor has another dtype or shape.
 
     Source: Sanh et al., "DistilBERT", 2019.
 
@@ -63,13 +60,10 @@ def cls_mse(student: Tensor, teacher: Tensor, mask: Tensor, normalize: bool = Fa
     """Squared error of the first real token's hidden state.
 
     ``1/d ||h_S,1 - h_T,1||^2``; with ``normalize`` ``||h_S,1 / ||h_S,1|| - h_T,1 / ||h_T,1|| ||^2``. The first token is
-    the first one that the mask lets count. The other arguments are those of :func:`hidden_mse`.
+    the first one that the mask lets count. Other arguments and errors are those of :func:`hidden_mse`.
 
     Returns:
         ``(batch,)``.
-
-    Raises:
-        ObjectiveError: a tensor has another dtype or shape.
 
     Source: Sun et al., "Patient Knowledge Distillation", 2019 (normalised).
 

@@ -148,15 +148,11 @@ def logits_dist_over_batch(
     """Pearson distance of each class's probabilities over the batch ("intra-class"), mean over the classes.
 
     ``T^2 1/C sum_c (1 - corr_b(softmax(z_S,b / T)_c, softmax(z_T,b / T)_c))`` over the classes whose probability the
-    teacher varies. The arguments are those of :func:`logits_dist`, a boolean mask ``(batch,)``, true where an
+    teacher varies. Arguments and errors are those of :func:`logits_dist`, a boolean mask ``(batch,)``, true where an
     example counts, and ``total``, which extends a sum over the batch over further processes.
 
     Returns:
         A scalar, between 0 and ``2 T^2``.
-
-    Raises:
-        ConfigError: the temperature is out of range.
-        ObjectiveError: a tensor has another dtype or shape.
 
     Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022.
 

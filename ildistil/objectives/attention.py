@@ -15,8 +15,7 @@ from ildistil.errors import ObjectiveError
 from ildistil.functional.checks import check_choice
 from ildistil.mappings import LayerMapping
 from ildistil.objectives.base import Count, Weight, same_tokens
-from ildistil.objectives.mapped import Stack
-from ildistil.objectives.pairwise import PairwiseObjective
+from ildistil.objectives.mapped import PairwiseObjective, Stack
 from ildistil.objectives.projection import ProjectionOption
 from ildistil.objectives.states import StateObjective
 

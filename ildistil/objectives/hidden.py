@@ -10,8 +10,7 @@ from ildistil import distributed, functional
 from ildistil.capture import Activations, ModelInfo, Role, Tap
 from ildistil.mappings import All, Explicit, LayerMapping
 from ildistil.objectives.base import Weight, same_tokens
-from ildistil.objectives.mapped import JointObjective, MappedObjective, Stack
-from ildistil.objectives.pairwise import PairwiseObjective
+from ildistil.objectives.mapped import JointObjective, MappedObjective, PairwiseObjective, Stack
 from ildistil.objectives.pooling import Pool, checked, pooling
 from ildistil.objectives.projection import ProjectionOption, option, project
 from ildistil.objectives.states import StateObjective

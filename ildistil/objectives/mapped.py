@@ -1,7 +1,11 @@
 """Objectives on mapped layers: which student layer learns from which teacher layer."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
 
 from ildistil.capture import Activations, ModelInfo, Role, Tap
 from ildistil.errors import ObjectiveError
@@ -102,6 +106,22 @@ class MappedObjective(Objective):
         if self.mapping.draws:
             return f"{stack}{len(self.pairs)} pairs drawn at each step"
         return stack + " ".join(f"{s}<-{t}" for s, t in self.pairs)
+
+
+class PairwiseObjective(MappedObjective):
+    """An objective on pairs of layers: the mean over the pairs of :meth:`pair_loss`."""
+
+    @abstractmethod
+    def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
+        """Return the scalar loss of one (student layer, teacher layer) pair.
+
+        It takes the pair's layers once each: ``student.hidden.take(pair[0])``, ``teacher.hidden.take(pair[1])``.
+        """
+
+    def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
+        """Return the mean over the pairs."""
+        student, teacher = student.stack(self.stack), teacher.stack(self.stack)
+        return torch.stack([self.pair_loss(pair, student, teacher) for pair in self.pairs]).mean()
 
 
 class JointObjective(MappedObjective):

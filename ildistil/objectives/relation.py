@@ -13,8 +13,7 @@ from ildistil.functional.checks import check_count
 from ildistil.mappings import Last, LayerMapping
 from ildistil.objectives.attention import take_attention
 from ildistil.objectives.base import Weight
-from ildistil.objectives.mapped import Stack
-from ildistil.objectives.pairwise import PairwiseObjective
+from ildistil.objectives.mapped import PairwiseObjective, Stack
 
 _RELATIONS = {f"{left}-{right}" for left in "qkv" for right in "qkv"}
 

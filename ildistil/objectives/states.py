@@ -7,8 +7,7 @@ from ildistil import functional
 from ildistil.capture import Activations, ModelInfo
 from ildistil.mappings import LayerMapping
 from ildistil.objectives.base import Weight, same_tokens
-from ildistil.objectives.mapped import Stack
-from ildistil.objectives.pairwise import PairwiseObjective
+from ildistil.objectives.mapped import PairwiseObjective, Stack
 from ildistil.objectives.projection import ProjectionOption, option, project
 
 
