@@ -10,7 +10,7 @@ from torch import Tensor
 from ildistil.errors import ObjectiveError
 from ildistil.functional.checks import Shapes, check_choice
 from ildistil.functional.correlation import Total, pearson_distance, unchanged
-from ildistil.functional.reduction import full_precision, kl, within
+from ildistil.functional.reduction import for_each_head, full_precision, kl, within
 
 Over = Literal["tokens", "heads"]
 
@@ -92,10 +92,7 @@ def attention_output(scores: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
     if scores.shape[1] % value.shape[1]:
         raise ObjectiveError(f"{scores.shape[1]} heads can't share the values of {value.shape[1]}.")
     with full_precision(scores, value) as (a, v):
-        groups = a.shape[1] // v.shape[1]
-        if groups > 1:  # grouped-query attention
-            v = v.repeat_interleave(groups, dim=1)
-        v = torch.where(allowed.any(2).unsqueeze(-1), v, 0)  # 0 times NaN is NaN
+        v = torch.where(allowed.any(2).unsqueeze(-1), for_each_head(v, a.shape[1]), 0)  # 0 times NaN is NaN
         return (_log_probabilities(allowed, a)[0].exp() @ v).transpose(1, 2).flatten(2)
 
 

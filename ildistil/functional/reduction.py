@@ -99,6 +99,12 @@ def unit(vectors: Tensor) -> Tensor:
     return vectors / torch.where(length > 0, length, 1)
 
 
+def for_each_head(vectors: Tensor, heads: int) -> Tensor:
+    """Repeat the vectors ``(batch, fewer heads, ...)`` that consecutive heads share (grouped-query attention)."""
+    groups = heads // vectors.shape[1]
+    return vectors if groups == 1 else vectors.repeat_interleave(groups, dim=1)
+
+
 def kl(log_s: Tensor, log_t: Tensor) -> Tensor:
     """Return ``sum t (log t - log s)`` over the last dimension."""
     return (log_t.exp() * (log_t - log_s)).sum(-1)

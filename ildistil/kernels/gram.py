@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ildistil.attention import Masks, Scores, zeroed
+from ildistil.functional.reduction import for_each_head
 from ildistil.kernels.choice import refuse_second_derivative
 from ildistil.kernels.spans import spans
 
@@ -42,7 +43,7 @@ def squared_errors(student: Scores, teacher: Scores, masks: Masks) -> Tensor:
         teacher = teacher.detach().to(student.query.dtype)
         keys = student.key, teacher.key
         if keys[0].shape[1] != keys[1].shape[1]:  # shared otherwise
-            keys = keys[0].repeat_interleave(student.groups, 1), keys[1].repeat_interleave(teacher.groups, 1)
+            keys = for_each_head(keys[0], student.heads), for_each_head(keys[1], teacher.heads)
         vectors = student.query, keys[0], teacher.query, keys[1]
         ratio, device = teacher.scale / student.scale, student.query.device.type
         if device != "cuda":
