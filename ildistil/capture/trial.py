@@ -209,7 +209,10 @@ def _labelled_run(model: nn.Module, trial: Trial, at: int, label: int) -> tuple[
     labels = torch.full((trial.rows, trial.tokens), -100, device=reference.device)
     labels[trial.row, trial.start : at] = torch.arange(at - trial.start, device=reference.device) + 3
     labels[trial.row, at] = label
-    output = _run(model, {**trial.inputs, "labels": labels})
+    inputs = {**trial.inputs, "labels": labels}
+    if "labels" in trial.inputs:  # of which the decoder's input is made: mBART's begins with the last label
+        inputs["decoder_input_ids"] = trial.inputs["labels"].clamp(min=0)
+    output = _run(model, inputs)
     loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
     if not isinstance(loss, Tensor) or not isinstance(logits, Tensor) or loss.ndim or not bool(loss.isfinite()):
         raise ModelRunError("its loss on made-up labels is no finite number")
