@@ -1,5 +1,6 @@
 """What an attention is made of: its scores, which of them count, and its values; and the scores as whole maps."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ildistil.errors import CaptureError
-from ildistil.functional.reduction import widened
+from ildistil.functional.reduction import for_each_head, widened
 
 __all__ = ["Attention", "Masks", "Scores", "allowed_map", "real_tokens", "score_map", "visible", "zeroed"]
 
@@ -41,18 +42,19 @@ class Scores(NamedTuple):
 
     def full_precision(self) -> "Scores":
         """Widen half-precision tensors to float32."""
-        query, key = widened(self.query), widened(self.key)
-        return self._replace(query=query, key=key, bias=None if self.bias is None else widened(self.bias))
+        return self._each(widened)
 
     def to(self, dtype: torch.dtype) -> "Scores":
         """Convert all tensors."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return self._replace(query=self.query.to(dtype), key=self.key.to(dtype), bias=bias)
+        return self._each(lambda x: x.to(dtype))
 
     def detach(self) -> "Scores":
         """Cut the gradients off."""
-        bias = None if self.bias is None else self.bias.detach()
-        return self._replace(query=self.query.detach(), key=self.key.detach(), bias=bias)
+        return self._each(Tensor.detach)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Scores":
+        bias = None if self.bias is None else change(self.bias)
+        return self._replace(query=change(self.query), key=change(self.key), bias=bias)
 
 
 class Masks(NamedTuple):
@@ -85,9 +87,7 @@ def score_map(parts: Scores, masks: Masks) -> Tensor:
     """Return all scores, ``(batch, heads, queries, keys)``, at least in float32; those of padding are finite."""
     query, key, scale, bias, softcap = parts.full_precision()
     with torch.autocast(query.device.type, enabled=False):
-        key = zeroed(key, masks.key_mask)
-        if parts.groups > 1:
-            key = key.repeat_interleave(parts.groups, dim=1)
+        key = for_each_head(zeroed(key, masks.key_mask), parts.heads)
         scores = zeroed(query, masks.query_mask) * scale @ key.mT
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -172,23 +172,14 @@ class Attention:
         return self.raw
 
     def vectors(self, part: str) -> Tensor:
-        """Return the vectors of every head as they are, padding included: ``(batch, heads, tokens, size)``.
+        """Return the vectors ``"q"``, ``"k"`` or ``"v"`` of every head, padding included.
 
-        Args:
-            part: ``"q"``, ``"k"`` or ``"v"``; keys and values that heads share (grouped-query attention) are repeated.
+        They are of the shape ``(batch, heads, tokens, size)``: what heads share (grouped-query attention) is repeated.
         """
-        vectors = {"q": self.query, "k": self.key, "v": self.value}[part]
-        groups = self.heads // vectors.shape[1]
-        return vectors if groups == 1 else vectors.repeat_interleave(groups, dim=1)
+        return for_each_head({"q": self.query, "k": self.key, "v": self.value}[part], self.heads)
 
     def score_map(self) -> Tensor:
-        """Return the scores before the softmax, ``(batch, heads, queries, keys)``, at least in float32.
-
-        ``softcap * tanh(q k^T scale / softcap) + bias``, without masks: see :meth:`allowed_map`.
-
-        Raises:
-            CaptureError: the model makes its scores otherwise.
-        """
+        """Return the scores before softmax and masks, ``(batch, heads, queries, keys)``, at least in float32."""
         return score_map(self.scores, self.masks)
 
     def allowed_map(self) -> Tensor:

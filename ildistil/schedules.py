@@ -35,6 +35,15 @@ def has_schedules(objectives: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class _Ramp(Schedule):
+    """From one weight to another.
+
+    Args:
+        start: weight up to ``begin``.
+        end: weight from ``until`` on.
+        begin: progress at which the change begins.
+        until: progress at which it is over.
+    """
+
     start: float
     end: float
     begin: float = 0.0
@@ -47,7 +56,6 @@ class _Ramp(Schedule):
         return f"{type(self).__name__} {self.start:g} to {self.end:g}{_span(self.begin, self.until)}"
 
     def __call__(self, progress: float) -> float:
-        """Return the weight: ``start`` before ``begin``, ``end`` after ``until``, between them in between."""
         done = min(1.0, max(0.0, (progress - self.begin) / (self.until - self.begin)))
         risen = self.shape(done)
         return (1 - risen) * self.start + risen * self.end  # exact at both ends
@@ -58,13 +66,7 @@ class _Ramp(Schedule):
 
 
 class Linear(_Ramp):
-    """From one weight to another along a line.
-
-    Args:
-        start: weight up to ``begin``.
-        end: weight from ``until`` on.
-        begin: progress at which the change begins.
-        until: progress at which it is over.
+    """From the weight ``start`` to the weight ``end`` along a line, between the progress ``begin`` and ``until``.
 
     Raises:
         ConfigError: a weight is no finite number >= 0, both are 0, or the span isn't within 0 to 1.
@@ -76,16 +78,7 @@ class Linear(_Ramp):
 
 
 class Cosine(_Ramp):
-    """From one weight to another along half a cosine: slow, fast, slow.
-
-    Args:
-        start: weight up to ``begin``.
-        end: weight from ``until`` on.
-        begin: progress at which the change begins.
-        until: progress at which it is over.
-
-    Raises:
-        ConfigError: a weight is no finite number >= 0, both are 0, or the span isn't within 0 to 1.
+    """From one weight to another along half a cosine, slow, fast, slow; its arguments are those of :class:`Linear`.
 
     >>> rising = Cosine(0.0, 2.0, begin=0.5)
     >>> [round(rising(p), 3) for p in (0.25, 0.5, 0.75, 1.0)]

@@ -8,6 +8,9 @@ import inspect
 from pathlib import Path
 from types import ModuleType
 
+import jsonargparse
+import pytest
+
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 PUBLIC = [
     "ildistil", "ildistil.objectives", "ildistil.mappings", "ildistil.schedules", "ildistil.functional",
@@ -43,6 +46,15 @@ def test_what_is_public_has_a_docstring() -> None:
         if (inspect.isclass(value) or inspect.isfunction(value)) and not inspect.getdoc(value)
     ]
     assert bare == []
+
+
+@pytest.mark.parametrize("name", ["ildistil.objectives", "ildistil.mappings", "ildistil.schedules"])
+def test_the_help_of_a_class_describes_every_option(name: str) -> None:
+    kinds = [kind for kind in exported(name).values() if inspect.isclass(kind) and not inspect.isabstract(kind)]
+    for kind in kinds:
+        parser = jsonargparse.ArgumentParser()
+        parser.add_class_arguments(kind)
+        assert [option.dest for option in parser._actions if not option.help] == [], kind
 
 
 if __name__ == "__main__":

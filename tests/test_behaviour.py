@@ -61,6 +61,7 @@ LANGUAGE: dict[str, Make] = {
         tf.BertConfig(**BERT, num_hidden_layers=2, num_labels=50)
     ),
     "BART": lambda: tf.BartForConditionalGeneration(tf.BartConfig(**CODERS)),
+    "mBART": lambda: tf.MBartForConditionalGeneration(tf.MBartConfig(**CODERS)),
     "T5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)),
 }  # fmt: skip
 

@@ -19,13 +19,14 @@ any final norm of the model), ``attention[i]`` belongs to layer ``i``. An encode
 """
 
 from ildistil.attention import Attention
-from ildistil.capture.activations import Activations, KnownTraits, Layers, Pooling
+from ildistil.capture.activations import Activations, KnownTraits, Layers
 from ildistil.capture.head import LazyLogits
 from ildistil.capture.info import ModelInfo
 from ildistil.capture.inputs import model_inputs, real_labels, separate_configs
 from ildistil.capture.layers import find_layers, find_stacks, unwrapped
 from ildistil.capture.run import Capture
 from ildistil.capture.taps import Role, Tap, merged
+from ildistil.functional.pooling import Pooling
 
 __all__ = [
     "Activations",

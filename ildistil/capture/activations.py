@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -13,8 +13,7 @@ from ildistil.capture.head import LazyLogits
 from ildistil.capture.info import check_stack
 from ildistil.capture.taps import Tap
 from ildistil.errors import CaptureError
-
-__all__ = ["Activations", "KnownTraits", "Layers", "Pooling", "Traits"]
+from ildistil.functional.pooling import Pooling
 
 T = TypeVar("T")
 
@@ -72,9 +71,6 @@ class Layers(Mapping[int, T]):
 
     def __len__(self) -> int:
         return len(self._records)
-
-
-Pooling = Literal["first", "last", "mean"]
 
 
 class Traits(Protocol):
@@ -174,13 +170,7 @@ class Activations:
                 layers.expect(tap.layer)
 
     def stack(self, name: str | None) -> "Activations":
-        """Return what one stack of layers gave, with the same output and modules.
-
-        Args:
-            name: ``"encoder"``, ``"decoder"`` or ``"cross"``; ``None`` for the one stack of other models.
-
-        Returns:
-            Its activations, with a mask of its own.
+        """Return what one stack gave: ``"encoder"``, ``"decoder"``, ``"cross"``, or ``None`` for the only one.
 
         Raises:
             CaptureError: the model has several stacks and none is named, or it has none of this name.

@@ -8,27 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ildistil.capture.activations import Pooling
 from ildistil.capture.layout import Layout, States
 from ildistil.capture.trial import Trial, depends_on_later_tokens, pooled_states, predicts_next_token, undisturbed
 from ildistil.errors import ModelRunError
-
-__all__ = ["Behaviour", "TriedTraits"]
+from ildistil.functional.pooling import Pooling
 
 
 class Behaviour:
-    """Learns about a model, each thing once, by trial runs on one row of a batch.
-
-    Args:
-        model: the module itself, without ``torch.compile``'s wrapper.
-        layers: the modules that give the states of each stack's layers.
-        states: runs it on some inputs, and returns the states of a layer as the layer gave them.
-        layout: which dimension of these is the batch.
-
-    Attributes:
-        next_token: whether the logits at a position predict the token after it; ``None`` where that isn't known.
-        why_not_known: why it isn't.
-    """
+    """Learns about a model, each thing once, by trial runs on one row of a batch."""
 
     def __init__(
         self,
@@ -40,19 +27,12 @@ class Behaviour:
         self.model, self._layers, self._states, self._layout = model, layers, states, layout
         self._causal: dict[str | None, bool] = {}
         self._pooling: dict[str | None, Pooling | None] = {}
-        self.next_token: bool | None = None
+        self.next_token: bool | None = None  # whether the logits at a position predict the token after it
         self.why_not_known = "no run with its logits was long enough to tell"
         self.is_settled = False  # whether next_token needs no further trial
 
     def is_causal(self, stack: str | None, layer: int, inputs: Mapping[str, Any], real: Tensor) -> bool | None:
-        """Return whether a stack is causal; ``None`` where that isn't known, as of a model that reads no token ids.
-
-        Args:
-            stack: the stack.
-            layer: a layer of it that may be recorded.
-            inputs: what the model was given.
-            real: the real tokens of the stack.
-        """
+        """Return whether a stack, of which a layer is recorded, is causal; ``None`` if that isn't known."""
         names = ("decoder_input_ids", "labels") if stack == "decoder" else ("input_ids",)
         name = next((name for name in names if isinstance(inputs.get(name), Tensor)), None)
         if stack not in self._causal and layer > 0 and name is not None and inputs[name].shape == real.shape:
@@ -68,7 +48,7 @@ class Behaviour:
         return self._causal.get(stack)
 
     def pooling(self, stack: str | None, layer: int, inputs: Mapping[str, Any], real: Tensor) -> Pooling:
-        """Return which state of a stack stands for a whole example; the arguments are those of :meth:`is_causal`."""
+        """Return which state of a stack stands for a whole example."""
         if stack not in self._pooling and stack in (None, "decoder") and stack in self._layers:
             last, trial = self._layers[stack][-1], Trial.of(inputs, real)
             with undisturbed(self.model), suppress(ModelRunError):
@@ -80,13 +60,7 @@ class Behaviour:
         return found or ("last" if stack is None and self.is_causal(stack, layer, inputs, real) else "first")
 
     def learn_next_token(self, inputs: Mapping[str, Any], real: Tensor, output: Any) -> None:
-        """Learn which label a row of logits predicts, where there is a row for each token.
-
-        Args:
-            inputs: what the model is given without labels.
-            real: the real tokens to which the logits belong.
-            output: what the model gave.
-        """
+        """Learn which label a row of logits predicts, where there is a row for each token; inputs have no labels."""
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
             return
@@ -102,7 +76,7 @@ class Behaviour:
 
 
 class TriedTraits:
-    """Traits of one stack that are found when they are asked for; the arguments are those of :class:`Behaviour`."""
+    """Traits of one stack that are found when they are asked for."""
 
     def __init__(
         self, behaviour: Behaviour, stack: str | None, layer: int, inputs: Mapping[str, Any], real: Tensor

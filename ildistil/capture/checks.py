@@ -11,29 +11,16 @@ from ildistil.capture.recorder import Key, PaddingMasks, Recorder, Records
 from ildistil.capture.taps import Tap
 from ildistil.errors import CaptureError
 
-__all__ = ["MaskCheck", "check_attention_shapes", "check_between_layers", "check_complete"]
-
 
 def check_complete(model: str, recorder: Recorder, records: Records, depths: Mapping[str | None, int] | None) -> None:
-    """Refuse a run in which something wanted did not arrive, or not all layers ran.
-
-    Args:
-        model: what messages call it.
-        recorder: knows what was wanted.
-        records: what arrived.
-        depths: the number of layers of each stack; ``None`` where the run stopped before its end.
-
-    Raises:
-        CaptureError: something is missing.
-    """
+    """Refuse a run that lacks something wanted, or, unless it stopped before its end (no ``depths``), some layers."""
     wanted = recorder.wanted_hidden | recorder.wanted_attention.keys()
-    for stack in {stack for stack, _ in wanted} if depths is not None else ():
-        assert depths is not None
+    for stack, depth in (depths or {}).items():
         layers = records.layers_run["decoder" if stack == "cross" else stack]
-        if layers != depths[stack]:
+        if layers != depth and any(stack == of for of, _ in wanted):
             where = "" if stack is None else f" (stack {stack!r})"
             raise CaptureError(
-                f"The {model} ran {layers} layers, its depth is {depths[stack]}{where}. "
+                f"The {model} ran {layers} layers, its depth is {depth}{where}. "
                 "Switch off whatever skips layers (layerdrop, early exit)."
             )
     missing = [Tap("hidden", k, stack) for stack, k in recorder.wanted_hidden - records.hidden.keys()]
@@ -50,15 +37,11 @@ def check_complete(model: str, recorder: Recorder, records: Records, depths: Map
 
 
 def check_between_layers(model: str, records: Records) -> None:
-    """Refuse a layer whose output the model changes before the next layer is given it.
-
-    Raises:
-        CaptureError: it does.
-    """
+    """Refuse a layer whose output the model changes before the next layer is given it."""
     for place, given in records.given.items():
         state = records.hidden[place]
-        same = given is state or (given.shape == state.shape and _equal(given.to(state), state))
-        if not same:
+        # Padding may be not a number.
+        if given.shape != state.shape or not torch.allclose(given.to(state), state, rtol=0, atol=0, equal_nan=True):
             raise CaptureError(
                 f"{Tap('hidden', place[1], place[0])} of the {model} is not what layer {place[1] + 1} is given: "
                 "something changes the states between these layers. Map another layer, or tap the module that gives "
@@ -66,22 +49,8 @@ def check_between_layers(model: str, records: Records) -> None:
             )
 
 
-def _equal(given: Tensor, state: Tensor) -> bool:
-    return torch.allclose(given, state, rtol=0, atol=0, equal_nan=True)  # padding may be not a number
-
-
 def check_attention_shapes(model: str, attention: Mapping[Key, Attention], masks: PaddingMasks, rows: int) -> None:
-    """Refuse attention over something else than the tokens of each row, such as windows of an image.
-
-    Args:
-        model: what messages call it.
-        attention: what was recorded.
-        masks: the real queries and keys of every stack.
-        rows: number of rows of the batch.
-
-    Raises:
-        CaptureError: its shape is not that of the batch.
-    """
+    """Refuse attention over something else than the tokens of each of the batch's rows, such as windows of images."""
     for place, record in attention.items():
         query, key, value = record.query.shape, record.key.shape, record.value.shape
         of_queries, of_keys = (None if mask is None else mask.shape[1] for mask in masks[place[0]])
@@ -99,9 +68,6 @@ def check_attention_shapes(model: str, attention: Mapping[Key, Attention], masks
 class MaskCheck:
     """Checks in every run that the masks which a model passes to its attention are those that were understood.
 
-    Args:
-        model: what messages call it.
-
     Reading a result back holds a GPU up. There it is read when a run may show something new, and every 64 runs; on a
     CPU always.
     """
@@ -112,16 +78,7 @@ class MaskCheck:
         self._wrong: dict[Key, tuple[Tensor, Masks]] = {}
 
     def __call__(self, attention: Mapping[Key, Attention], passed: Mapping[Key, Any], verify: bool) -> None:
-        """Check one run.
-
-        Args:
-            attention: what was recorded.
-            passed: the masks that the model passed.
-            verify: read the result in any case.
-
-        Raises:
-            CaptureError: the model masks otherwise.
-        """
+        """Check the attention that one run recorded against the masks passed to it; ``verify`` reads in any case."""
         checked: set[tuple[Any, ...]] = set()
         read = verify or self._runs % 64 == 0
         for place, mask in passed.items():

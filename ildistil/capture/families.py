@@ -8,22 +8,14 @@ once for the class; outside a captured run it does nothing.
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
-from ildistil.capture.interface import AttentionRecorder, active_recorder
-
-__all__ = ["FAMILIES", "Family", "attach", "layer_ends"]
+from ildistil.capture.interface import active_recorder
+from ildistil.capture.recorder import Recorder
 
 Parts = dict[str, Tensor]
-
-
-class _Recorder(AttentionRecorder, Protocol):
-    active: bool
-
-    def take_parts(self) -> Parts:
-        """Return the recorded parts and forget them."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +67,7 @@ FAMILIES = {
 }
 
 
-def attach(layers: Iterable[nn.Module], recorder: _Recorder) -> list[Any]:
+def attach(layers: Iterable[nn.Module], recorder: Recorder) -> list[Any]:
     """Hook the attention modules of known families, and return the handles: none where the family is unknown."""
     handles: list[Any] = []
     for module in {m: None for layer in layers for m in layer.modules()}:
@@ -107,13 +99,13 @@ def _name(module: nn.Module) -> str:
     return f"{type(module).__module__.rsplit('.', 1)[-1]}.{type(module).__name__}"
 
 
-def _record_projection(recorder: _Recorder, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+def _record_projection(recorder: Recorder, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
     if recorder.active:
         recorder.record_part(name, output)
 
 
 def _record_attention(
-    recorder: _Recorder, family: Family, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    recorder: Recorder, family: Family, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     if not recorder.active:
         return

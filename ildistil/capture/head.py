@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from ildistil.functional.reduction import widened
 
-__all__ = ["LazyLogits", "agrees", "is_token_labels", "output_layer"]
-
 
 @dataclass(frozen=True)
 class LazyLogits:
@@ -49,14 +47,19 @@ class LazyLogits:
         """Return the states of the tokens that have a label to predict, ``(rows, width)``, and these labels."""
         assert self.labels is not None, "wanted only of batches with labels"
         assert self.next_token is not None, "wanted only where the loss is known to be that of these labels"
-        states, labels = (self.states[:, :-1], self.labels[:, 1:]) if self.next_token else (self.states, self.labels)
+        labels = labels_of_rows(self.labels, self.next_token)
         chosen = labels != -100
-        return states[chosen], labels[chosen]
+        return self.states[chosen], labels[chosen]
 
     def loss(self) -> Tensor:
         """Return the mean cross-entropy of the labels."""
         states, labels = self.labelled()
         return F.cross_entropy(widened(self.made(states)), labels)
+
+
+def labels_of_rows(labels: Tensor, next_token: bool | None) -> Tensor:
+    """Return the label that each row of logits predicts, -100 where it predicts none."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100) if next_token and labels.ndim == 2 else labels
 
 
 def is_token_labels(labels: Any) -> TypeGuard[Tensor]:
@@ -72,15 +75,10 @@ def output_layer(model: nn.Module) -> nn.Module | None:
 
 
 def agrees(found: LazyLogits, output: Any, before: Mapping[str, bool]) -> dict[str, bool]:
-    """Return whether the output layer really comes last (no softcap, no scale after it), and cross-entropy is the loss.
+    """Return whether ``"logits"`` and ``"loss"`` may be made later, as far as this run or one before it tells.
 
-    Args:
-        found: what the output layer was given.
-        output: what the model gave in the same run.
-        before: what earlier runs told; what once did not agree never does.
-
-    Returns:
-        For ``"logits"`` and ``"loss"``, as far as this run or an earlier one told, whether they may be made later.
+    They may if the output layer really comes last (no softcap, no scale after it), and cross-entropy is the loss. What
+    once did not agree never does.
     """
     logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
     now = dict(before)

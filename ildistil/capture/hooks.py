@@ -13,26 +13,14 @@ from ildistil.capture.recorder import Recorder
 from ildistil.capture.taps import Tap
 from ildistil.errors import CaptureError
 
-__all__ = ["Hooks"]
-
 
 class Hooks:
     """Attaches a recorder to a model, for the taps that may be wanted of it.
-
-    Args:
-        model: the module itself, without ``torch.compile``'s wrapper.
-        info: what is known of it.
-        name: what messages call it.
-        wanted: the taps.
-        recorder: what the hooks record into.
 
     Attributes:
         layers: the hooked layers of each stack.
         ends: the modules that give the layers' states, mostly the layers.
         output_layer: the layer that makes the logits, if it is hooked.
-
-    Raises:
-        CaptureError: the model can't give a wanted tap.
     """
 
     def __init__(
@@ -56,11 +44,7 @@ class Hooks:
         self._handles.clear()
 
     def refuse_reentrant_checkpointing(self) -> None:
-        """Refuse a model whose layers are checkpointed in a way that gives captured tensors wrong gradients.
-
-        Raises:
-            CaptureError: they are.
-        """
+        """Refuse a model whose layers are checkpointed in a way that gives captured tensors wrong gradients."""
         for layer in (layer for layers in self.layers.values() for layer in layers):
             function = getattr(layer, "_gradient_checkpointing_func", None)
             if function is not None and getattr(function, "keywords", {}).get("use_reentrant"):

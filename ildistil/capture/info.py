@@ -11,8 +11,6 @@ from transformers import PreTrainedConfig
 from ildistil.capture.layers import coder_layers, coders, find_layers, layered_config, unwrapped
 from ildistil.errors import CaptureError
 
-__all__ = ["ModelInfo", "check_stack", "is_classifier"]
-
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -74,21 +72,16 @@ class ModelInfo:
         if layered is None:
             layers = find_layers(model)
             attention = getattr(layers[0], "self_attn", None) if layers else None
-            return cls(
-                type(model).__name__,
-                len(layers),
-                getattr(attention, "embed_dim", None),
-                getattr(attention, "num_heads", None),
-                attention_width=getattr(attention, "embed_dim", None),
-                value_width=getattr(attention, "embed_dim", None),
-                parameters=_count_parameters(model),
-            )
+            width, heads = getattr(attention, "embed_dim", None), getattr(attention, "num_heads", None)
+            plain = cls(type(model).__name__, len(layers), width, heads, parameters=_count_parameters(model))
+            return replace(plain, attention_width=width, value_width=width)
         config: Any = model.config
         init_layers = getattr(config, "init_layers", None)
         has_classes = "vocab_size" not in vars(layered) or is_classifier(model)
+        depth = _setting(layered, "num_hidden_layers")
         info = cls(
             name=type(model).__name__,
-            depth=depth if isinstance(depth := _setting(layered, "num_hidden_layers"), int) else 0,
+            depth=depth if isinstance(depth, int) else 0,
             width=_setting(layered, "hidden_size"),
             heads=_setting(layered, "num_attention_heads"),
             vocabulary=_setting(layered, "vocab_size"),
@@ -104,13 +97,7 @@ class ModelInfo:
         return replace(info, stacks=_stack_info(model, info))
 
     def stack(self, name: str | None) -> "ModelInfo":
-        """Return the info of one stack of layers.
-
-        Args:
-            name: ``"encoder"``, ``"decoder"`` or ``"cross"``; ``None`` for the one stack of other models.
-
-        Returns:
-            The info, in which depth, width and heads are the stack's.
+        """Return the same of one stack: ``"encoder"``, ``"decoder"``, ``"cross"``, or ``None`` for the only one.
 
         Raises:
             CaptureError: the model has several stacks and none is named, or it has none of this name.

@@ -11,20 +11,6 @@ from torch import Tensor, nn
 from ildistil.capture.info import is_classifier
 from ildistil.errors import CaptureError
 
-__all__ = [
-    "OURS",
-    "TARGETS",
-    "decoder_mask",
-    "encoder_mask",
-    "input_names",
-    "main_input",
-    "model_inputs",
-    "real_labels",
-    "separate_configs",
-    "token_mask",
-    "without_labels",
-]
-
 TARGETS = "ildistil_targets"  # stored targets that were read for a batch travel in it
 OURS = frozenset({"row_id", TARGETS})  # what no model is given
 
@@ -84,11 +70,7 @@ def input_names(model: nn.Module) -> frozenset[str]:
 
 
 def main_input(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Return the tensor whose first two dimensions are most likely the rows and tokens of a batch.
-
-    Raises:
-        CaptureError: the batch has no tensor with rows.
-    """
+    """Return the tensor whose first two dimensions are most likely the rows and tokens of a batch."""
     names = ["input_ids", "inputs_embeds", getattr(model, "main_input_name", ""), *batch]
     tensors = (batch.get(name) for name in names if name not in OURS)
     found = next((v for v in tensors if isinstance(v, Tensor) and v.ndim >= 2), None)
@@ -98,11 +80,7 @@ def main_input(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def token_mask(batch: Mapping[str, Any], key: str = "attention_mask") -> Tensor | None:
-    """Return which tokens are real, ``(batch, tokens)``; ``None`` where the batch doesn't say.
-
-    Raises:
-        CaptureError: the batch marks padding in a way that is not understood.
-    """
+    """Return which tokens are real, ``(batch, tokens)``; ``None`` where the batch doesn't say."""
     mask = batch.get(key)
     if mask is None and batch.get("src_key_padding_mask") is not None:
         mask = ~batch["src_key_padding_mask"].bool()  # torch's own Transformer marks what is padding

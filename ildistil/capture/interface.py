@@ -8,38 +8,18 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-__all__ = ["AttentionRecorder", "active_recorder", "goes_through_interface", "recording", "unread"]
+from ildistil.capture.recorder import Recorder
 
-
-def unread(vectors: Tensor) -> Tensor:
-    """Return a placeholder for vectors that nothing reads: not a number, so that no loss on them is finite."""
-    return vectors.new_full((), torch.nan).expand(vectors.shape)
-
-
-class AttentionRecorder(Protocol):
-    """Records the attention of a captured run."""
-
-    def record_attention(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None,
-        kwargs: dict[str, Any], unknown: str | None = None,
-    ) -> None:  # fmt: skip
-        """Record the attention of the layer that runs."""
-
-    def record_part(self, name: str, value: Tensor) -> None:
-        """Record a part of an attention that is assembled later."""
-
-
-_active: AttentionRecorder | None = None
+_active: Recorder | None = None
 
 
 @contextmanager
-def recording(recorder: AttentionRecorder) -> Iterator[None]:
+def recording(recorder: Recorder) -> Iterator[None]:
     """Direct attention functions to this recorder."""
     global _active
     functions = AttentionInterface._global_mapping
@@ -56,7 +36,7 @@ def recording(recorder: AttentionRecorder) -> Iterator[None]:
         functions.update(plain)
 
 
-def active_recorder() -> AttentionRecorder | None:
+def active_recorder() -> Recorder | None:
     """Return the recorder of the captured run that is in progress, if there is one."""
     return _active
 

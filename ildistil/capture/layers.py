@@ -3,8 +3,6 @@
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["coder_layers", "coders", "find_layers", "find_stacks", "layered_config", "unwrapped"]
-
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside ``torch.compile``'s wrapper."""
@@ -57,12 +55,7 @@ def coders(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def coder_layers(name: str, coder: nn.Module) -> list[nn.Module]:
-    """Return the layers of an encoder or a decoder: its only outermost ``ModuleList``, or the one that is long enough.
-
-    Args:
-        name: ``"encoder"`` or ``"decoder"``.
-        coder: the module.
-    """
+    """Return the layers of the encoder or the decoder: its only outermost ``ModuleList``, or the one as long as it."""
     stacks, config = _outermost(coder), getattr(coder, "config", None)
     if len(stacks) > 1:
         stacks = _as_deep(stacks, config, f"{name}_layers", f"num_{name}_layers", "num_hidden_layers")

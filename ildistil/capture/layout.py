@@ -12,20 +12,12 @@ from ildistil.capture.taps import Tap
 from ildistil.capture.trial import Trial, undisturbed
 from ildistil.errors import CaptureError
 
-__all__ = ["Layout", "States"]
-
+# Runs a model on some inputs, and returns the states of a layer as the layer gave them.
 States = Callable[[Mapping[str, Any], Key], Tensor]
 
 
 class Layout:
-    """Learns once for each stack of a model which dimension of its states is the batch, and puts it first.
-
-    Args:
-        model: the module itself, without ``torch.compile``'s wrapper.
-        name: what messages call it.
-        layers: the modules that give the states of each stack's layers.
-        states: runs the model on some inputs, and returns the states of a layer as the layer gave them.
-    """
+    """Learns once for each stack of a model which dimension of its states is the batch, and puts it first."""
 
     def __init__(
         self, model: nn.Module, name: str, layers: Mapping[str | None, list[nn.Module]], states: States
@@ -45,16 +37,7 @@ class Layout:
     def arranged(
         self, hidden: Mapping[Key, Tensor], masks: PaddingMasks, inputs: Mapping[str, Any]
     ) -> dict[Key, Tensor]:
-        """Return hidden states as ``(batch, tokens, width)``, whatever the layout of the layers.
-
-        Args:
-            hidden: the states as the layers gave them.
-            masks: the real tokens of every stack.
-            inputs: what the model was given.
-
-        Raises:
-            CaptureError: their shape is not that of the batch.
-        """
+        """Return hidden states as ``(batch, tokens, width)``, whatever the layout of the layers that gave them."""
         found: dict[Key, Tensor] = {}
         for place, state in hidden.items():
             mask = masks[place[0]][0]

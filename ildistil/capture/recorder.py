@@ -2,16 +2,15 @@
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ildistil.attention import Attention, Masks, Scores
-from ildistil.capture.interface import unread
 from ildistil.capture.taps import Tap
 from ildistil.errors import CaptureError
-
-__all__ = ["Key", "PaddingMasks", "Recorder", "Records", "StopForward", "layer_states"]
 
 Key = tuple[str | None, int]  # a stack and a layer of it
 PaddingMasks = dict[str | None, tuple[Tensor | None, Tensor | None]]  # of queries and of keys, by stack
@@ -27,8 +26,9 @@ class StopForward(BaseException):
     """Everything wanted is recorded, and the rest of the model need not run; no ``except Exception`` holds it up."""
 
 
-class Records(NamedTuple):
-    """What one run left.
+@dataclass
+class Records:
+    """What one run leaves.
 
     Attributes:
         hidden: states by stack and layer, as the layers gave them.
@@ -40,17 +40,17 @@ class Records(NamedTuple):
         layers_run: how many layers of each stack ran.
     """
 
-    hidden: dict[Key, Tensor]
-    given: dict[Key, Tensor]
-    attention: dict[Key, Attention]
-    masks_passed: dict[Key, Any]
-    modules: dict[str, Any]
-    head_states: Tensor | None
-    layers_run: dict[str | None, int]
+    hidden: dict[Key, Tensor] = field(default_factory=dict)
+    given: dict[Key, Tensor] = field(default_factory=dict)
+    attention: dict[Key, Attention] = field(default_factory=dict)
+    masks_passed: dict[Key, Any] = field(default_factory=dict)
+    modules: dict[str, Any] = field(default_factory=dict)
+    head_states: Tensor | None = None
+    layers_run: dict[str | None, int] = field(default_factory=dict)
 
 
 class Recorder:
-    """Records one model's runs. Plain tuples, ints, dicts and flags, which torch.compile can trace through."""
+    """Records one model's runs. Plain records, ints, dicts and flags, which torch.compile can trace through."""
 
     def __init__(self, wanted: Iterable[Tap]) -> None:
         self.paths: set[str] = set()
@@ -59,9 +59,8 @@ class Recorder:
         self.layer = self.calls = 0
         self.masks: PaddingMasks = {}
         self.parts: dict[str, Tensor] = {}
-        self.layers_run: dict[str | None, int] = {}
+        self.records = Records()
         self._want(wanted)
-        self._clear()
 
     def _want(self, wanted: Iterable[Tap]) -> None:
         layered = [tap for tap in wanted if tap.layer is not None]
@@ -70,45 +69,20 @@ class Recorder:
         self.wanted_names = {tap.name for tap in wanted}
         self.wants_head = bool({"logits", "loss"} & self.wanted_names)
 
-    def _clear(self) -> None:
-        self.hidden: dict[Key, Tensor] = {}
-        self.given: dict[Key, Tensor] = {}
-        self.attention: dict[Key, Attention] = {}
-        self.masks_passed: dict[Key, Any] = {}
-        self.modules: dict[str, Any] = {}
-        self.head_states: Tensor | None = None
-
     def start(self, wanted: frozenset[Tap], masks: PaddingMasks, verify: bool, stops: bool) -> None:
-        """Begin a run.
-
-        Args:
-            wanted: what to record.
-            masks: the real queries and keys of every stack.
-            verify: record also what only checks need.
-            stops: raise :class:`StopForward` as soon as everything is recorded.
-        """
+        """Begin a run: ``verify`` records also what only checks need, ``stops`` ends it once everything is recorded."""
         self._want(wanted)
         self.active, self.verify, self.stops, self.masks = True, verify, stops, masks
-        self.layers_run = dict.fromkeys(masks, 0)
+        self.records.layers_run = dict.fromkeys(masks, 0)
 
     def stop(self) -> Records:
         """End a run, and return its records."""
-        records = Records(
-            self.hidden, self.given, self.attention, self.masks_passed, self.modules, self.head_states, self.layers_run
-        )
+        records, self.records = self.records, Records()
         self.active, self.layer, self.calls, self.masks, self.parts = False, 0, 0, {}, {}
-        self._clear()
         return records
 
     def hook_layer(self, layer: nn.Module, end: nn.Module, stack: str | None, number: int | None) -> list[Any]:
-        """Hook a layer.
-
-        Args:
-            layer: the layer.
-            end: the module whose output is the layer's, mostly the layer itself.
-            stack: its stack.
-            number: its number; ``None`` where modules run several times.
-        """
+        """Hook a layer, whose output is that of ``end``; it has no number where modules run several times."""
         before = functools.partial(self._before_layer, stack, number)
         after = functools.partial(self._after_layer, stack)
         return [layer.register_forward_pre_hook(before, with_kwargs=True), end.register_forward_hook(after)]
@@ -119,8 +93,9 @@ class Recorder:
         if not self.active:
             return
         # By call order, not by index: ALBERT runs one module L times.
-        self.layers_run[stack] += 1
-        self.stack, self.layer, self.calls = stack, self.layers_run[stack], 0
+        run = self.records.layers_run
+        run[stack] += 1
+        self.stack, self.layer, self.calls = stack, run[stack], 0
         if number not in (None, self.layer):
             raise CaptureError(
                 f"Layer {number} ran as layer {self.layer}. Switch off whatever skips layers (layerdrop, early exit)."
@@ -129,29 +104,30 @@ class Recorder:
         if before in self.wanted_hidden and (self.layer == 1 or self.verify):
             state = layer_states(args[0] if args else kwargs.get("hidden_states"), module)
             if self.layer == 1:
-                self.hidden[before] = state
+                self.records.hidden[before] = state
                 self._stop_if_enough()
             else:
-                self.given[before] = state
+                self.records.given[before] = state
 
     def _after_layer(self, stack: str | None, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self.active:
             return
         place, self.layer = (stack, self.layer), 0  # what attends from here on belongs to no layer
         if place in self.wanted_hidden:
-            self.hidden[place] = layer_states(output, module)
+            self.records.hidden[place] = layer_states(output, module)
             self._stop_if_enough()
 
     def before_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record what the output layer over the vocabulary is given: the hook before it."""
         if self.active and self.wants_head:
-            self.head_states = args[0] if args else next(iter(kwargs.values()))
+            self.records.head_states = args[0] if args else next(iter(kwargs.values()))
             self._stop_if_enough()
 
     def _stop_if_enough(self) -> None:
-        if not self.stops or (self.wants_head and self.head_states is None):
+        found = self.records
+        if not self.stops or (self.wants_head and found.head_states is None):
             return
-        if len(self.hidden) == len(self.wanted_hidden) and len(self.attention) == len(self.wanted_attention):
+        if len(found.hidden) == len(self.wanted_hidden) and len(found.attention) == len(self.wanted_attention):
             raise StopForward
 
     def module_hook(self, path: str) -> Callable[..., None]:
@@ -160,7 +136,7 @@ class Recorder:
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if self.active and path in self.wanted_names:
-                self.modules[path] = output
+                self.records.modules[path] = output
 
         return hook
 
@@ -185,7 +161,7 @@ class Recorder:
         place = (stack, self.layer)
         if place not in self.wanted_attention:
             return
-        if place in self.attention:
+        if place in self.records.attention:
             raise CaptureError(f"Layer {self.layer} runs several attentions; only self-attention is understood.")
         strange = [name for name, v in kwargs.items() if v is not None and v is not False and name not in _HARMLESS]
         if strange:
@@ -201,10 +177,15 @@ class Recorder:
         raw = Scores(kept["q"], kept["k"], scale, kwargs.get("position_bias"), kwargs.get("softcap"))
         causal = bool(getattr(module, "is_causal", False) if causal is None else causal)
         masks = Masks(query_mask, key_mask, causal, kwargs.get("sliding_window"))
-        self.attention[place] = Attention(raw, masks, kept["v"], unknown)
+        self.records.attention[place] = Attention(raw, masks, kept["v"], unknown)
         if mask is None or isinstance(mask, Tensor) or self.verify:
-            self.masks_passed[place] = mask
+            self.records.masks_passed[place] = mask
         self._stop_if_enough()
+
+
+def unread(vectors: Tensor) -> Tensor:
+    """Return a placeholder for vectors that nothing reads: not a number, so that no loss on them is finite."""
+    return vectors.new_full((), torch.nan).expand(vectors.shape)
 
 
 def layer_states(value: Any, module: nn.Module) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from ildistil.attention import Attention
 from ildistil.capture.activations import Activations, Layers
 from ildistil.capture.behaviour import Behaviour, TriedTraits
 from ildistil.capture.checks import MaskCheck, check_attention_shapes, check_between_layers, check_complete
@@ -24,8 +23,6 @@ from ildistil.capture.layout import Layout
 from ildistil.capture.recorder import Key, PaddingMasks, Recorder, Records, StopForward
 from ildistil.capture.taps import Role, Tap, merged
 from ildistil.errors import CaptureError, IldistilError, ModelRunError
-
-__all__ = ["Capture"]
 
 
 class Capture:
@@ -112,7 +109,7 @@ class Capture:
         check_complete(self._name, self._recorder, records, None if output is None else self._depths)
         if verify:
             check_between_layers(self._name, records)
-        records = records._replace(hidden=self._layout.arranged(records.hidden, masks, inputs))
+        records.hidden = self._layout.arranged(records.hidden, masks, inputs)
         if records.attention:
             rows = len(main_input(unwrapped(self.model), inputs))
             check_attention_shapes(self._name, records.attention, masks, rows)
@@ -283,8 +280,9 @@ class Capture:
         if None in stacks:
             return stacks[None]
         named = {stack: seen for stack, seen in stacks.items() if stack is not None}
-        nothing: tuple[Layers[Tensor], Layers[Attention]] = (Layers({}, 0, "hidden"), Layers({}, 0, "attention"))
-        return replace(named["decoder"], hidden=nothing[0], attention=nothing[1], stacks=named)
+        return replace(
+            named["decoder"], hidden=Layers({}, 0, "hidden"), attention=Layers({}, 0, "attention"), stacks=named
+        )
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -3,8 +3,6 @@
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-__all__ = ["PARTS", "STACKS", "Role", "Tap", "merged"]
-
 Role = Literal["student", "teacher"]
 # Of an encoder-decoder; "cross" is the decoder's attention to the encoder.
 STACKS = ("encoder", "decoder", "cross")

@@ -7,34 +7,34 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ildistil.capture.activations import Pooling
 from ildistil.capture.inputs import input_names
 from ildistil.capture.recorder import layer_states
 from ildistil.errors import CaptureError, ModelRunError
-
-__all__ = ["Trial", "depends_on_later_tokens", "pooled_states", "predicts_next_token", "undisturbed"]
+from ildistil.functional.pooling import Pooling
 
 _TELLING = 5  # tokens tell the first and the last one apart from several between
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a model plainly in eval mode, without gradients, and leave its mode and the random state as they were.
-
-    Raises:
-        CaptureError: the model changes its own weights in eval mode.
-    """
+def same_state(model: nn.Module) -> Iterator[None]:
+    """Leave the training mode of every module, and the random state, as they were."""
     modes = {module: module.training for module in model.modules()}
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    versions = _versions(model)
-    plainly = torch.compiler.set_stance("force_eager")
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), plainly:
-        model.eval()
+    with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run a model plainly in eval mode, without gradients, and leave its mode and the random state as they were."""
+    versions = _versions(model)
+    with same_state(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        model.eval()
+        yield
     if versions != _versions(model):
         raise CaptureError(
             f"The {type(model).__name__} changes its own weights when it runs in eval mode, and so can't be tried "
@@ -75,10 +75,7 @@ class Trial(NamedTuple):
     def of(cls, inputs: Mapping[str, Any], mask: Tensor, repeats: bool = True) -> "Trial":
         """Take the longest row that has padding, which some models mind, or else the longest one.
 
-        Args:
-            inputs: a model's inputs.
-            mask: its real tokens, boolean ``(batch, tokens)``.
-            repeats: repeat the tokens of a row that is too short to tell its first, last and other ones apart.
+        The tokens of a row that is too short to tell its first, last and other ones apart are repeated.
         """
         lengths = mask.sum(1)
         shortest = 0 if repeats else 2
@@ -106,8 +103,7 @@ class Trial(NamedTuple):
     def changed(self, name: str) -> dict[str, Any] | None:
         """Return the inputs with other tokens behind the first one; ``None`` where the row has but one.
 
-        Args:
-            name: the token ids; ``"labels"`` where the decoder's input is made of them, by shifting.
+        The tokens may be ``"labels"``, of which a decoder's input is made, by shifting.
         """
         later = slice(self.start, self.end - 1) if name == "labels" else slice(self.start + 1, self.end)
         ids = self.inputs[name].clone()
@@ -120,13 +116,7 @@ class Trial(NamedTuple):
 
 
 def depends_on_later_tokens(states: Callable[[Mapping[str, Any]], Tensor], trial: Trial, name: str) -> bool | None:
-    """Return whether the first token's state changes with all later tokens; ``None`` where that can't be tried.
-
-    Args:
-        states: runs the model, and returns the states of a layer, ``(batch, tokens, width)``.
-        trial: the row to try it on.
-        name: the token ids among the inputs.
-    """
+    """Return whether the first token's state changes with all later tokens; ``None`` where that can't be tried."""
     changed = trial.changed(name)
     if changed is None:
         return None
@@ -137,14 +127,7 @@ def depends_on_later_tokens(states: Callable[[Mapping[str, Any]], Tensor], trial
 
 
 def pooled_states(model: nn.Module, layer: nn.Module, trial: Trial, tokens: int) -> Pooling | None:
-    """Return which states of its last layer a head of classes reads; ``None`` without one, or if it reads others.
-
-    Args:
-        model: the whole model.
-        layer: the module that gives the last layer's states.
-        trial: the row to try it on.
-        tokens: which dimension of these states is the tokens.
-    """
+    """Return which states of its last layer a head of classes reads; ``None`` without one, or if it reads others."""
     start, end = trial.start, trial.end
     plain, calls = _replaced_run(model, layer, trial, tokens, slice(0, 0), last=0)
     if plain is None or plain.ndim != 2:
@@ -195,15 +178,8 @@ def predicts_next_token(model: nn.Module, trial: Trial, vocabulary: int) -> bool
 
     The cross-entropy of a label ``v`` at position ``j`` is ``logsumexp(z_r) - z_rv`` for the row ``r`` that predicts
     it, so from one label to another the loss changes by ``z_rv - z_rv'``, whatever else is added to it and whatever it
-    is scaled by. The row is the one whose logits agree with such changes.
-
-    Args:
-        model: gives ``logits`` and, for ``labels``, a ``loss``.
-        trial: the row to try it on.
-        vocabulary: how many logits a token has.
-
-    Returns:
-        Whether they do; or why that isn't known; or ``None`` where the row is too short to tell.
+    is scaled by. The row is the one whose logits agree with such changes. Where that isn't known return why, or
+    ``None`` if the row is too short to tell.
     """
     if "labels" not in input_names(model):
         return "its forward takes no labels"
@@ -228,16 +204,15 @@ def predicts_next_token(model: nn.Module, trial: Trial, vocabulary: int) -> bool
 
 
 def _labelled_run(model: nn.Module, trial: Trial, at: int, label: int) -> tuple[Tensor, Tensor]:
-    """Return loss and logits for made-up labels up to a position, with this label there.
-
-    Raises:
-        ModelRunError: the model doesn't run with them, or gives no loss.
-    """
+    """Return loss and logits for made-up labels up to a position, with this label there."""
     reference = next(v for v in trial.inputs.values() if isinstance(v, Tensor))
     labels = torch.full((trial.rows, trial.tokens), -100, device=reference.device)
     labels[trial.row, trial.start : at] = torch.arange(at - trial.start, device=reference.device) + 3
     labels[trial.row, at] = label
-    output = _run(model, {**trial.inputs, "labels": labels})
+    inputs = {**trial.inputs, "labels": labels}
+    if "labels" in trial.inputs:  # of which the decoder's input is made: mBART's begins with the last label
+        inputs["decoder_input_ids"] = trial.inputs["labels"].clamp(min=0)
+    output = _run(model, inputs)
     loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
     if not isinstance(loss, Tensor) or not isinstance(logits, Tensor) or loss.ndim or not bool(loss.isfinite()):
         raise ModelRunError("its loss on made-up labels is no finite number")

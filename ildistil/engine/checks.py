@@ -10,16 +10,6 @@ from ildistil.errors import DataError, ModelError, ObjectiveError
 from ildistil.objectives import Objective
 from ildistil.schedules import Schedule
 
-__all__ = [
-    "check_batch",
-    "check_label_order",
-    "check_learned_parts",
-    "check_models",
-    "check_numbers_of_real_rows",
-    "named_objectives",
-    "no_weight",
-]
-
 NO_OBJECTIVE = (
     "There is no objective. Give at least one, such as objectives.LogitsKL(): as a callback of the Trainer, in a YAML "
     "file under 'objectives:', or to Distillation(...)."
@@ -27,11 +17,7 @@ NO_OBJECTIVE = (
 
 
 def named_objectives(objectives: Iterable[Objective] | Mapping[str, Objective]) -> dict[str, Objective]:
-    """Return the objectives by their names, in their order; a mapping names them.
-
-    Raises:
-        ObjectiveError: there is none, it is no objective, or its name or weight can't be used.
-    """
+    """Return the objectives by their names, in their order, checked; a mapping names them."""
     if isinstance(objectives, Mapping):
         for name, objective in objectives.items():
             objective.name = name
@@ -76,16 +62,7 @@ def _check_weights(named: Mapping[str, Objective]) -> None:
 
 
 def check_batch(batch: Any, positions: int | None) -> None:
-    """Refuse what is no batch, or longer than the models' positions.
-
-    Args:
-        batch: what a loader gave.
-        positions: the longest input that both models allow; ``None`` without a limit.
-
-    Raises:
-        ObjectiveError: it is no mapping.
-        DataError: it is too long.
-    """
+    """Refuse what is no batch, or longer than the models' positions, if these have a limit."""
     if not isinstance(batch, Mapping):
         raise ObjectiveError(
             f"A batch must be a mapping of names to tensors, such as {{'input_ids': ..., 'labels': ...}}; got a "
@@ -100,11 +77,7 @@ def check_batch(batch: Any, positions: int | None) -> None:
 
 
 def check_numbers_of_real_rows(batch: Mapping[str, Any]) -> None:
-    """Refuse labels that are numbers in rows without any token: no loss of a model can leave them out.
-
-    Raises:
-        DataError: there is such a row.
-    """
+    """Refuse labels that are numbers in rows without any token: no loss of a model can leave them out."""
     labels, mask = batch.get("labels"), batch.get("attention_mask")
     if not isinstance(labels, Tensor) or not isinstance(mask, Tensor) or not labels.is_floating_point():
         return
@@ -117,11 +90,7 @@ def check_numbers_of_real_rows(batch: Mapping[str, Any]) -> None:
 
 
 def check_models(student: ModelInfo, teacher: ModelInfo) -> None:
-    """Refuse two models that read other tokens, or number their labels otherwise.
-
-    Raises:
-        ModelError: their vocabularies differ, or the order of their labels.
-    """
+    """Refuse two models that read other tokens, or number their labels otherwise."""
     if None not in (student.vocabulary, teacher.vocabulary) and student.vocabulary != teacher.vocabulary:
         raise ModelError(
             f"The student's vocabulary has {student.vocabulary} entries, the teacher's {teacher.vocabulary}: the same "
@@ -131,16 +100,7 @@ def check_models(student: ModelInfo, teacher: ModelInfo) -> None:
 
 
 def check_label_order(student: ModelInfo, names: Sequence[str], whose: str) -> None:
-    """Refuse the same labels in another order.
-
-    Args:
-        student: the model that is trained.
-        names: the other's labels, in lower case.
-        whose: the other, for the message.
-
-    Raises:
-        ModelError: the order differs.
-    """
+    """Refuse the student's labels in another order; ``names`` are the other's, in lower case."""
     mine, theirs = list(student.label_names), list(names)
     if mine != theirs and sorted(mine) == sorted(theirs):
         raise ModelError(
@@ -150,11 +110,7 @@ def check_label_order(student: ModelInfo, names: Sequence[str], whose: str) -> N
 
 
 def check_learned_parts(objective: Objective) -> None:
-    """Refuse learnable parts where nothing would train them.
-
-    Raises:
-        ObjectiveError: there are some beside ``projections``.
-    """
+    """Refuse learnable parts beside ``projections``, where nothing would train them."""
     parts = [k for k, v in vars(objective).items() if isinstance(v, nn.Module | nn.Parameter) and k != "projections"]
     if parts:
         raise ObjectiveError(

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,6 @@ from ildistil.errors import ObjectiveError
 from ildistil.objectives import Count, Objective
 from ildistil.stages import Step
 from ildistil.teachers import LiveTeacher, Teacher
-
-__all__ = ["Distillation"]
 
 _NOTHING = Activations(Layers({}, 0, "hidden"), Layers({}, 0, "attention"), torch.empty(0, 0, dtype=torch.bool), None)
 
@@ -115,15 +113,11 @@ class Distillation(nn.Module):
     def attach(self) -> None:
         """Put the hooks on both models; done by :meth:`set_objectives`, and again by a step after :meth:`detach`."""
         self.detach()
-        used = {name: o for name, o in self.objectives.items() if o.weight != 0}
-        info = ModelInfo.of(self.student)
-        self._capture = Capture(self.student, [tap for o in used.values() for tap in o.may_read("student", info)])
-        if self.teacher is not None:
-            info = self.teacher.info
-            wanted = [tap for o in used.values() if o.needs_teacher for tap in o.may_read("teacher", info)]
-            if wanted:
-                self.teacher.open(wanted)
-        self._hooked = frozenset(used)
+        self._capture = Capture(self.student, self._may_read("student"))
+        wanted = self._may_read("teacher")
+        if self.teacher is not None and wanted:
+            self.teacher.open(wanted)
+        self._hooked = frozenset(self._used)
         if self._compile_options is not None:
             self.compile(**self._compile_options)
 
@@ -229,13 +223,22 @@ class Distillation(nn.Module):
             objective.begin(step)
         self._step = step
 
+    @property
+    def _used(self) -> dict[str, Objective]:
+        return {name: objective for name, objective in self.objectives.items() if objective.weight != 0}
+
     def _reads(self, role: Role, active: Mapping[str, Objective]) -> list[Tap]:
-        if role == "student":
-            info = ModelInfo.of(self.student) if self._capture is None else self._capture.info
-            return [tap for o in active.values() for tap in o.reads(role, info)]
-        if self.teacher is None:
-            return []
-        return [tap for o in active.values() if o.needs_teacher for tap in o.reads(role, self.teacher.info)]
+        info = self._info(role)
+        return [tap for o in active.values() if role == "student" or o.needs_teacher for tap in o.reads(role, info)]
+
+    def _may_read(self, role: Role) -> list[Tap]:
+        info, used = self._info(role), self._used.values()
+        return [tap for o in used if role == "student" or o.needs_teacher for tap in o.may_read(role, info)]
+
+    def _info(self, role: Role) -> ModelInfo:
+        if role == "teacher" and self.teacher is not None:
+            return self.teacher.info
+        return ModelInfo.of(self.student) if self._capture is None else self._capture.info
 
     def _run(
         self, batch: Mapping[str, Any], active: Mapping[str, Objective], verify: bool
@@ -288,7 +291,7 @@ class Distillation(nn.Module):
             DataError: a row without any token has a number as its label, which the model's loss would count.
         """
         checks.check_batch(batch, self._positions)
-        used = {name: o for name, o in self.objectives.items() if o.weight != 0}
+        used = self._used
         for objective in used.values():
             objective.begin(Step(self._step.number or 0))  # the step they are in: nothing is drawn or learned anew
         if any(tap.name == "loss" for tap in self._reads("student", used)):
@@ -318,17 +321,10 @@ class Distillation(nn.Module):
     @property
     def captured(self) -> dict[Role, list[Tap]]:
         """What may be recorded of each model."""
-        used = [o for o in self.objectives.values() if o.weight != 0]
-        models: dict[Role, ModelInfo] = {"student": ModelInfo.of(self.student)}
-        if self.teacher is not None:
-            models["teacher"] = self.teacher.info
-        taps: dict[Role, list[Tap]] = {}
-        for role, info in models.items():
-            reading = [o for o in used if role == "student" or o.needs_teacher]
-            places = {tap.place for o in reading for tap in o.may_read(role, info)}
-            if places or role == "student":
-                taps[role] = sorted(places, key=lambda tap: (tap.name, tap.layer or 0))
-        return taps
+        roles: tuple[Role, ...] = get_args(Role)
+        places = {role: {tap.place for tap in self._may_read(role)} for role in roles}
+        order = {role: sorted(taps, key=lambda tap: (tap.name, tap.layer or 0)) for role, taps in places.items()}
+        return {role: taps for role, taps in order.items() if taps or role == "student"}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the teacher along."""

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ildistil.capture.trial import same_state
 from ildistil.errors import ObjectiveError
-
-__all__ = ["DryRun", "TermCheck", "all_finite", "check_terms", "look_finite", "spoilt_terms", "without_trace"]
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,11 @@ def without_trace(module: nn.Module) -> Iterator[None]:
     # transformers notes the problem type that labels suggest in the config: ours must not decide it.
     configs = [m.config for m in module.modules() if isinstance(m, PreTrainedModel)]
     problem_types = [getattr(config, "problem_type", None) for config in configs]
-    modes = {m: m.training for m in module.modules()}
     buffers = [(b, b.clone()) for b in module.buffers()]
-    devices = sorted({p.device.index or 0 for p in module.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with same_state(module):
         try:
             yield
         finally:
-            for m, mode in modes.items():
-                m.training = mode
             for config, problem_type in zip(configs, problem_types, strict=True):
                 config.problem_type = problem_type
             with torch.no_grad():
@@ -54,15 +49,7 @@ def without_trace(module: nn.Module) -> Iterator[None]:
 def check_terms(values: Mapping[str, Tensor], parameters: list[nn.Parameter]) -> tuple[DryRun, dict[str, set[int]]]:
     """Differentiate each term, and check that it and its gradient are finite.
 
-    Args:
-        values: the terms, with their graph.
-        parameters: all that are trained.
-
-    Returns:
-        What was found, and the ids of the parameters that each term reaches.
-
-    Raises:
-        ObjectiveError: a term reaches no trainable parameter, or isn't finite.
+    Return what was found, and the ids of the parameters that each term reaches.
     """
     checks: dict[str, TermCheck] = {}
     reach: dict[str, set[int]] = {}

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from ildistil import distributed
 
-__all__ = ["Reach"]
-
 
 class Reach:
     """Knows which parameters each term reaches, and gives those that the active terms don't reach zero gradients.

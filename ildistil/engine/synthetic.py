@@ -1,14 +1,10 @@
 """A made-up batch, to try a model before any data is read."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ildistil.capture import ModelInfo
-
-__all__ = ["synthetic_batch"]
 
 Batch = dict[str, Tensor]
 
@@ -23,15 +19,18 @@ def synthetic_batch(model: nn.Module, tokens: int = 8) -> Batch | None:
     """
     if not isinstance(model, PreTrainedModel):
         return None
-    make: dict[str, Callable[[PreTrainedModel, int], Batch | None]] = {"input_ids": _texts, "pixel_values": _images}
-    batch = make[model.main_input_name](model, tokens) if model.main_input_name in make else None
+    batch: Batch | None = None
+    if model.main_input_name == "input_ids":
+        batch = _texts(model, tokens)
+    elif model.main_input_name == "pixel_values":
+        batch = _images(model)
     if batch is None:
         return None
     rows = len(next(iter(batch.values())))
     return {key: value.to(model.device) for key, value in {**batch, "row_id": torch.arange(rows)}.items()}
 
 
-def _images(model: PreTrainedModel, _: int) -> Batch | None:
+def _images(model: PreTrainedModel) -> Batch | None:
     size, channels = getattr(model.config, "image_size", None), getattr(model.config, "num_channels", None)
     if size is None or channels is None:
         return None
@@ -45,13 +44,14 @@ def _texts(model: PreTrainedModel, tokens: int) -> Batch | None:
     if info.vocabulary is None:
         return None
     ids, mask = _rows(model, info.vocabulary, tokens)
-    batch: Batch | None = {"input_ids": ids, "attention_mask": mask}
+    text = {"input_ids": ids, "attention_mask": mask}
+    batch: Batch | None
     if info.name.endswith(("ForMaskedLM", "ForCausalLM", "LMHeadModel")):
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+        batch = text | {"labels": ids}
     elif info.stacks and "ForSequenceClassification" not in info.name:
         batch = _decoded(ids, mask, info.name)
-    elif batch is not None:
-        batch = _labelled(batch, info, "ForSequenceClassification")
+    else:
+        batch = _labelled(text, info, "ForSequenceClassification")
     # Without a padding token a classifier of the causal kind takes one row at a time.
     rows = 1 if model.config.get_text_config().pad_token_id is None else 2
     return None if batch is None else {key: value[:rows] for key, value in batch.items()}

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ildistil.objectives import Count
 
-__all__ = ["Terms"]
-
 
 @dataclass
 class Terms:

@@ -10,9 +10,7 @@ from torch import Tensor
 from ildistil.errors import ObjectiveError
 from ildistil.functional.checks import Shapes, check_choice
 from ildistil.functional.correlation import Total, pearson_distance, unchanged
-from ildistil.functional.reduction import full_precision, kl, within
-
-__all__ = ["Over", "attention_dist", "attention_dist_over_batch", "attention_kl", "attention_mse", "attention_output"]
+from ildistil.functional.reduction import for_each_head, full_precision, kl, within
 
 Over = Literal["tokens", "heads"]
 
@@ -23,8 +21,8 @@ def attention_mse(student: Tensor, teacher: Tensor, allowed: Tensor, query_mask:
     ``1/(H N) sum_h sum_(i,j) (a_S,hij - a_T,hij)^2`` over the ``N`` pairs of a real query and a key it may attend to.
 
     Args:
-        student: scores ``(batch, heads, queries, keys)``.
-        teacher: scores ``(batch, heads, queries, keys)``.
+        student: scores ``(batch, heads, queries, keys)``, before the softmax.
+        teacher: scores ``(batch, heads, queries, keys)``, before the softmax.
         allowed: boolean ``(batch, 1, queries, keys)``, each as long or 1, true where a query may attend to a key.
         query_mask: boolean ``(batch, queries)``, true where the query is a real token.
 
@@ -51,19 +49,11 @@ def attention_kl(student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: 
 
     ``1/(H n) sum_h sum_i KL(softmax(a_T,hi) || softmax(a_S,hi))`` over the ``n`` real queries of each example. Where
     the numbers of heads differ, heads are merged in probability space: consecutive heads are averaged, after the
-    softmax, down to the greatest common divisor of both numbers.
-
-    Args:
-        student: scores ``(batch, heads, queries, keys)``, before the softmax.
-        teacher: scores ``(batch, heads, queries, keys)``, before the softmax.
-        allowed: boolean ``(batch, 1, queries, keys)``, each as long or 1, true where a query may attend to a key.
-        query_mask: boolean ``(batch, queries)``, true where the query is a real token.
+    softmax, down to the greatest common divisor of both numbers. Arguments and errors are
+    those of :func:`attention_mse`.
 
     Returns:
         ``(batch,)``, in nats.
-
-    Raises:
-        ObjectiveError: a tensor has another dtype or shape.
 
     Source: Wang et al., "MiniLM", 2020; Wang et al., "How to Distill your BERT", 2023.
 
@@ -73,10 +63,8 @@ def attention_kl(student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: 
     """
     _check(student, teacher, allowed, query_mask)
     with full_precision(student, teacher) as (s, t):
-        heads = math.gcd(s.shape[1], t.shape[1])
         counted = allowed & query_mask[:, None, :, None]
-        log_s, log_t = (_log_probabilities(x, counted, heads) for x in (s, t))
-        return within(kl(log_s, log_t).mean(1), query_mask)[0]
+        return within(kl(*_log_probabilities(counted, s, t)).mean(1), query_mask)[0]
 
 
 def attention_output(scores: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
@@ -99,18 +87,13 @@ def attention_output(scores: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
     >>> attention_output(torch.zeros(1, 1, 1, 2), torch.tensor([[[[1.0], [3.0]]]]), ones)
     tensor([[[2.]]])
     """
-    shapes = (
-        Shapes().floats("batch heads queries keys", scores=scores).floats("batch value_heads keys size", value=value)
-    )
-    shapes.masks("batch? 1 queries? keys?", allowed=allowed)
+    shapes = Shapes().floats("batch heads queries keys", scores=scores)
+    shapes.floats("batch value_heads keys size", value=value).masks("batch? 1 queries? keys?", allowed=allowed)
     if scores.shape[1] % value.shape[1]:
         raise ObjectiveError(f"{scores.shape[1]} heads can't share the values of {value.shape[1]}.")
     with full_precision(scores, value) as (a, v):
-        groups = a.shape[1] // v.shape[1]
-        if groups > 1:  # grouped-query attention
-            v = v.repeat_interleave(groups, dim=1)
-        v = torch.where(allowed.any(2).unsqueeze(-1), v, 0)  # 0 times NaN is NaN
-        return (_log_probabilities(a, allowed, a.shape[1]).exp() @ v).transpose(1, 2).flatten(2)
+        v = torch.where(allowed.any(2).unsqueeze(-1), for_each_head(v, a.shape[1]), 0)  # 0 times NaN is NaN
+        return (_log_probabilities(allowed, a)[0].exp() @ v).transpose(1, 2).flatten(2)
 
 
 def attention_dist(
@@ -120,14 +103,8 @@ def attention_dist(
 
     Over tokens ``1/(H n) sum_h sum_i (1 - corr_j(p_S,hij, p_T,hij))``, over heads
     ``1/N sum_(i,j) (1 - corr_h(p_S,hij, p_T,hij))``, of those correlations that are defined: at least two entries,
-    which the teacher does not hold equal. Numbers of heads that differ are merged as in :func:`attention_kl`.
-
-    Args:
-        student: scores ``(batch, heads, queries, keys)``, before the softmax.
-        teacher: scores ``(batch, heads, queries, keys)``, before the softmax.
-        allowed: boolean ``(batch, 1, queries, keys)``, each as long or 1, true where a query may attend to a key.
-        query_mask: boolean ``(batch, queries)``, true where the query is a real token.
-        over: ``"tokens"`` or ``"heads"``.
+    which the teacher does not hold equal. Numbers of heads that differ are merged as in :func:`attention_kl`. ``over``
+    is ``"tokens"`` or ``"heads"``; the other arguments are those of :func:`attention_mse`.
 
     Returns:
         The mean distance of each example, ``(batch,)``, between 0 and 2, and of how many correlations it is the mean,
@@ -149,9 +126,8 @@ def attention_dist(
     check_choice("over", over, get_args(Over))
     _check(student, teacher, allowed, query_mask)
     with full_precision(student, teacher) as (s, t):
-        heads = math.gcd(s.shape[1], t.shape[1])
         counted = (allowed & query_mask[:, None, :, None]).expand(len(s), 1, *s.shape[2:])
-        p, q = (_log_probabilities(x, counted, heads).exp() for x in (s, t))
+        p, q = (x.exp() for x in _log_probabilities(counted, s, t))
         return within(*pearson_distance(p, q, counted, -1 if over == "tokens" else 1))
 
 
@@ -161,20 +137,12 @@ def attention_dist_over_batch(
     """Pearson distance of attention probabilities over the sentences of a batch.
 
     ``1 - corr_b(p_S,bhij, p_T,bhij)``, mean over heads and pairs of positions ``i, j`` where it is defined. Positions
-    are counted from each sentence's first real token, so that padding has no influence.
-
-    Args:
-        student: scores ``(batch, heads, queries, keys)``, before the softmax, of self-attention.
-        teacher: scores ``(batch, heads, queries, keys)``, before the softmax.
-        allowed: boolean ``(batch, 1, queries, keys)``, each as long or 1, true where a query may attend to a key.
-        query_mask: boolean ``(batch, queries)``, true where the token is real.
-        total: extends a sum over the batch over further processes; they must have as many positions.
+    are counted from each sentence's first real token, so that padding has no influence. Arguments and errors are
+    those of :func:`attention_mse`, of self-attention, and ``total``, which extends a sum over the batch over further
+    processes; they must have as many positions.
 
     Returns:
         A scalar, between 0 and 2.
-
-    Raises:
-        ObjectiveError: a tensor has another dtype or shape.
 
     Source: the code of Wang et al., "How to Distill your BERT", 2023.
 
@@ -186,13 +154,11 @@ def attention_dist_over_batch(
     """
     _check(student, teacher, allowed, query_mask)
     with full_precision(student, teacher) as (s, t):
-        heads = math.gcd(s.shape[1], t.shape[1])
         counted = (allowed & query_mask[:, None, :, None]).expand(len(s), 1, *s.shape[2:])
         # Real tokens first, in their order.
         order = (~query_mask).int().argsort(dim=1, stable=True)[:, None, :]
-        p, q, counted = (
-            _reordered(x, order) for x in (*(_log_probabilities(x, counted, heads).exp() for x in (s, t)), counted)
-        )
+        p, q = (_reordered(x.exp(), order) for x in _log_probabilities(counted, s, t))
+        counted = _reordered(counted, order)
         distance, defined = pearson_distance(p, q, counted, 0, total)
         return distance.sum() / defined.sum().clamp(min=1)
 
@@ -204,16 +170,18 @@ def _check(student: Tensor, teacher: Tensor, allowed: Tensor, query_mask: Tensor
 
 
 def _reordered(maps: Tensor, order: Tensor) -> Tensor:
-    shape = maps.shape
-    rows = order.unsqueeze(-1).expand(shape)
-    columns = order.unsqueeze(-2).expand(shape)
+    rows, columns = order.unsqueeze(-1).expand(maps.shape), order.unsqueeze(-2).expand(maps.shape)
     return maps.gather(2, rows).gather(3, columns)
 
 
-def _log_probabilities(scores: Tensor, allowed: Tensor, heads: int) -> Tensor:
-    # Not -inf: a row without any allowed key would give NaN, and its gradient too, although it never counts.
-    log_p = F.log_softmax(torch.where(allowed, scores, torch.finfo(scores.dtype).min / 4), -1)
-    if heads == scores.shape[1]:
-        return log_p
-    merged = scores.shape[1] // heads
-    return log_p.reshape(len(log_p), heads, merged, *log_p.shape[2:]).logsumexp(2) - math.log(merged)
+def _log_probabilities(allowed: Tensor, *scores: Tensor) -> list[Tensor]:
+    """Return the logarithms of each map's probabilities, with heads merged until all have the same number."""
+    heads, found = math.gcd(*(x.shape[1] for x in scores)), []
+    for x in scores:
+        # Not -inf: a row without any allowed key would give NaN, and its gradient too, although it never counts.
+        log_p = F.log_softmax(torch.where(allowed, x, torch.finfo(x.dtype).min / 4), -1)
+        merged = x.shape[1] // heads
+        if merged > 1:
+            log_p = log_p.reshape(len(x), heads, merged, *x.shape[2:]).logsumexp(2) - math.log(merged)
+        found.append(log_p)
+    return found

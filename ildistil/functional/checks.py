@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ildistil.errors import ConfigError, ObjectiveError
 
-__all__ = ["Shapes", "check_choice", "check_count", "check_flag", "check_number", "check_temperature", "check_words"]
-
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Colder, all probabilities are 0 or 1 in float32; hotter, their differences are lost, and with them the gradient.
 _COLDEST, _HOTTEST = 1e-2, 1e3
@@ -35,11 +33,7 @@ class Shapes:
         self._first: tuple[str, torch.device] | None = None
 
     def floats(self, dimensions: str, **tensors: Tensor) -> "Shapes":
-        """Check tensors of floating-point numbers.
-
-        Raises:
-            ObjectiveError: one has another dtype, shape or device.
-        """
+        """Check tensors of floating-point numbers: their dtype, shape and device."""
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS:
                 raise ObjectiveError(f"{name} must be a tensor of floating-point numbers, got {_kind(tensor)}.")
@@ -47,11 +41,7 @@ class Shapes:
         return self
 
     def masks(self, dimensions: str, **tensors: Tensor) -> "Shapes":
-        """Check boolean tensors.
-
-        Raises:
-            ObjectiveError: one has another dtype, shape or device.
-        """
+        """Check boolean tensors: their dtype, shape and device."""
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
                 raise ObjectiveError(
@@ -88,9 +78,6 @@ def _kind(value: object) -> str:
 def check_number(name: str, value: Any, wanted: str, fits: Callable[[float], bool]) -> None:
     """Check a number that is finite, and not so large that float32 overflows.
 
-    Raises:
-        ConfigError: it is none, or doesn't fit.
-
     >>> check_number("beta", 1.0, "between 0 and 1", lambda beta: 0 < beta < 1)
     Traceback (most recent call last):
     ildistil.errors.ConfigError: beta must be a number between 0 and 1, got 1.0.
@@ -102,41 +89,25 @@ def check_number(name: str, value: Any, wanted: str, fits: Callable[[float], boo
 
 
 def check_temperature(value: Any, name: str = "temperature") -> None:
-    """Check a temperature that divides logits or similarities.
-
-    Raises:
-        ConfigError: it is no number between 0.01 and 1000.
-    """
+    """Check a temperature that divides logits or similarities."""
     check_number(name, value, f"between {_COLDEST:g} and {_HOTTEST:g}", lambda t: _COLDEST <= t <= _HOTTEST)
 
 
 def check_count(name: str, value: Any, least: int = 1, most: float = math.inf) -> None:
-    """Check an integer.
-
-    Raises:
-        ConfigError: it is none, or less than the least, or more than the most.
-    """
+    """Check an integer."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
         limit = "" if most == math.inf else f" and at most {most:,}"
         raise ConfigError(f"{name} must be an integer >= {least}{limit}, got {value!r:.80}.")
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Check a truth value: any other would silently be one.
-
-    Raises:
-        ConfigError: it is none.
-    """
+    """Check a truth value: any other would silently be one."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name} must be True or False, got {value!r:.80}.")
 
 
 def check_words(name: str, value: Any, choices: Collection[str]) -> None:
-    """Check a list of choices, at least one, each once.
-
-    Raises:
-        ConfigError: it is none.
-    """
+    """Check a list of choices, at least one, each once."""
     words = isinstance(value, list | tuple) and all(isinstance(word, str) and word in choices for word in value)
     if not words or not value or len(set(value)) < len(value):
         known = ", ".join(map(repr, choices))
@@ -144,10 +115,6 @@ def check_words(name: str, value: Any, choices: Collection[str]) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Check the name of a choice.
-
-    Raises:
-        ConfigError: there is no such choice.
-    """
+    """Check the name of a choice."""
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

@@ -7,8 +7,6 @@ from torch import Tensor
 from ildistil.functional.checks import Shapes, check_temperature
 from ildistil.functional.reduction import full_precision, unit
 
-__all__ = ["info_nce", "log_normalizer", "nce"]
-
 
 def info_nce(anchors: Tensor, positives: Tensor, negatives: Tensor, allowed: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of picking each anchor's positive among negatives, by cosine similarity.
@@ -52,22 +50,11 @@ def nce(
 
     ``-log h(p) - sum_k log(1 - h(n_k))`` over the ``K`` negatives of an anchor ``a``, with
     ``h(x) = exp(a x / T) / (exp(a x / T) + K c)`` and all vectors divided by their lengths. With ``c = Z / N`` this is
-    ``h(x) = (exp(a x / T) / Z) / (exp(a x / T) / Z + K / N)`` for a data set of ``N`` texts.
-
-    Args:
-        anchors: ``(batch, size)``.
-        positives: ``(batch, size)``.
-        negatives: ``(candidates, size)``.
-        allowed: boolean ``(batch, candidates)``, true where a candidate is a negative of an anchor.
-        temperature: ``T``, between 0.01 and 1000.
-        log_normalizer: ``log c``, a scalar; see :func:`log_normalizer`.
+    ``h(x) = (exp(a x / T) / Z) / (exp(a x / T) / Z + K / N)`` for a data set of ``N`` texts. Arguments and errors are
+    those of :func:`info_nce`, and the scalar ``log c``, for which see :func:`log_normalizer`.
 
     Returns:
         ``(batch,)``, in nats; 0 for an anchor without negatives.
-
-    Raises:
-        ConfigError: the temperature is out of range.
-        ObjectiveError: a tensor has another dtype or shape.
 
     Source: Tian et al., "Contrastive Representation Distillation", 2020, and its code, which keeps ``Z`` constant.
 
@@ -88,19 +75,10 @@ def log_normalizer(
 ) -> Tensor:
     """Estimate the normaliser of :func:`nce`: ``log`` of the mean of ``exp(a x / T)`` over positives and negatives.
 
-    Args:
-        anchors: ``(batch, size)``.
-        positives: ``(batch, size)``.
-        negatives: ``(candidates, size)``.
-        allowed: boolean ``(batch, candidates)``, true where a candidate is a negative of an anchor.
-        temperature: ``T``, between 0.01 and 1000.
+    Arguments and errors are those of :func:`info_nce`.
 
     Returns:
         A scalar.
-
-    Raises:
-        ConfigError: the temperature is out of range.
-        ObjectiveError: a tensor has another dtype or shape.
 
     >>> a, n = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     >>> log_normalizer(a, a, n, torch.tensor([[True, False]]), 1.0).exp()

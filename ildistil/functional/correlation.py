@@ -5,8 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Total", "pearson_distance", "unchanged"]
-
 Total = Callable[[Tensor], Tensor]
 
 
@@ -21,17 +19,8 @@ def pearson_distance(
     """One minus Pearson's correlation of the unmasked entries along a dimension.
 
     Where there are fewer than two entries, or the teacher's are all equal, no correlation is defined; where only the
-    student's are all equal, the distance is 1.
-
-    Args:
-        student: any shape.
-        teacher: the same shape.
-        mask: boolean, broadcastable to it.
-        dim: the dimension to correlate along.
-        total: extends a sum along ``dim`` over further processes.
-
-    Returns:
-        The distances, between 0 and 2 (0 where undefined), and where they are defined; both without ``dim``.
+    student's are all equal, the distance is 1. The mask is broadcastable; ``total`` extends a sum along ``dim`` over
+    further processes. Return the distances, between 0 and 2 (0 where undefined), and where they are defined.
 
     >>> x = torch.tensor([1.0, 2.0, 3.0, 9.0])
     >>> distance, defined = pearson_distance(x, -x, torch.tensor([True, True, True, False]), 0)

@@ -8,8 +8,6 @@ from ildistil.functional.correlation import Total, unchanged
 from ildistil.functional.pooling import first_token
 from ildistil.functional.reduction import full_precision, unit, within
 
-__all__ = ["cls_mse", "hidden_cka", "hidden_cosine", "hidden_mse"]
-
 
 def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error of hidden states over tokens and features.
@@ -42,18 +40,10 @@ def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     """Cosine distance of hidden states over tokens.
 
     ``1/n sum_i (1 - cos(h_S,i, h_T,i))`` over the ``n`` unmasked tokens of each example; the distance to a zero vector
-    is 1.
-
-    Args:
-        student: ``(batch, tokens, width)``.
-        teacher: ``(batch, tokens, width)``.
-        mask: boolean ``(batch, tokens)``, true where a token is real.
+    is 1. Arguments and errors are those of :func:`hidden_mse`.
 
     Returns:
         ``(batch,)``, between 0 and 2.
-
-    Raises:
-        ObjectiveError: a tensor has another dtype or shape.
 
     Source: Sanh et al., "DistilBERT", 2019.
 
@@ -69,19 +59,11 @@ def hidden_cosine(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 def cls_mse(student: Tensor, teacher: Tensor, mask: Tensor, normalize: bool = False) -> Tensor:
     """Squared error of the first real token's hidden state.
 
-    ``1/d ||h_S,1 - h_T,1||^2``; with ``normalize`` ``||h_S,1 / ||h_S,1|| - h_T,1 / ||h_T,1|| ||^2``.
-
-    Args:
-        student: ``(batch, tokens, width)``.
-        teacher: ``(batch, tokens, width)``.
-        mask: boolean ``(batch, tokens)``; the first true column is the first token, wherever the padding stands.
-        normalize: compare directions.
+    ``1/d ||h_S,1 - h_T,1||^2``; with ``normalize`` ``||h_S,1 / ||h_S,1|| - h_T,1 / ||h_T,1|| ||^2``. The first token is
+    the first one that the mask lets count. Other arguments and errors are those of :func:`hidden_mse`.
 
     Returns:
         ``(batch,)``.
-
-    Raises:
-        ObjectiveError: a tensor has another dtype or shape.
 
     Source: Sun et al., "Patient Knowledge Distillation", 2019 (normalised).
 

@@ -11,8 +11,6 @@ from ildistil.functional.checks import Shapes, check_choice, check_count, check_
 from ildistil.functional.correlation import Total, pearson_distance, unchanged
 from ildistil.functional.reduction import full_precision, kl
 
-__all__ = ["Divergence", "logits_dist", "logits_dist_over_batch", "logits_kl", "logits_mse"]
-
 Divergence = Literal["forward", "reverse", "jensen-shannon"]
 
 
@@ -52,11 +50,7 @@ def logits_kl(
     tensor([0.6931])
     """
     Shapes().floats("batch classes", student=student, teacher=teacher)
-    check_temperature(temperature)
-    check_choice("divergence", divergence, get_args(Divergence))
-    check_number("beta", beta, "between 0 and 1, both left out", lambda share: 0 < share < 1)
-    if top_k is not None:
-        check_count("top_k", top_k)
+    check_divergence(temperature, divergence, beta, top_k)
     with full_precision(student, teacher) as (s, t):
         log_s, log_t = F.log_softmax(s / temperature, -1), F.log_softmax(t / temperature, -1)
         if top_k is not None and top_k < t.shape[-1]:
@@ -70,6 +64,18 @@ def logits_kl(
             mixture = torch.logaddexp(log_t + math.log(beta), log_s + math.log(1 - beta))
             value = beta * kl(mixture, log_t) + (1 - beta) * kl(mixture, log_s)
         return temperature**2 * value
+
+
+def check_divergence(
+    temperature: float, divergence: Divergence, beta: float, top_k: int | None, whose: str = ""
+) -> None:
+    """Check the settings of :func:`logits_kl`, of which messages say ``whose`` they are."""
+    check_temperature(temperature, f"{whose}temperature")
+    check_choice(f"{whose}divergence", divergence, get_args(Divergence))
+    limits = "between 0 and 1, both left out (its limits are the divergences 'forward' and 'reverse')"
+    check_number(f"{whose}beta", beta, limits, lambda share: 0 < share < 1)
+    if top_k is not None:
+        check_count(f"{whose}top_k", top_k)
 
 
 def _rest_as_one(log_p: Tensor, kept: Tensor) -> Tensor:
@@ -142,21 +148,11 @@ def logits_dist_over_batch(
     """Pearson distance of each class's probabilities over the batch ("intra-class"), mean over the classes.
 
     ``T^2 1/C sum_c (1 - corr_b(softmax(z_S,b / T)_c, softmax(z_T,b / T)_c))`` over the classes whose probability the
-    teacher varies.
-
-    Args:
-        student: logits ``(batch, classes)``.
-        teacher: logits ``(batch, classes)``.
-        mask: boolean ``(batch,)``, true where an example counts.
-        temperature: softening ``T``, between 0.01 and 1000.
-        total: extends a sum over the batch over further processes.
+    teacher varies. Arguments and errors are those of :func:`logits_dist`, a boolean mask ``(batch,)``, true where an
+    example counts, and ``total``, which extends a sum over the batch over further processes.
 
     Returns:
         A scalar, between 0 and ``2 T^2``.
-
-    Raises:
-        ConfigError: the temperature is out of range.
-        ObjectiveError: a tensor has another dtype or shape.
 
     Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", 2022.
 

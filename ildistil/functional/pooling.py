@@ -9,23 +9,13 @@ from torch import Tensor
 from ildistil.functional.checks import Shapes, check_choice
 from ildistil.functional.reduction import full_precision
 
-__all__ = ["Pooling", "first_token", "last_token", "pool", "token_mean"]
-
 Pooling = Literal["first", "last", "mean"]
 
 
 def first_token(states: Tensor, mask: Tensor) -> Tensor:
     """Take the state of each example's first real token, wherever the padding stands.
 
-    Args:
-        states: ``(batch, tokens, width)``.
-        mask: boolean ``(batch, tokens)``, true where a token is real.
-
-    Returns:
-        ``(batch, width)``; zeros for an example without a real token.
-
-    Raises:
-        ObjectiveError: a tensor has another dtype or shape.
+    Arguments, what it returns and raises are as in :func:`pool`.
 
     >>> first_token(torch.tensor([[[9.0], [1.0], [2.0]]]), torch.tensor([[False, True, True]]))
     tensor([[1.]])
@@ -37,15 +27,7 @@ def first_token(states: Tensor, mask: Tensor) -> Tensor:
 def last_token(states: Tensor, mask: Tensor) -> Tensor:
     """Take the state of each example's last real token, wherever the padding stands.
 
-    Args:
-        states: ``(batch, tokens, width)``.
-        mask: boolean ``(batch, tokens)``, true where a token is real.
-
-    Returns:
-        ``(batch, width)``; zeros for an example without a real token.
-
-    Raises:
-        ObjectiveError: a tensor has another dtype or shape.
+    Arguments, what it returns and raises are as in :func:`pool`.
 
     >>> last_token(torch.tensor([[[1.0], [2.0], [9.0]]]), torch.tensor([[True, True, False]]))
     tensor([[2.]])
@@ -57,15 +39,7 @@ def last_token(states: Tensor, mask: Tensor) -> Tensor:
 def token_mean(states: Tensor, mask: Tensor) -> Tensor:
     """Average the states of each example's real tokens.
 
-    Args:
-        states: ``(batch, tokens, width)``.
-        mask: boolean ``(batch, tokens)``, true where a token is real.
-
-    Returns:
-        ``(batch, width)``; zeros for an example without a real token.
-
-    Raises:
-        ObjectiveError: a tensor has another dtype or shape.
+    Arguments, what it returns and raises are as in :func:`pool`.
 
     >>> token_mean(torch.tensor([[[9.0], [1.0], [2.0]]]), torch.tensor([[False, True, True]]))
     tensor([[1.5000]])

@@ -9,8 +9,6 @@ from torch import Tensor
 from ildistil.errors import ObjectiveError
 from ildistil.functional.checks import Shapes
 
-__all__ = ["example_mean", "full_precision", "kl", "masked_mean", "unit", "widened", "within"]
-
 
 @contextmanager
 def full_precision(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -99,6 +97,12 @@ def unit(vectors: Tensor) -> Tensor:
     """
     length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / torch.where(length > 0, length, 1)
+
+
+def for_each_head(vectors: Tensor, heads: int) -> Tensor:
+    """Repeat the vectors ``(batch, fewer heads, ...)`` that consecutive heads share (grouped-query attention)."""
+    groups = heads // vectors.shape[1]
+    return vectors if groups == 1 else vectors.repeat_interleave(groups, dim=1)
 
 
 def kl(log_s: Tensor, log_t: Tensor) -> Tensor:

@@ -81,18 +81,10 @@ def attention_mse(student: Scores, teacher: Scores, masks: Masks = Masks()) -> T
     """Mean squared error of attention scores, in time linear in the number of tokens wherever that is possible.
 
     ``1/(H N) sum_h sum_(i,j) (a_S,hij - a_T,hij)^2`` over the ``N`` pairs of a real query and a key it may attend to.
-
-    Args:
-        student: what the student's scores are made of; queries, keys and bias may want gradients.
-        teacher: the same of the teacher, of as many heads, whose size may differ; gets no gradient.
-        masks: which scores count.
+    The arguments, and what it raises, are those of :func:`attention_kl`, with equal numbers of heads.
 
     Returns:
         ``(batch,)``, in squared units of the scores.
-
-    Raises:
-        KernelError: a backend was asked for that can't run here, see :class:`use`.
-        ObjectiveError: a tensor has another dtype or shape.
 
     >>> import torch
     >>> q, k = torch.ones(1, 1, 2, 1), torch.ones(1, 1, 2, 1)
@@ -118,18 +110,10 @@ def attention_dist(
 ) -> tuple[Tensor, Tensor]:
     """Pearson distance of attention probabilities, see :func:`ildistil.functional.attention_dist`.
 
-    Args:
-        student: what the student's scores are made of.
-        teacher: the same of the teacher; gets no gradient.
-        masks: which scores count.
-        over: ``"tokens"`` or ``"heads"``.
+    The arguments are those of :func:`attention_kl`, and ``over``, which is ``"tokens"`` or ``"heads"``.
 
     Returns:
         The mean distance of each example, and of how many correlations it is the mean, both ``(batch,)``.
-
-    Raises:
-        ConfigError: ``over`` is none of these.
-        ObjectiveError: a tensor has another dtype or shape.
     """
     _check(student, teacher, masks)
     return functional.attention_dist(*_maps(student, teacher, masks), over)
@@ -142,20 +126,10 @@ def attention_dist_over_batch(
     positions: int = 0,
     total: Total = unchanged,
 ) -> Tensor:
-    """Pearson distance over the batch, see :func:`ildistil.functional.attention_dist_over_batch`.
+    """Pearson distance over the batch, see :func:`ildistil.functional.attention_dist_over_batch`, a scalar.
 
-    Args:
-        student: what the student's scores are made of, of self-attention.
-        teacher: the same of the teacher; gets no gradient.
-        masks: which scores count.
-        positions: number of positions to fill up to, the same in all processes.
-        total: extends a sum over the batch over further processes.
-
-    Returns:
-        A scalar, between 0 and 2.
-
-    Raises:
-        ObjectiveError: a tensor has another dtype or shape.
+    The arguments are those of :func:`attention_kl`, and for several processes the number of ``positions`` to fill up
+    to, the same in all, and ``total``, which extends a sum over them.
     """
     _check(student, teacher, masks)
     s, t, allowed, real = _maps(student, teacher, masks)
@@ -174,9 +148,6 @@ def attention_output(scores: Scores, value: Tensor, masks: Masks = Masks()) -> T
 
     Returns:
         ``(batch, queries, heads * size)``.
-
-    Raises:
-        ObjectiveError: a tensor has another dtype or shape.
     """
     _check(scores, scores, masks)
     return functional.attention_output(score_map(scores, masks), value, allowed_map(scores.query, scores.key, masks))

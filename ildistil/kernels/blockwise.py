@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ildistil.attention import Masks, Scores, visible, zeroed
+from ildistil.kernels.choice import refuse_second_derivative
 from ildistil.kernels.spans import spans
-
-__all__ = ["divergences", "squared_errors"]
 
 # Elements of one block of scores: on a CPU a few blocks fit into the caches, a GPU wants larger pieces of work.
 _BLOCK = 2**20
@@ -122,10 +121,7 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "The blockwise attention losses have no second derivative. Use kernels.use('plain') around the step."
-            )
+        refuse_second_derivative("A blockwise attention loss")
         nothing = (None,) * 5
         if not ctx.late:
             dq, dk = (None if x is None else x * grad[:, None, None, None] for x in ctx.saved_tensors)

@@ -4,14 +4,12 @@ import functools
 import os
 from importlib.util import find_spec
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
 from ildistil.attention import Scores
 from ildistil.errors import KernelError
-
-__all__ = ["Backend", "choose_backend", "is_short", "triton_suits", "use"]
 
 Backend = Literal["auto", "triton", "blockwise", "plain"]
 
@@ -59,18 +57,9 @@ class use:  # noqa: N801
 
 
 def choose_backend(student: Scores, has_triton_kernel: bool = False, linear: bool = False) -> Backend:
-    """Choose the backend for these scores.
+    """Choose the backend for these scores, any but ``"auto"``.
 
-    Args:
-        student: what the student's scores are made of.
-        has_triton_kernel: whether there is a Triton kernel for this loss and these scores.
-        linear: whether the loss without maps takes time linear in the number of tokens: then no device wants maps.
-
-    Returns:
-        ``"triton"``, ``"blockwise"`` or ``"plain"``.
-
-    Raises:
-        KernelError: Triton is asked for but can't run here, or the environment variable names no backend.
+    Where a loss without maps is ``linear`` in the number of tokens, no device wants maps.
     """
     backend = _told or _known(os.environ.get("ILDISTIL_KERNELS") or "auto", "ILDISTIL_KERNELS")
     device = student.query.device.type
@@ -86,6 +75,12 @@ def choose_backend(student: Scores, has_triton_kernel: bool = False, linear: boo
         return "plain" if is_short(student) else "blockwise"
     large = batch * heads * queries * student.key.shape[2] >= _LARGE
     return "blockwise" if linear or large else "plain"
+
+
+def refuse_second_derivative(loss: str) -> None:
+    """Refuse to differentiate the gradient of a loss: for the backward pass of one that computes it by itself."""
+    if torch.is_grad_enabled():
+        raise KernelError(f"{loss} has no second derivative. Use kernels.use('plain') around the step.")
 
 
 def is_short(student: Scores) -> bool:
@@ -108,11 +103,9 @@ def _installed() -> bool:
 
 
 def _known(backend: str, where: str) -> Backend:
-    backends: tuple[Backend, ...] = get_args(Backend)
-    for known in backends:
-        if backend == known:
-            return known
-    raise KernelError(f"{where}: got {backend!r}; choose one of {', '.join(map(repr, backends))}.")
+    if backend not in get_args(Backend):
+        raise KernelError(f"{where}: got {backend!r}; choose one of {', '.join(map(repr, get_args(Backend)))}.")
+    return cast(Backend, backend)
 
 
 def _check_triton(device: str) -> None:

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["summed"]
-
 # Elements of one chunk of logits, on a CPU and elsewhere. On a CPU 2**21 to 2**23 are equally fast, larger ones slower;
 # a GPU wants larger matrix products: how large hasn't been measured.
 _CHUNK, _CHUNK_ELSEWHERE = 2**22, 2**25
@@ -22,16 +20,14 @@ def summed(
     """Sum a loss over the rows of ``logits(states)``, of which only one chunk exists at a time.
 
     ``sum_i values(logits(states_i), i)``. One pass gives the value and the gradients of the states and the layer's
-    parameters; nothing of the size of the vocabulary is kept but the parameters' own gradients.
+    parameters; nothing of the size of the vocabulary is kept but the parameters' own gradients. Without any row it is
+    zero, with gradients of zero.
 
     Args:
         values: computes the losses ``(rows,)`` of some logits ``(rows, vocabulary)``, and is given which rows they are.
         logits: makes logits of states, row by row.
         layer: has the parameters that it uses, the largest as long as a row of logits.
         states: ``(rows, width)``.
-
-    Returns:
-        A scalar; zero (with gradients of zero) where there is no row.
 
     >>> layer = nn.Linear(2, 3)
     >>> states = torch.randn(5, 2)

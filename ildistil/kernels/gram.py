@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ildistil.attention import Masks, Scores, zeroed
+from ildistil.functional.reduction import for_each_head
+from ildistil.kernels.choice import refuse_second_derivative
 from ildistil.kernels.spans import spans
-
-__all__ = ["squared_errors", "suits"]
 
 # An example, or all of them, and the spans of its queries and keys.
 _Place = tuple[int | slice, slice, slice]
@@ -43,7 +43,7 @@ def squared_errors(student: Scores, teacher: Scores, masks: Masks) -> Tensor:
         teacher = teacher.detach().to(student.query.dtype)
         keys = student.key, teacher.key
         if keys[0].shape[1] != keys[1].shape[1]:  # shared otherwise
-            keys = keys[0].repeat_interleave(student.groups, 1), keys[1].repeat_interleave(teacher.groups, 1)
+            keys = for_each_head(keys[0], student.heads), for_each_head(keys[1], teacher.heads)
         vectors = student.query, keys[0], teacher.query, keys[1]
         ratio, device = teacher.scale / student.scale, student.query.device.type
         if device != "cuda":
@@ -96,10 +96,7 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "The squared error by Gram matrices has no second derivative. Use kernels.use('plain') around the step."
-            )
+        refuse_second_derivative("The squared error by Gram matrices")
         q_s, k_s, q_t, k_t, *matrices = ctx.saved_tensors
         weighted = [x * (2 * grad[:, None, None, None]) for x in matrices]
         dq, dk = torch.zeros_like(q_s), torch.zeros_like(k_s)

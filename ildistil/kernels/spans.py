@@ -6,8 +6,6 @@ from torch import Tensor
 
 from ildistil.attention import Masks, Scores, real_tokens
 
-__all__ = ["pairs", "spans"]
-
 
 def spans(mask: Tensor | None, vectors: Tensor) -> tuple[list[slice], Tensor | None]:
     """Return the span of every example's real tokens, and the mask if any is left to do within the spans."""

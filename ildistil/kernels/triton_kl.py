@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ildistil.attention import Masks, Scores
-
-__all__ = ["divergences"]
+from ildistil.kernels.choice import refuse_second_derivative
 
 # The first axis of a grid, the one that may be long, counts batch times heads.
 # Rows and columns of a tile, and stages of loading, by the size of the heads: large ones need more shared memory.
@@ -49,10 +48,7 @@ class _Divergences(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "The Triton attention loss has no second derivative. Use kernels.use('plain') around the step."
-            )
+        refuse_second_derivative("The Triton attention loss")
         q_s, k_s, q_t, k_t, rows = ctx.saved_tensors
         rest_s, rest_t, masks = ctx.rest
         tile, arguments = _arguments(Scores(q_s, k_s, *rest_s), Scores(q_t, k_t, *rest_t), masks)

@@ -13,8 +13,7 @@ from ildistil.objectives.hidden import (
     HiddenMSE,
 )
 from ildistil.objectives.logits import LogitsDIST, LogitsKL, LogitsMSE
-from ildistil.objectives.mapped import JointObjective, MappedObjective
-from ildistil.objectives.pairwise import PairwiseObjective
+from ildistil.objectives.mapped import JointObjective, MappedObjective, PairwiseObjective
 from ildistil.objectives.projection import Projection
 from ildistil.objectives.relation import RelationKL, ValueRelationKL
 from ildistil.objectives.task import TaskLoss

@@ -15,15 +15,20 @@ from ildistil.errors import ObjectiveError
 from ildistil.functional.checks import check_choice, check_words
 from ildistil.mappings import LayerMapping
 from ildistil.objectives.base import Count, Weight, same_tokens
-from ildistil.objectives.mapped import Stack
-from ildistil.objectives.pairwise import PairwiseObjective
+from ildistil.objectives.mapped import PairwiseObjective, Stack
 from ildistil.objectives.projection import ProjectionOption
 from ildistil.objectives.states import StateObjective
 
-__all__ = ["QKVMSE", "AttentionDIST", "AttentionKL", "AttentionMSE", "AttentionOutputMSE"]
-
 Heads = Literal["equal", "merge"]
 Over = Literal["tokens", "heads", "sentences"]
+
+
+def take_attention(pair: tuple[int, int], student: Activations, teacher: Activations) -> tuple[Attention, Attention]:
+    """Take the attention of a pair of layers, which must be of the same tokens."""
+    s, t = student.attention.take(pair[0]), teacher.attention.take(pair[1])
+    same_tokens(s.query, t.query, axis=2)
+    same_tokens(s.key, t.key, axis=2)
+    return s, t
 
 
 class _AttentionObjective(PairwiseObjective):
@@ -31,18 +36,7 @@ class _AttentionObjective(PairwiseObjective):
 
     taps = ("attention",)
     vectors = "qk"
-
-    def __init__(
-        self,
-        weight: Weight,
-        mapping: LayerMapping | None,
-        heads: Heads,
-        stack: Stack | None,
-        name: str | None,
-    ) -> None:
-        super().__init__(weight, mapping, stack, name)
-        check_choice(f"{type(self).__name__}: heads", heads, get_args(Heads))
-        self.heads = heads
+    heads: Heads = "equal"
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Resolve the mapping and check that heads can be paired."""
@@ -50,21 +44,18 @@ class _AttentionObjective(PairwiseObjective):
         self._check_heads(*(info.heads for info in self.models))
 
     def _check_heads(self, student: int | None, teacher: int | None) -> None:
-        if student == teacher or self.heads == "merge" or student is None or teacher is None:
-            return
-        raise ObjectiveError(
-            f"{type(self).__name__} compares attention head by head; the student has {student} heads, the teacher "
-            f"{teacher}. Give the student {teacher} heads, or use AttentionKL(heads='merge'), RelationKL(heads=...) or "
-            "HiddenMSE, which don't need equal heads."
-        )
+        if self.heads == "equal" and None not in (student, teacher) and student != teacher:
+            raise ObjectiveError(
+                f"{type(self).__name__} compares attention head by head; the student has {student} heads, the teacher "
+                f"{teacher}. Give the student {teacher} heads, or use AttentionKL(heads='merge'), "
+                "RelationKL(heads=...) or HiddenMSE, which don't need equal heads."
+            )
 
     def attention(
         self, pair: tuple[int, int], student: Activations, teacher: Activations
     ) -> tuple[Attention, Attention]:
-        """Take the attention of a pair of layers, which must be comparable."""
-        s, t = student.attention.take(pair[0]), teacher.attention.take(pair[1])
-        same_tokens(s.query, t.query, axis=2)
-        same_tokens(s.key, t.key, axis=2)
+        """Take the attention of a pair of layers, whose heads can be paired."""
+        s, t = take_attention(pair, student, teacher)
         self._check_heads(s.heads, t.heads)  # a config may not say them
         return s, t
 
@@ -88,27 +79,13 @@ class AttentionMSE(_AttentionObjective):
 
     ``1/(H N) sum_h sum_(i,j) (a_S,hij - a_T,hij)^2`` over the ``N`` pairs of a real query and a key it may attend to;
     mean over examples, then over layer pairs. Captured before dropout, under any attention implementation.
-
-    Args:
-        weight: factor of the term: a number, or a schedule.
-        mapping: which student layer learns from which teacher layer; default ``Uniform()``.
-        stack: which attention of an encoder-decoder: ``"encoder"``, ``"decoder"`` or ``"cross"``.
-        name: key of the term in logs; default ``attention_mse``.
+    The arguments are those of :class:`MappedObjective`.
 
     Raises:
         ObjectiveError: the models have different numbers of heads.
 
     Source: Jiao et al., "TinyBERT", 2020; Wang et al., "How to Distill your BERT", 2023.
     """
-
-    def __init__(
-        self,
-        weight: Weight = 1.0,
-        mapping: LayerMapping | None = None,
-        stack: Stack | None = None,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(weight, mapping, "equal", stack, name)
 
     def compare(self, student: Attention, teacher: Attention) -> Tensor:
         """Return the mean over examples of the squared error."""
@@ -121,14 +98,11 @@ class AttentionKL(_AttentionObjective):
 
     ``1/(H n) sum_h sum_i KL(softmax(a_T,hi) || softmax(a_S,hi))`` over the ``n`` real queries of an example; mean over
     examples, then over layer pairs, in nats. Captured before dropout, under any attention implementation.
+    The other arguments are those of :class:`MappedObjective`.
 
     Args:
-        weight: factor of the term: a number, or a schedule.
-        mapping: which student layer learns from which teacher layer; default ``Uniform()``.
         heads: what to do where the numbers of heads differ: refuse (``"equal"``), or ``"merge"``: average consecutive
             heads of both models in probability space, down to the greatest common divisor of both numbers.
-        stack: which attention of an encoder-decoder: ``"encoder"``, ``"decoder"`` or ``"cross"``.
-        name: key of the term in logs; default ``attention_kl``.
 
     Raises:
         ObjectiveError: the models have different numbers of heads, and they are not to be merged.
@@ -144,7 +118,9 @@ class AttentionKL(_AttentionObjective):
         stack: Stack | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight, mapping, heads, stack, name)
+        super().__init__(weight, mapping, stack, name)
+        check_choice("AttentionKL: heads", heads, get_args(Heads))
+        self.heads = heads
 
     def compare(self, student: Attention, teacher: Attention) -> Tensor:
         """Return the mean over examples of the divergence."""
@@ -160,15 +136,11 @@ class AttentionDIST(_AttentionObjective):
     over the correlations of an example, its layer pairs, and the examples. Correlations that aren't defined, of fewer
     than two entries or where the teacher's are all equal, don't count, nor does an example that has no other.
     ``"sentences"`` couples the examples of a batch: the term then takes in the batches of all processes, and refuses
-    accumulated batches.
+    accumulated batches; it needs self-attention. The other arguments are those of :class:`MappedObjective`.
 
     Args:
-        weight: factor of the term: a number, or a schedule.
-        mapping: which student layer learns from which teacher layer; default ``Uniform()``.
         over: ``"tokens"``, ``"heads"`` or ``"sentences"``.
         heads: see :class:`AttentionKL`.
-        stack: see :class:`AttentionKL`; ``"sentences"`` needs self-attention.
-        name: key of the term in logs; default ``attention_dist``.
 
     Raises:
         ObjectiveError: the models have different numbers of heads, and they are not to be merged.
@@ -186,11 +158,12 @@ class AttentionDIST(_AttentionObjective):
         stack: Stack | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight, mapping, heads, stack, name)
+        super().__init__(weight, mapping, stack, name)
+        check_choice("AttentionDIST: heads", heads, get_args(Heads))
         check_choice("AttentionDIST: over", over, get_args(Over))
         if (over, stack) == ("sentences", "cross"):
             raise ObjectiveError("AttentionDIST: over='sentences' compares positions of self-attention, not 'cross'.")
-        self.over: Over = over
+        self.heads, self.over = heads, over
         self.batch_coupled = over == "sentences"
         self._counted: Tensor | None = None
 
@@ -238,14 +211,8 @@ class AttentionOutputMSE(StateObjective):
     """Mean squared error of what the attention of mapped layers gives: the values, averaged by the probabilities.
 
     ``1/(n d) sum_i ||W c_S,i + b - c_T,i||^2`` with ``c_i = [softmax(a_hi) v_h for all heads h]``, before the layer's
-    output projection and without dropout; mean over examples, then over layer pairs.
-
-    Args:
-        weight: factor of the term: a number, or a schedule.
-        mapping: which student layer learns from which teacher layer; default ``Uniform()``.
-        projection: see :class:`~ildistil.objectives.HiddenMSE`.
-        stack: which attention of an encoder-decoder: ``"encoder"``, ``"decoder"`` or ``"cross"``.
-        name: key of the term in logs; default ``attention_output_mse``.
+    output projection and without dropout; mean over examples, then over layer pairs. The arguments are those of
+    :class:`HiddenMSE`.
 
     Raises:
         ObjectiveError: the widths differ and there is no projection.
@@ -268,15 +235,12 @@ class QKVMSE(StateObjective):
 
     ``1/(n d) sum_i ||W x_S,i + b - x_T,i||^2`` with ``x`` the vectors of all heads of a token side by side, after
     rotary embedding; mean over the parts, examples and layer pairs. Unlike relations it asks for the same vectors,
-    which is sensible where the student started from the teacher's layers.
+    which is sensible where the student started from the teacher's layers. The other arguments are those of
+    :class:`HiddenMSE`.
 
     Args:
-        weight: factor of the term: a number, or a schedule.
-        mapping: which student layer learns from which teacher layer; default ``Uniform()``.
         parts: any of ``"q"``, ``"k"`` and ``"v"``.
-        projection: see :class:`~ildistil.objectives.HiddenMSE`; a map for each part.
-        stack: which attention of an encoder-decoder: ``"encoder"``, ``"decoder"`` or ``"cross"``.
-        name: key of the term in logs; default ``qkv_mse``.
+        projection: see :class:`HiddenMSE`; a map for each part.
 
     Raises:
         ObjectiveError: the widths differ and there is no projection; or a part is unknown.
@@ -295,7 +259,7 @@ class QKVMSE(StateObjective):
         stack: Stack | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight, mapping, projection, stack, "qkv_mse" if name is None else name)
+        super().__init__(weight, mapping, projection, stack, name)
         check_words("QKVMSE: parts", parts, ("q", "k", "v"))
         self.kinds, self.vectors = tuple(parts), "".join(parts)
 

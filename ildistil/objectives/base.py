@@ -15,8 +15,6 @@ from ildistil.errors import ObjectiveError
 from ildistil.schedules import HEAVIEST, Schedule
 from ildistil.stages import Step
 
-__all__ = ["Count", "Objective", "Weight", "same_tokens"]
-
 Weight = float | Schedule
 
 LOWEST = {"hidden": 0, "attention": 1}  # layer number
@@ -182,7 +180,7 @@ def _expand(taps: tuple[str, ...], info: ModelInfo) -> list[Tap]:
 def _snake_case(name: str) -> str:
     """Turn a class name into a term's name.
 
-    >>> [_snake_case(n) for n in ("AttentionKL", "HiddenMSE", "TaskLoss", "LogitsKL")]
-    ['attention_kl', 'hidden_mse', 'task_loss', 'logits_kl']
+    >>> [_snake_case(n) for n in ("AttentionKL", "HiddenMSE", "TaskLoss", "CLSMSE", "CLSContrast")]
+    ['attention_kl', 'hidden_mse', 'task_loss', 'cls_mse', 'cls_contrast']
     """
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Z])(?=MSE$)", "_", name).lower()

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ildistil import distributed, functional
 from ildistil.capture import Activations, ModelInfo
@@ -16,15 +16,21 @@ from ildistil.mappings import All, LayerMapping
 from ildistil.objectives.base import Count, Weight, same_tokens
 from ildistil.objectives.mapped import JointObjective, Stack
 from ildistil.objectives.pooling import Pool, checked, pooling
+from ildistil.objectives.projection import Projection
 from ildistil.stages import Step
-
-__all__ = ["CLSContrast", "CLSInBatchContrast"]
 
 Estimator = Literal["info_nce", "nce"]
 
 
 class _Contrast(JointObjective):
-    """An objective on one vector of each text: all mapped layers, concatenated and mapped to a few dimensions."""
+    """An objective on one vector of each text: all mapped layers, concatenated and mapped to a few dimensions.
+
+    Args:
+        mapping: which layers take part, on either side; default ``All()``. How it pairs them doesn't matter.
+        size: number of dimensions that vectors are mapped to.
+        temperature: ``T``, between 0.01 and 1000.
+        pool: see :class:`CLSMSE`.
+    """
 
     taps = ("hidden",)
     default_mapping = All()
@@ -50,11 +56,7 @@ class _Contrast(JointObjective):
         """Resolve the mapping and make a projection of each model."""
         super().build(student, teacher)
         for role, info, layers in zip(("student", "teacher"), self.models, self.layers(), strict=True):
-            if info.width is None:
-                raise ObjectiveError(
-                    f"{type(self).__name__} needs the width of the {role}, and a config doesn't say it."
-                )
-            self.projections[role] = nn.Linear(info.width * len(layers), self.size)
+            Projection("always").make(self, [role], info.width and info.width * len(layers), self.size)
 
     def _vectors(self, student: Activations, teacher: Activations) -> tuple[Tensor, Tensor, Tensor]:
         """Return a vector of length 1 for each example, of both models, and which examples have a token at all."""
@@ -89,10 +91,10 @@ class CLSContrast(_Contrast):
     step's texts and then constant; ``N`` cancels.
 
     Bank and ``Z`` are the same in all processes and in the checkpoint, not in the exported student; the bank grows with
-    the texts it meets. Draws depend on ``seed``, step and class only.
+    the texts it meets. Draws depend on ``seed``, step and class only. The other arguments are those of
+    :class:`MappedObjective`.
 
     Args:
-        weight: factor of the term: a number, or a schedule.
         mapping: which layers take part, on either side; default ``All()``. How it pairs them doesn't matter.
         size: number of dimensions that vectors are mapped to.
         temperature: ``T``, between 0.01 and 1000.
@@ -100,9 +102,7 @@ class CLSContrast(_Contrast):
         momentum: the old vector's part when the bank learns a new one, from 0 to below 1.
         seed: of the draws.
         estimator: ``"info_nce"`` (CoDIR), or ``"nce"`` (CRD, and the code of Wang et al., which sum both directions).
-        pool: see :class:`~ildistil.objectives.CLSMSE`.
-        stack: which layers of an encoder-decoder: ``"encoder"`` or ``"decoder"``.
-        name: key of the term in logs; default ``cls_contrast``.
+        pool: see :class:`CLSMSE`.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -113,14 +113,6 @@ class CLSContrast(_Contrast):
     (CoDIR), 2020; Tian et al., "Contrastive Representation Distillation" (CRD), 2020; Wang et al., "How to Distill your
     BERT", 2023.
     """
-
-    _slots: dict[int, int]  # row id -> row of the bank
-    _bank: dict[str, Tensor]
-    _classes: Tensor
-    _log_normalizers: Tensor  # of both directions; empty until there is something to estimate them from
-    _step: int | None
-    _now: list[Tensor]
-    _waiting: list[list[Tensor]]
 
     def __init__(
         self,
@@ -136,13 +128,22 @@ class CLSContrast(_Contrast):
         stack: Stack | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight, mapping, size, temperature, pool, stack, "cls_contrast" if name is None else name)
+        super().__init__(weight, mapping, size, temperature, pool, stack, name)
         check_count("CLSContrast: negatives", negatives)
         check_count("CLSContrast: seed", seed, least=0)
         check_number("CLSContrast: momentum", momentum, "from 0 to below 1", lambda old: 0 <= old < 1)
         check_choice("CLSContrast: estimator", estimator, get_args(Estimator))
         self.negatives, self.momentum, self.seed, self.estimator = negatives, momentum, seed, estimator
         self._forget()
+
+    def _forget(self) -> None:
+        self._slots: dict[int, int] = {}  # row id -> row of the bank
+        self._bank = {"student": torch.empty(0, self.size), "teacher": torch.empty(0, self.size)}
+        self._classes = torch.empty(0, dtype=torch.long)
+        self._log_normalizers = torch.empty(0)  # of both directions; until there is something to estimate them from
+        self._step: int | None = None
+        self._now: list[Tensor] = []
+        self._waiting: list[list[Tensor]] = []
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Make the projections."""
@@ -220,13 +221,6 @@ class CLSContrast(_Contrast):
         self._classes = state_dict["classes"]
         self._waiting = list(state_dict["waiting"])
         self._log_normalizers = state_dict["log_normalizers"]
-
-    def _forget(self) -> None:
-        self._slots = {}
-        self._bank = {"student": torch.empty(0, self.size), "teacher": torch.empty(0, self.size)}
-        self._classes = torch.empty(0, dtype=torch.long)
-        self._log_normalizers = torch.empty(0)
-        self._step, self._now, self._waiting = None, [], []
 
     def _rows(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         rows, classes = batch.get("row_id"), batch.get("labels")
@@ -319,16 +313,7 @@ class CLSInBatchContrast(_Contrast):
     ``-1/2 sum over both directions of log( exp(s_b t_b / T) / sum_c exp(s_b t_c / T) )``, mean over examples ``b``,
     with ``c`` over all examples of the batch. ``s`` and ``t`` are as in :class:`CLSContrast`. Needs neither labels nor
     row ids. The term couples the examples of a batch: it takes in the batches of all processes, and refuses accumulated
-    batches.
-
-    Args:
-        weight: factor of the term: a number, or a schedule.
-        mapping: which layers take part, on either side; default ``All()``. How it pairs them doesn't matter.
-        size: number of dimensions that vectors are mapped to.
-        temperature: ``T``, between 0.01 and 1000.
-        pool: see :class:`~ildistil.objectives.CLSMSE`.
-        stack: which layers of an encoder-decoder: ``"encoder"`` or ``"decoder"``.
-        name: key of the term in logs; default ``cls_in_batch_contrast``.
+    batches. The arguments are those that it shares with :class:`CLSContrast`.
 
     Raises:
         ConfigError: an argument is out of range.

@@ -11,37 +11,23 @@ from ildistil.capture import Activations, ModelInfo, Role, Tap
 from ildistil.functional.checks import check_flag
 from ildistil.mappings import All, Explicit, LayerMapping
 from ildistil.objectives.base import Weight, same_tokens
-from ildistil.objectives.mapped import JointObjective, MappedObjective, Stack
-from ildistil.objectives.pairwise import PairwiseObjective
+from ildistil.objectives.mapped import JointObjective, MappedObjective, PairwiseObjective, Stack
 from ildistil.objectives.pooling import Pool, checked, pooling
 from ildistil.objectives.projection import ProjectionOption, option, project
 from ildistil.objectives.states import StateObjective
-
-__all__ = [
-    "CLSMSE",
-    "CLSAttentiveMSE",
-    "EmbeddingMSE",
-    "HiddenCKA",
-    "HiddenConcatMSE",
-    "HiddenCosine",
-    "HiddenMSE",
-]
 
 
 class HiddenMSE(StateObjective):
     """Mean squared error of the hidden states of mapped layers, over all real tokens ("Hid-Seq").
 
     ``1/(n d) sum_i ||W h_S,i + b - h_T,i||^2`` for an example of ``n`` tokens and a teacher of width ``d``; mean over
-    examples, then over pairs. Layer 0, the embedding output, can be mapped too.
+    examples, then over pairs. Layer 0, the embedding output, can be mapped too. The other arguments are those of
+    :class:`MappedObjective`.
 
     Args:
-        weight: factor of the term: a number, or a schedule.
-        mapping: which student layer learns from which teacher layer; default ``Uniform()``.
         projection: whether a linear map takes the student's states to the teacher's width: ``"auto"`` where the
             widths differ, ``"always"``, or ``"never"``; one map for each pair, trained along. A
             :class:`~ildistil.objectives.Projection` says more: one map for all pairs, a norm, an orthogonal start.
-        stack: which layers of an encoder-decoder: ``"encoder"`` or ``"decoder"``.
-        name: key of the term in logs; default ``hidden_mse``.
 
     Raises:
         ObjectiveError: the widths differ and there is no projection.
@@ -53,13 +39,7 @@ class HiddenMSE(StateObjective):
 class EmbeddingMSE(StateObjective):
     """Mean squared error of the embedding outputs, over all real tokens.
 
-    :class:`HiddenMSE` of layer 0: ``1/(n d) sum_i ||W h_S,i + b - h_T,i||^2``.
-
-    Args:
-        weight: factor of the term: a number, or a schedule.
-        projection: see :class:`HiddenMSE`.
-        stack: see :class:`HiddenMSE`.
-        name: key of the term in logs; default ``embedding_mse``.
+    :class:`HiddenMSE` of layer 0, with its arguments: ``1/(n d) sum_i ||W h_S,i + b - h_T,i||^2``.
 
     Raises:
         ObjectiveError: the widths differ and there is no projection.
@@ -81,13 +61,7 @@ class HiddenCosine(StateObjective):
     """Cosine distance of the hidden states of mapped layers, over all real tokens.
 
     ``1/n sum_i (1 - cos(W h_S,i + b, h_T,i))`` for an example of ``n`` tokens; mean over examples, then over pairs.
-
-    Args:
-        weight: factor of the term: a number, or a schedule.
-        mapping: which student layer learns from which teacher layer; default ``Uniform()`` (DistilBERT: ``Last()``).
-        projection: see :class:`HiddenMSE`.
-        stack: see :class:`HiddenMSE`.
-        name: key of the term in logs; default ``hidden_cosine``.
+    DistilBERT maps ``Last()``. The arguments are those of :class:`HiddenMSE`.
 
     Raises:
         ObjectiveError: the widths differ and there is no projection.
@@ -105,17 +79,13 @@ class CLSMSE(StateObjective):
 
     ``1/d ||W h_S + b - h_T||^2``, or with ``normalize`` ``||h_S/||h_S|| - h_T/||h_T|| ||^2``; mean over examples, then
     over pairs. ``h`` is the state of the first real token, also where padding stands left; of a model whose head pools
-    otherwise, what that pools: of a causal one the last real token's, as its first token sees no other.
+    otherwise, what that pools: of a causal one the last real token's, as its first token sees no other. PKD maps
+    ``Skip()``. The other arguments are those of :class:`HiddenMSE`.
 
     Args:
-        weight: factor of the term: a number, or a schedule.
-        mapping: which student layer learns from which teacher layer; default ``Uniform()`` (PKD: ``Skip()``).
-        projection: see :class:`HiddenMSE`.
         normalize: compare directions: both states are divided by their length, and the squares summed.
         pool: which vector stands for a text: ``"auto"``, which is for each model what its head pools, or ``"first"``,
             ``"last"`` or ``"mean"`` of the real tokens for both.
-        stack: see :class:`HiddenMSE`.
-        name: key of the term in logs; default ``cls_mse``.
 
     Raises:
         ConfigError: there is no such pooling.
@@ -134,7 +104,7 @@ class CLSMSE(StateObjective):
         stack: Stack | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight, mapping, projection, stack, "cls_mse" if name is None else name)
+        super().__init__(weight, mapping, projection, stack, name)
         check_flag("CLSMSE: normalize", normalize)
         self.normalize, self.pool = normalize, checked(pool)
 
@@ -155,15 +125,13 @@ class CLSAttentiveMSE(MappedObjective):
 
     ``1/d ||W h_S - sum_j a_j h_T,j||^2`` with ``a = softmax_j((W h_S) h_T,j / sqrt(d))`` over the teacher layers ``j``
     that the mapping pairs with a student layer; mean over examples, then over student layers. ``h`` is as in
-    :class:`CLSMSE`. No teacher layer has to be chosen, and none is left out.
+    :class:`CLSMSE`. No teacher layer has to be chosen, and none is left out. The other arguments are those of
+    :class:`MappedObjective`.
 
     Args:
-        weight: factor of the term: a number, or a schedule.
         mapping: which teacher layers each student layer may attend to; default ``All()``.
         projection: see :class:`HiddenMSE`; the map is of the student layer.
         pool: see :class:`CLSMSE`.
-        stack: see :class:`HiddenMSE`.
-        name: key of the term in logs; default ``cls_attentive_mse``.
 
     Raises:
         ConfigError: there is no such pooling.
@@ -205,8 +173,7 @@ class CLSAttentiveMSE(MappedObjective):
         layers: dict[int, list[int]] = {}
         for s, t in self.pairs:
             layers.setdefault(s, []).append(t)
-        losses = [self._layer_loss(s, chosen, student, teacher) for s, chosen in layers.items()]
-        return sum(losses[1:], start=losses[0]) / len(losses)
+        return torch.stack([self._layer_loss(s, chosen, student, teacher) for s, chosen in layers.items()]).mean()
 
     def _key(self, layer: int) -> str:
         return self.projection.key((layer, 0), draws=True)  # the map is of the student layer alone
@@ -231,14 +198,11 @@ class HiddenConcatMSE(JointObjective):
 
     ``1/(n D) sum_i ||W s_i + b - t_i||^2``, where ``s_i`` and ``t_i`` are the states of token ``i`` in all student and
     all teacher layers, concatenated; ``D`` is the length of ``t_i``. The learned map is on the student's side only: on
-    the teacher's it could shrink the targets to nothing.
+    the teacher's it could shrink the targets to nothing. The other arguments are those of :class:`MappedObjective`.
 
     Args:
-        weight: factor of the term: a number, or a schedule.
         mapping: which layers take part, on either side; default ``All()``. How it pairs them doesn't matter.
         projection: see :class:`HiddenMSE`; the map is from all layers to all layers.
-        stack: see :class:`HiddenMSE`.
-        name: key of the term in logs; default ``hidden_concat_mse``.
 
     Raises:
         ObjectiveError: the concatenated widths differ and there is no projection.
@@ -286,13 +250,8 @@ class HiddenCKA(PairwiseObjective):
     ``1 - ||X^T Y||_F^2 / (||X^T X||_F ||Y^T Y||_F)`` with the real tokens of the batch as rows of ``X`` (student) and
     ``Y`` (teacher), centred; mean over pairs. Widths may differ without a projection. The term couples the examples of
     a batch: it takes in the batches of all processes, and refuses accumulated batches. A batch should have several
-    times more tokens than the states have dimensions: fewer make any two layers look alike.
-
-    Args:
-        weight: factor of the term: a number, or a schedule.
-        mapping: which student layer learns from which teacher layer; default ``Uniform()``.
-        stack: which layers of an encoder-decoder: ``"encoder"`` or ``"decoder"``.
-        name: key of the term in logs; default ``hidden_cka``.
+    times more tokens than the states have dimensions: fewer make any two layers look alike. The arguments are those of
+    :class:`MappedObjective`.
 
     Source: Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019.
     """

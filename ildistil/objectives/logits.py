@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,23 +10,30 @@ from torch import Tensor
 from ildistil import distributed, functional
 from ildistil.capture import Activations, LazyLogits, ModelInfo
 from ildistil.errors import ObjectiveError
-from ildistil.functional.checks import check_count, check_number, check_temperature
-from ildistil.functional.logits import Divergence
+from ildistil.functional.checks import check_number, check_temperature
+from ildistil.functional.logits import Divergence, check_divergence
 from ildistil.kernels import chunked
 from ildistil.objectives.base import Count, Objective, Weight
-
-__all__ = ["LogitsDIST", "LogitsKL", "LogitsMSE"]
 
 
 class _LogitsObjective(Objective):
     taps = ("logits",)
+    of_classes = False  # whether distributions over exclusive classes are compared
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
-        """Check that both models have the same labels."""
+        """Check that both models have the same labels, and that these are classes where they must be."""
+        name, problems = type(self).__name__, (student.problem_type, teacher.problem_type)
         if None not in (student.labels, teacher.labels) and student.labels != teacher.labels:
             raise ObjectiveError(
-                f"{type(self).__name__}: the student has {student.labels} labels, the teacher {teacher.labels}. Give "
-                f"the student the teacher's labels (num_labels={teacher.labels}), or leave this objective out."
+                f"{name}: the student has {student.labels} labels, the teacher {teacher.labels}. Give the student the "
+                f"teacher's labels (num_labels={teacher.labels}), or leave this objective out."
+            )
+        # The softmax of one output is always 1.
+        if self.of_classes and (teacher.labels == 1 or "regression" in problems):
+            raise ObjectiveError(f"{name} compares class distributions; a regression has none. Use LogitsMSE.")
+        if self.of_classes and "multi_label_classification" in problems:
+            raise ObjectiveError(
+                f"{name} compares distributions over exclusive classes; a multi-label problem has none. Use LogitsMSE."
             )
 
     def count(self, student: Activations, batch: Mapping[str, Any]) -> Count:
@@ -41,6 +48,7 @@ class _LogitsObjective(Objective):
                 f"{type(self).__name__}: one model predicts the next token, the other doesn't. Give both the same head."
             )
         if student.lazy_logits is not None:
+            self._check_tokens(student.lazy_logits, teacher)
             return self._token_loss(student.lazy_logits, teacher, self._targets(student, batch))
         s, t = student.logits, teacher.logits
         if s.shape != t.shape or s.ndim not in (2, 3):
@@ -61,7 +69,6 @@ class _LogitsObjective(Objective):
 
     def _token_loss(self, student: LazyLogits, teacher: Activations, targets: Tensor) -> Tensor:
         """Compare logits that aren't made yet, at the targets ``(batch, tokens)`` only."""
-        self._check_tokens(student, teacher)
         t = teacher.logits[targets] if teacher.lazy_logits is None else teacher.lazy_logits.at(targets)
         return self.compare(student.at(targets), t, torch.ones_like(targets[targets]))
 
@@ -110,7 +117,6 @@ class _RowObjective(_LogitsObjective):
 
     def _token_loss(self, student: LazyLogits, teacher: Activations, targets: Tensor) -> Tensor:
         """Go over the targets a few rows at a time, through both models' output layers."""
-        self._check_tokens(student, teacher)
         theirs = teacher.lazy_logits
         rows = teacher.logits[targets] if theirs is None else theirs.states[targets]
 
@@ -134,23 +140,25 @@ class LogitsKL(_RowObjective):
     With ``p = softmax(z_T / T)`` of the teacher and ``q = softmax(z_S / T)`` of the student, ``T^2 KL(p || q)``, in
     nats; reverse ``T^2 KL(q || p)``; generalised Jensen-Shannon ``T^2 (beta KL(p || m) + (1 - beta) KL(q || m))`` with
     ``m = beta p + (1 - beta) q``. Mean over examples; for language models over the target tokens (where ``labels``
-    isn't -100; without labels, over all real tokens), the next ones where the model predicts the next.
+    isn't -100; without labels, over all real tokens), the next ones where the model predicts the next. The other
+    arguments are those of :class:`Objective`.
 
     Args:
-        weight: factor of the term: a number, or a schedule.
         temperature: softening ``T``, between 0.01 and 1000; the factor ``T^2`` keeps the size of the gradient
             independent of it.
         divergence: ``"forward"``, ``"reverse"`` or ``"jensen-shannon"``.
         beta: the teacher's part of the mixture, ``0 < beta < 1``; for Jensen-Shannon.
         top_k: keep the teacher's ``k`` most likely classes apart, and count all others as one.
-        name: key of the term in logs; default ``logits_kl``.
 
     Raises:
+        ConfigError: an argument is out of range.
         ObjectiveError: the models have different labels, or a single one (a regression).
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015; reverse and Jensen-Shannon:
     Agarwal et al., "On-Policy Distillation of Language Models", 2024.
     """
+
+    of_classes = True
 
     def __init__(
         self,
@@ -162,19 +170,8 @@ class LogitsKL(_RowObjective):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, name)
-        _check_temperature(self, temperature)
-        if divergence not in get_args(Divergence):
-            raise ObjectiveError(f"LogitsKL: divergence must be one of {get_args(Divergence)}, got {divergence!r}.")
-        limits = "between 0 and 1, both left out (its limits are the divergences 'forward' and 'reverse')"
-        check_number("LogitsKL: beta", beta, limits, lambda share: 0 < share < 1)
-        if top_k is not None:
-            check_count("LogitsKL: top_k", top_k)
+        check_divergence(temperature, divergence, beta, top_k, "LogitsKL: ")
         self.temperature, self.divergence, self.beta, self.top_k = temperature, divergence, beta, top_k
-
-    def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
-        """Check the labels; one output is a regression, whose softmax is always 1."""
-        super().build(student, teacher)
-        _check_classes(self, student, teacher)
 
     def values(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the divergence of every row."""
@@ -192,10 +189,7 @@ class LogitsMSE(_RowObjective):
     """Mean squared error of the logits; also the one for regression.
 
     ``1/C ||z_S - z_T||^2``, mean over examples; for language models over the target tokens, as in :class:`LogitsKL`.
-
-    Args:
-        weight: factor of the term: a number, or a schedule.
-        name: key of the term in logs; default ``logits_mse``.
+    The arguments are those of :class:`Objective`.
 
     Raises:
         ObjectiveError: the models have different numbers of labels.
@@ -215,14 +209,13 @@ class LogitsDIST(_LogitsObjective):
     student's and teacher's probabilities at temperature ``T``. It asks for the same order and proportions, not for the
     same values. Of two classes a correlation is always 1 or -1: then only the part over the batch teaches. The term
     couples the examples of a batch: it takes in the batches of all processes, and refuses accumulated batches. For
-    language models the rows are the target tokens, as in :class:`LogitsKL`.
+    language models the rows are the target tokens, as in :class:`LogitsKL`. The other arguments are those of
+    :class:`Objective`.
 
     Args:
-        weight: factor of the term: a number, or a schedule.
         temperature: softening ``T``, between 0.01 and 1000.
         inter: factor of the part over classes.
         intra: factor of the part over the batch.
-        name: key of the term in logs; default ``logits_dist``.
 
     Raises:
         ObjectiveError: the models have different labels, or a single one (a regression); or nothing would teach.
@@ -231,6 +224,7 @@ class LogitsDIST(_LogitsObjective):
     """
 
     batch_coupled = True
+    of_classes = True
 
     def __init__(
         self,
@@ -241,7 +235,7 @@ class LogitsDIST(_LogitsObjective):
         name: str | None = None,
     ) -> None:
         super().__init__(weight, name)
-        _check_temperature(self, temperature)
+        check_temperature(temperature, "LogitsDIST: temperature")
         for part, factor in (("inter", inter), ("intra", intra)):
             check_number(f"LogitsDIST: {part}", factor, ">= 0 and at most 1e30", lambda factor: factor >= 0)
         if inter == intra == 0:
@@ -251,7 +245,6 @@ class LogitsDIST(_LogitsObjective):
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Check the labels."""
         super().build(student, teacher)
-        _check_classes(self, student, teacher)
         if teacher.labels == 2 and self.intra == 0:
             raise ObjectiveError(
                 "LogitsDIST: the correlation of two classes is always 1 or -1, so the part over classes teaches "
@@ -266,17 +259,3 @@ class LogitsDIST(_LogitsObjective):
         inter = distributed.all_reduce_sum(torch.where(defined, within, 0).sum()) / rows
         intra = functional.logits_dist_over_batch(student, teacher, mask, self.temperature, distributed.all_reduce_sum)
         return self.inter * inter + self.intra * intra
-
-
-def _check_temperature(objective: Objective, temperature: float) -> None:
-    check_temperature(temperature, f"{type(objective).__name__}: temperature")
-
-
-def _check_classes(objective: Objective, student: ModelInfo, teacher: ModelInfo) -> None:
-    name = type(objective).__name__
-    if teacher.labels == 1 or "regression" in (student.problem_type, teacher.problem_type):
-        raise ObjectiveError(f"{name} compares class distributions; a regression has none. Use LogitsMSE.")
-    if "multi_label_classification" in (student.problem_type, teacher.problem_type):
-        raise ObjectiveError(
-            f"{name} compares distributions over exclusive classes; a multi-label problem has none. Use LogitsMSE."
-        )

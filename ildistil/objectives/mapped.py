@@ -1,7 +1,11 @@
 """Objectives on mapped layers: which student layer learns from which teacher layer."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
 
 from ildistil.capture import Activations, ModelInfo, Role, Tap
 from ildistil.errors import ObjectiveError
@@ -9,23 +13,22 @@ from ildistil.mappings import LayerMapping, Pairs, Uniform
 from ildistil.objectives.base import LOWEST, Count, Objective, Weight
 from ildistil.stages import Step
 
-__all__ = ["MappedObjective", "Stack"]
-
 Stack = Literal["encoder", "decoder", "cross"]
 
 
 class MappedObjective(Objective):
     """An objective on layers that a mapping pairs; how it compares them is up to the subclass.
 
+    The other arguments are those of :class:`Objective`.
+
     Args:
-        weight: see :class:`Objective`.
-        mapping: which student layer learns from which teacher layer.
+        mapping: which student layer learns from which teacher layer; ``Uniform()`` unless the objective says otherwise.
         stack: which layers of an encoder-decoder: ``"encoder"``, ``"decoder"`` or, for attention, ``"cross"``.
-        name: see :class:`Objective`.
 
     Attributes:
         default_mapping: the mapping where none is given.
         vectors: what is read of an attention, any of queries, keys and values (``"qkv"``); all by default.
+        models: info of the chosen stack of student and teacher, known from :meth:`build` on.
         pairs: the (student layer, teacher layer) pairs of the current step, known from :meth:`build` on.
 
     Raises:
@@ -34,6 +37,7 @@ class MappedObjective(Objective):
 
     default_mapping: ClassVar[LayerMapping] = Uniform()
     vectors: str = ""
+    models: tuple[ModelInfo, ModelInfo]
 
     def __init__(
         self,
@@ -55,18 +59,11 @@ class MappedObjective(Objective):
         self.mapping = self.default_mapping if mapping is None else mapping
         self.stack = stack
         self.pairs: Pairs = []
-        self._models: tuple[ModelInfo, ModelInfo] | None = None
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
-        """Resolve the mapping for these two models; see :attr:`models` for the info of the chosen stack."""
-        self._models = student.stack(self.stack), teacher.stack(self.stack)
+        """Resolve the mapping for these two models."""
+        self.models = student.stack(self.stack), teacher.stack(self.stack)
         self.pairs = self._pairs(0)
-
-    @property
-    def models(self) -> tuple[ModelInfo, ModelInfo]:
-        """Info of the chosen stack of student and teacher."""
-        assert self._models is not None, "known from build() on"
-        return self._models
 
     def begin(self, step: Step) -> None:
         """Draw the layers of a step, where the mapping is one that draws."""
@@ -109,6 +106,22 @@ class MappedObjective(Objective):
         if self.mapping.draws:
             return f"{stack}{len(self.pairs)} pairs drawn at each step"
         return stack + " ".join(f"{s}<-{t}" for s, t in self.pairs)
+
+
+class PairwiseObjective(MappedObjective):
+    """An objective on pairs of layers: the mean over the pairs of :meth:`pair_loss`."""
+
+    @abstractmethod
+    def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
+        """Return the scalar loss of one (student layer, teacher layer) pair.
+
+        It takes the pair's layers once each: ``student.hidden.take(pair[0])``, ``teacher.hidden.take(pair[1])``.
+        """
+
+    def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
+        """Return the mean over the pairs."""
+        student, teacher = student.stack(self.stack), teacher.stack(self.stack)
+        return torch.stack([self.pair_loss(pair, student, teacher) for pair in self.pairs]).mean()
 
 
 class JointObjective(MappedObjective):

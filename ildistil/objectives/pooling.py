@@ -7,29 +7,17 @@ from ildistil.errors import ObjectiveError
 from ildistil.functional.checks import check_choice
 from ildistil.functional.pooling import Pooling
 
-__all__ = ["Pool", "checked", "pooling"]
-
 Pool = Literal["auto", "first", "last", "mean"]
 
 
 def checked(pool: Pool) -> Pool:
-    """Return the option.
-
-    Raises:
-        ConfigError: there is no such pooling.
-    """
+    """Return the option, if there is such a pooling."""
     check_choice("pool", pool, get_args(Pool))
     return pool
 
 
 def pooling(pool: Pool, run: Activations) -> Pooling:
-    """Return where a model's texts are pooled: with ``"auto"`` where its head pools them.
-
-    Without such a head that is the last token of a causal model, the first one of others.
-
-    Raises:
-        ObjectiveError: the first token of a causal model, which sees none but itself.
-    """
+    """Return where a model's texts are pooled: with ``"auto"`` where its head pools them, see :class:`Activations`."""
     if pool == "auto":
         return run.pooling
     if pool == "first" and run.causal:

@@ -11,8 +11,6 @@ from ildistil.errors import ObjectiveError
 from ildistil.functional.checks import check_flag
 from ildistil.objectives.base import Objective
 
-__all__ = ["Projection", "ProjectionOption", "option", "project"]
-
 When = Literal["auto", "always", "never"]
 
 
@@ -42,13 +40,7 @@ class Projection:
             check_flag(f"projection: {name}", getattr(self, name))
 
     def make(self, objective: Objective, keys: Iterable[str], student: int | None, teacher: int | None) -> None:
-        """Make the maps of an objective from the student's width to the teacher's, if there are to be any.
-
-        Args:
-            objective: gets the maps as its ``projections``.
-            keys: a name for each map.
-            student: width of the student's states.
-            teacher: width of the teacher's.
+        """Make the projections of an objective, one for each key, from the student's width to the teacher's, if any.
 
         Raises:
             ObjectiveError: a width isn't known, or the widths differ and ``when`` is ``"never"``.
@@ -80,21 +72,7 @@ class Projection:
 
 
 def project(projections: nn.ModuleDict, key: str, states: Tensor, mask: Tensor) -> Tensor:
-    """Apply the map of a key, if there is one.
-
-    Args:
-        projections: an objective's maps.
-        key: the map's name.
-        states: ``(batch, ..., width)``.
-        mask: boolean, the shape of ``states`` without the width; what is masked, NaN included, must not reach the
-            map's gradient.
-
-    Returns:
-        ``(batch, ..., teacher's width)``.
-
-    Raises:
-        ObjectiveError: the states aren't as wide as the student's config says.
-    """
+    """Apply the map of a key, if there is one, to states ``(batch, ..., width)`` with a mask ``(batch, ...)``."""
     if key not in projections:
         return states
     linear = next(module for module in projections[key].modules() if isinstance(module, nn.Linear))
@@ -102,6 +80,7 @@ def project(projections: nn.ModuleDict, key: str, states: Tensor, mask: Tensor) 
         raise ObjectiveError(
             f"The student's states are {states.shape[-1]} wide; by its config it would be {linear.in_features}."
         )
+    # What is masked, NaN included, must not reach the map's gradient.
     states = torch.where(mask.unsqueeze(-1), states, 0)
     if not torch.is_autocast_enabled(states.device.type):  # a mean of half-precision states is wider than the map
         states = states.to(linear.weight.dtype)

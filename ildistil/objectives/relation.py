@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ildistil import functional, kernels
@@ -10,11 +11,9 @@ from ildistil.capture import Activations, ModelInfo
 from ildistil.errors import ObjectiveError
 from ildistil.functional.checks import check_count, check_words
 from ildistil.mappings import Last, LayerMapping
-from ildistil.objectives.base import Weight, same_tokens
-from ildistil.objectives.mapped import Stack
-from ildistil.objectives.pairwise import PairwiseObjective
-
-__all__ = ["RelationKL", "ValueRelationKL"]
+from ildistil.objectives.attention import take_attention
+from ildistil.objectives.base import Weight
+from ildistil.objectives.mapped import PairwiseObjective, Stack
 
 _RELATIONS = [f"{left}-{right}" for left in "qkv" for right in "qkv"]
 
@@ -27,17 +26,14 @@ class RelationKL(PairwiseObjective):
     ``1/(R n) sum_r sum_i KL(softmax(a_T,ri) || softmax(a_S,ri))`` over the ``n`` real tokens: mean over relations,
     examples and layer pairs (MiniLMv2 sums its three relations: weight 3). Where either model is causal or has a
     window, only tokens are related that may see each other in both. Numbers of heads and widths may differ between the
-    models, as long as ``R`` divides both widths.
+    models, as long as ``R`` divides both widths. The other arguments are those of :class:`MappedObjective`.
 
     Args:
-        weight: factor of the term: a number, or a schedule.
         mapping: which student layer learns from which teacher layer; default ``Last()``, as in MiniLM. MiniLMv2 takes
             an upper-middle layer of large teachers: ``Explicit([[-1, 21]])``.
         relations: any of ``q-q``, ``k-k``, ``v-v``, ``q-k`` and so on.
         heads: number ``R`` of relation heads (MiniLMv2: 48 for base models); by default the attention heads, which
             must then be equal.
-        stack: which attention of an encoder-decoder: ``"encoder"``, ``"decoder"`` or ``"cross"``.
-        name: key of the term in logs; default ``relation_kl``.
 
     Raises:
         ConfigError: ``heads`` is no integer >= 1.
@@ -89,11 +85,8 @@ class RelationKL(PairwiseObjective):
 
     def pair_loss(self, pair: tuple[int, int], student: Activations, teacher: Activations) -> Tensor:
         """Return the mean over the relations of one pair."""
-        s, t = student.attention.take(pair[0]), teacher.attention.take(pair[1])
-        same_tokens(s.query, t.query, axis=2)
-        same_tokens(s.key, t.key, axis=2)
-        losses = [self._relation_loss(s, t, relation) for relation in self.relations]
-        return sum(losses[1:], start=losses[0]) / len(losses)
+        s, t = take_attention(pair, student, teacher)
+        return torch.stack([self._relation_loss(s, t, relation) for relation in self.relations]).mean()
 
     def _relation_loss(self, student: Attention, teacher: Attention, relation: str) -> Tensor:
         own, theirs = (self._relation(attention, relation) for attention in (student, teacher))
@@ -137,17 +130,7 @@ class ValueRelationKL(RelationKL):
     """Kullback-Leibler divergence of the value relations of mapped layers, teacher first ("Val-KL").
 
     ``1/(H n) sum_h sum_i KL(softmax(v_T v_T^T / sqrt(d))_hi || softmax(v_S v_S^T / sqrt(d))_hi)``: :class:`RelationKL`
-    with the one relation ``"v-v"``.
-
-    Args:
-        weight: factor of the term: a number, or a schedule.
-        mapping: which student layer learns from which teacher layer; default ``Last()``.
-        heads: see :class:`RelationKL`.
-        stack: see :class:`RelationKL`.
-        name: key of the term in logs; default ``value_relation_kl``.
-
-    Raises:
-        ObjectiveError: see :class:`RelationKL`.
+    with the one relation ``"v-v"``, and with its other arguments.
 
     Source: Wang et al., "MiniLM", 2020.
     """

@@ -1,16 +1,14 @@
 """Objectives on states, one vector for each token of each layer."""
 
+import torch
 from torch import Tensor
 
 from ildistil import functional
 from ildistil.capture import Activations, ModelInfo
 from ildistil.mappings import LayerMapping
 from ildistil.objectives.base import Weight, same_tokens
-from ildistil.objectives.mapped import Stack
-from ildistil.objectives.pairwise import PairwiseObjective
+from ildistil.objectives.mapped import PairwiseObjective, Stack
 from ildistil.objectives.projection import ProjectionOption, option, project
-
-__all__ = ["StateObjective"]
 
 
 class StateObjective(PairwiseObjective):
@@ -19,11 +17,7 @@ class StateObjective(PairwiseObjective):
     By default these are hidden states; a subclass that compares others overrides :meth:`states` and :meth:`width`.
 
     Args:
-        weight: factor of the term: a number, or a schedule.
-        mapping: which student layer learns from which teacher layer.
-        projection: see :class:`~ildistil.objectives.HiddenMSE`.
-        stack: which layers of an encoder-decoder.
-        name: key of the term in logs.
+        projection: see :class:`HiddenMSE`.
 
     Attributes:
         kinds: what is compared of a layer: the term is the mean over them.
@@ -56,12 +50,7 @@ class StateObjective(PairwiseObjective):
         return info.width
 
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
-        """Resolve the mapping and make the projections.
-
-        Raises:
-            ConfigError: a mapped layer is out of range.
-            ObjectiveError: a width isn't known, or the widths differ and there is no projection.
-        """
+        """Resolve the mapping and make the projections."""
         super().build(student, teacher)
         for kind in self.kinds:
             widths = (self.width(info, kind) for info in self.models)
@@ -80,4 +69,4 @@ class StateObjective(PairwiseObjective):
             same_tokens(s, t, axis=1)
             s = project(self.projections, self.key(pair, kind), s, mask)
             losses.append(functional.example_mean(self.compare(s, t, mask), mask.sum(1)))
-        return sum(losses[1:], start=losses[0]) / len(losses)
+        return torch.stack(losses).mean()

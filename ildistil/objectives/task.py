@@ -9,21 +9,16 @@ from torch import Tensor
 
 from ildistil import functional
 from ildistil.capture import Activations, LazyLogits
+from ildistil.capture.head import labels_of_rows
 from ildistil.kernels import chunked
 from ildistil.objectives.base import Count, Objective
-
-__all__ = ["TaskLoss"]
 
 
 class TaskLoss(Objective):
     """The loss the student's own head computes from the batch's ``labels``; needs no teacher.
 
     Cross-entropy for classification, mean squared error for regression, and so on: whatever the model's ``forward``
-    returns as ``loss``, in its own reduction.
-
-    Args:
-        weight: factor of the term: a number, or a schedule.
-        name: key of the term in logs; default ``task_loss``.
+    returns as ``loss``, in its own reduction. The arguments are those of :class:`Objective`.
     """
 
     taps = ("loss",)
@@ -36,7 +31,7 @@ class TaskLoss(Objective):
             return super().count(student, batch)
         if labels.is_floating_point():
             return Count(torch.tensor(len(labels), device=labels.device))
-        targets = labels[:, 1:] if student.next_token and labels.ndim == 2 else labels
+        targets = labels_of_rows(labels, student.next_token)
         return Count((targets != -100).sum(), "tokens" if labels.ndim == 2 else "examples")
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:

@@ -19,8 +19,6 @@ from transformers.pytorch_utils import Conv1D
 from ildistil.errors import ModelError
 from ildistil.students.calibration import Measured
 
-__all__ = ["FAMILIES", "LAYER_NORM", "ROTARY", "Heads", "Module", "inner_axes", "modules_of", "top"]
-
 LAYER_NORM = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert", "gpt2", "modernbert"}
 FAMILIES = LAYER_NORM | {"llama", "mistral", "qwen2", "qwen3"}
 ROTARY = FAMILIES - LAYER_NORM | {"modernbert"}
@@ -77,11 +75,7 @@ class Module:
 
 
 def modules_of(model: PreTrainedModel) -> list[Module]:
-    """Return the modules with weights of a model, with their roles.
-
-    Raises:
-        ModelError: a module has no known role.
-    """
+    """Return the modules with weights of a model, with their roles."""
     found: list[Module] = []
     for name, module in model.named_modules():
         own = [parameter for parameter, _ in module.named_parameters(recurse=False)]

@@ -10,9 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ildistil.capture import Capture, Tap
+from ildistil.capture.trial import undisturbed
 from ildistil.errors import ModelError
-
-__all__ = ["Measured", "measure"]
 
 
 @dataclass
@@ -27,16 +26,11 @@ class Measured:
 def measure(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Any]], reads: list[str], writes: list[str]
 ) -> Measured:
-    """Run the model on the batches, and sum up its states and what the named modules read and write.
-
-    Raises:
-        ModelError: there is no batch.
-    """
+    """Run the model on the batches, and sum up its states and what the named modules read and write."""
     seen: dict[str, list[Tensor]] = defaultdict(list)
     named = dict(model.named_modules())
     handles = [named[n].register_forward_pre_hook(lambda _, x, n=n: seen[n].append(x[0])) for n in reads]
     handles += [named[n].register_forward_hook(lambda _, x, y, n=n: seen[n].append(y)) for n in writes]
-    modes = {module: module.training for module in model.modules()}
     # The modules are tapped so that the model runs to the last of them.
     taps = [Tap("hidden", i) for i in range(model.config.num_hidden_layers + 1)] + [Tap(name) for name in reads]
     capture = Capture(model, taps, role="teacher")
@@ -44,8 +38,7 @@ def measure(
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = defaultdict(int)
     try:
-        model.eval()
-        with torch.no_grad():
+        with undisturbed(model):
             for batch in batches:
                 activations = capture({k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batch.items()})
                 mask = activations.mask
@@ -63,8 +56,6 @@ def measure(
         capture.close()
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if not moment.ndim:
         raise ModelError("batches has no batch. Pass a list of batches, or a DataLoader.")
     return Measured(moment, residual, {name: total / counts[name] for name, total in totals.items()})

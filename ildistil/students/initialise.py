@@ -22,8 +22,6 @@ from ildistil.students.layers import (
 )
 from ildistil.students.narrow import Width, narrowed
 
-__all__ = ["init_student"]
-
 
 def init_student(
     teacher: PreTrainedModel,

@@ -11,17 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from ildistil.errors import ModelError
 
-__all__ = [
-    "PER_LAYER",
-    "changed_config",
-    "check_between",
-    "check_places",
-    "origin",
-    "pick_weights",
-    "picked_config",
-    "scale_queries",
-]
-
 # Settings with a value, or an index, for each layer; and how many layers at the start are of one kind.
 PER_LAYER = re.compile(
     r".*(layer|(block|attn|visual)_ind|attention_window|indexer_types|sliding_windows|sparsity_pattern).*"
@@ -68,11 +57,7 @@ def changed_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreT
 
 
 def picked_config(config: PreTrainedConfig, layers: list[int]) -> PreTrainedConfig:
-    """Return a copy of a config that describes these layers only.
-
-    Raises:
-        ModelError: the config doesn't take their number.
-    """
+    """Return a copy of a config that describes these layers only."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     depth = text.num_hidden_layers
@@ -155,16 +140,9 @@ def _query(module: nn.Module) -> str | None:
 def check_places(
     student: PreTrainedModel, whole: PreTrainedModel, stack: str, name_in_teacher: Callable[[str], str]
 ) -> None:
-    """Refuse layers that would compute something else in their new place.
+    """Refuse layers of which a module is of another kind, or has another setting, than in its place in ``whole``.
 
-    Args:
-        student: a model of the chosen layers.
-        whole: a model of all layers, with the same config otherwise; its weights are not read.
-        stack: the path of the layers.
-        name_in_teacher: from a name in the student to that in the teacher.
-
-    Raises:
-        ModelError: a module of a layer is of another kind, or has another setting, than in its old place.
+    That is a model of all layers, with the same config otherwise; its weights are not read.
     """
     theirs = dict(whole.named_modules(remove_duplicate=False))
     for name, mine in student.named_modules(remove_duplicate=False):

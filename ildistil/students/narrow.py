@@ -18,8 +18,6 @@ from ildistil.errors import ModelError
 from ildistil.students.axes import FAMILIES, LAYER_NORM, ROTARY, Heads, Module, inner_axes, modules_of, top
 from ildistil.students.calibration import measure
 
-__all__ = ["Width", "narrowed"]
-
 Width = Literal["importance", "pca"]
 # In these the norm stands between the stream and its readers: its gain can move into them, which is exact.
 _NORM_BEFORE = dict.fromkeys(
@@ -35,11 +33,7 @@ _NORM_BEFORE = dict.fromkeys(
 def narrowed(
     model: PreTrainedModel, student: PreTrainedModel, width: Width, batches: Iterable[Mapping[str, Any]] | None = None
 ) -> dict[str, Tensor]:
-    """Return the model's weights in the widths of a student of its class, under the model's names.
-
-    Raises:
-        ModelError: the family or a module is not understood, or the widths can't be reached.
-    """
+    """Return the model's weights in the widths of a student of its class, under the model's names."""
     family = model.config.model_type
     if family not in FAMILIES:
         raise ModelError(
