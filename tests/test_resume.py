@@ -86,6 +86,16 @@ def test_a_folder_that_holds_a_run_is_refused(folder: Path, capsys: pytest.Captu
     assert "There was nothing left to train: mine/checkpoints/last.ckpt is at step 1" in capsys.readouterr().out
 
 
+def test_a_run_with_a_logger_of_its_own_has_a_folder_too(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = "--trainer.logger={class_path: CSVLogger, init_args: {save_dir: logs, name: others}}"
+    cli.main(["fit", "--config=run.yaml", "--run=mine", logger, "--trainer.max_steps=2"])
+    Path("run.yaml").unlink()
+    assert Path("logs/others/version_0/metrics.csv").is_file()
+    cli.main(["fit", "--resume", "--run=mine"])
+    assert "There was nothing left to train: mine/checkpoints/last.ckpt is at step 2" in capsys.readouterr().out
+    cli.main(["validate", "--run=mine"])
+
+
 def test_the_same_words_start_and_go_on(folder: Path) -> None:
     words = ["fit", "--config=run.yaml", "--resume", "--run=mine", "--trainer.max_steps=2"]
     cli.main(words)

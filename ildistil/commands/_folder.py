@@ -155,11 +155,22 @@ def _keep_rows(logger: CSVLogger, step: int) -> None:
 
 
 class KeepConfig(SaveConfigCallback):
-    """Writes the whole configuration into the run's folder, one file for each start that changed it."""
+    """Writes the whole configuration into the run's folder, one file for each start that changed it.
+
+    Args:
+        parser: what dumps it.
+        config: all of it.
+        folder: of the run; by default the logger's.
+    """
+
+    def __init__(self, parser: Any, config: Any, folder: Path | None = None) -> None:
+        super().__init__(parser, config)
+        self.folder = folder
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Write it, in one process."""
-        folder = trainer.log_dir  # asked in all processes: the first tells it the others
+        logs = trainer.log_dir  # asked in all processes: the first tells it the others
+        folder = self.folder or logs
         if self.already_saved or not trainer.is_global_zero or folder is None:
             return
         self.already_saved = True

@@ -94,6 +94,7 @@ class Run(LightningCLI):
                 run=False,
                 args=self.folder.arguments,
                 save_config_callback=KeepConfig,
+                save_config_kwargs={"folder": self.folder.path},
                 seed_everything_default=0,
                 parser_class=Parser,
                 parser_kwargs={"usage": usage, "description": description, "epilog": _RUNS[self.trains] + _EPILOG},
