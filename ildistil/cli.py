@@ -54,6 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import_module(f"ildistil.commands.{_file(command)}").main(command, rest)
     except Stopped as stopped:
         raise SystemExit(stopped.code) from None  # it is said already
+    except KeyboardInterrupt:
+        print(f"ildistil {command}: stopped by Ctrl-C", file=sys.stderr)
+        raise SystemExit(130) from None
+    except PermissionError as error:
+        print(f"ildistil {command}: error: {error.filename} can't be used: {error.strerror}.", file=sys.stderr)
+        raise SystemExit(2) from None
     except IldistilError as error:
         if os.environ.get("ILDISTIL_TRACEBACK"):
             raise

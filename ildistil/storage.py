@@ -115,8 +115,9 @@ def hold(path: Path) -> int | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        # Not flock: processes that this one forks, such as workers of the data, would hold that longer than it lives.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         os.close(handle)
         return None
     return handle
@@ -210,15 +211,21 @@ def _draft(path: Path, *, folder: bool) -> Iterator[Path]:
     while True:
         draft = path.with_name(f".{path.name}{DRAFT}{uuid.uuid4().hex[:12]}")
         draft.mkdir() if folder else draft.touch()
-        with _opened(draft) as handle:
+        try:
+            handle = os.open(draft, os.O_RDONLY)
+        except FileNotFoundError:  # swept between its creation and its lock
+            continue
+        try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            if not draft.exists():  # swept between its creation and its lock
+            if not draft.exists():
                 continue
             try:
                 yield draft
             finally:
                 _remove(draft)
             return
+        finally:
+            os.close(handle)
 
 
 def _linked(draft: Path, path: Path) -> bool:

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import tiny
 from ildistil import Distiller, ResumeCheckpoint, cli, objectives
 from ildistil.errors import CheckpointError, ConfigError, Stopped, WriteError
-from ildistil.training.checkpoint import newest
+from ildistil.training.checkpoint_files import newest
 from test_cli import FIT, fails
 from test_distiller import loader, pair, trainer
 

@@ -3,6 +3,8 @@
 import csv
 import itertools
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from ildistil import storage
 from ildistil.commands._parser import with_flags
 from ildistil.errors import ConfigError, writing
-from ildistil.training import checkpoint
+from ildistil.training import checkpoint_files
 
 __all__ = ["KeepConfig", "RunFolder", "keep_metrics"]
 
@@ -64,7 +66,7 @@ class RunFolder:
         if named is not None and not (named / _CONFIG).is_file() and not _has_config(rest):
             raise ConfigError(f"There is no run in {str(named)!r} to go on with. Name its folder, or a configuration.")
         config = [f"--config={path / _CONFIG}"] if (path / _CONFIG).is_file() else []
-        found = checkpoint.newest(path / "checkpoints")
+        found = checkpoint_files.newest(path / "checkpoints")
         return cls(path, True, [*config, *rest, *([f"--ckpt_path={found}"] if found else [])])
 
     @classmethod
@@ -100,6 +102,8 @@ class RunFolder:
         given = os.environ.get(_VARIABLE)
         folder = self.path or (Path(given) if given else _claimed(Path("runs") / command))
         if not _is_first():
+            if given is not None:
+                threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
             yield folder
             return
         handle = storage.hold(folder / _LOCK) if lock else None
@@ -145,8 +149,9 @@ def _keep_rows(logger: CSVLogger, step: int) -> None:
         os.replace(path, earlier)
     if not earlier.is_file():
         return
-    with earlier.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
+    lines = earlier.read_text(encoding="utf-8", errors="replace").replace("\0", "").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
+    rows = [row for row in csv.DictReader(whole) if (row.get("step") or "").isdigit() and int(row["step"]) < step]
     writer: Any = logger.experiment
     writer.metrics = [{key: value for key, value in row.items() if value} for row in rows] + writer.metrics
     if writer.metrics:
@@ -155,7 +160,7 @@ def _keep_rows(logger: CSVLogger, step: int) -> None:
 
 
 class KeepConfig(SaveConfigCallback):
-    """Writes the whole configuration into the run's folder, one file for each start that changed it.
+    """Writes the whole configuration into the run's folder; what an earlier start wrote stays beside it.
 
     Args:
         parser: what dumps it.
@@ -180,13 +185,11 @@ class KeepConfig(SaveConfigCallback):
         if config.trainer.logger == self.parser.get_defaults().trainer.logger:
             config.trainer.pop("logger")  # it is another command's, or another run's, when the file is read
         text = self.parser.dump(config, skip_none=False, skip_validation=True)
-        for number in itertools.count(1):
-            path = Path(folder) / (_CONFIG if number == 1 else f"config-{number}.yaml")
-            if not path.exists():
-                storage.write_text(path, text)
-                return
-            if path.read_text(encoding="utf-8") == text:
-                return
+        path = Path(folder) / _CONFIG
+        if path.is_file() and path.read_text(encoding="utf-8") != text:
+            earlier = (Path(folder) / f"config-{number}.yaml" for number in itertools.count(1))
+            os.replace(path, next(name for name in earlier if not name.exists()))
+        storage.write_text(path, text)
 
 
 def _taken(words: Sequence[str]) -> tuple[Path | None, bool, list[str]]:
@@ -208,6 +211,14 @@ def _taken(words: Sequence[str]) -> tuple[Path | None, bool, list[str]]:
         else:
             resume = value == "true"
     return named, resume, rest
+
+
+def _end_with(parent: int) -> None:
+    """End this process some seconds after the one that started it: it may wait for that one forever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(10)  # it may come to its end in words
+    os._exit(1)
 
 
 def _is_first() -> bool:

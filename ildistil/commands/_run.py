@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +24,10 @@ from ildistil.commands._failures import process_errors
 from ildistil.commands._folder import KeepConfig, RunFolder, keep_metrics
 from ildistil.commands._parser import Parser, own_errors
 from ildistil.data.task import task_of
-from ildistil.errors import ConfigError, IldistilError
+from ildistil.errors import ConfigError, IldistilError, Stopped
 from ildistil.objectives import Objective
-from ildistil.training import checkpoint
+from ildistil.training import checkpoint_files
+from ildistil.training.checkpoint import Saved
 from ildistil.training.distiller import Distiller
 from ildistil.training.monitor import Throughput
 from ildistil.training.progress import ResumeCheckpoint
@@ -154,7 +156,7 @@ class Run(LightningCLI):
         transformers.utils.logging.disable_progress_bar()
         torch.set_float32_matmul_precision(self.config.matmul_precision)
         if self.config.ckpt_path is not None:
-            checkpoint.Saved.read(checkpoint.load(self.config.ckpt_path), repr(self.config.ckpt_path))
+            Saved.read(checkpoint_files.load(self.config.ckpt_path), repr(self.config.ckpt_path))
 
     def objectives(self) -> dict[str, Objective]:
         """Return the named objectives of this run."""
@@ -221,8 +223,8 @@ class Run(LightningCLI):
         if self.trains and 0 in (self.trainer.max_epochs, self.trainer.max_steps):
             raise ConfigError("max_epochs or max_steps is 0, so nothing would be trained. Set it to more.")
         if path is not None and self.trains:
-            before = checkpoint.load(path)["global_step"]
-        with process_errors(), lightning_errors(), self._own_folder(before):
+            before = checkpoint_files.load(path)["global_step"]
+        with _ended_with_children(self.trainer), process_errors(), lightning_errors(), self._own_folder(before):
             found = method(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
         if self.trains and self.trainer.global_step == before and self.trainer.is_global_zero:
             print(f"There was nothing left to train: {path or 'the run'} is at step {before}, where it ends.")
@@ -262,6 +264,20 @@ class Run(LightningCLI):
         else:
             return
         print(f"Export it:    ildistil export {best} FOLDER")
+
+
+@contextmanager
+def _ended_with_children(trainer: L.Trainer) -> Iterator[None]:
+    """End the processes that a failing one has started, and end by Ctrl-C as all programs do."""
+    try:
+        yield
+    except BaseException as error:
+        kill = getattr(trainer.strategy.launcher, "kill", None)
+        if kill is not None and not isinstance(error, Stopped):
+            kill(signal.SIGTERM)
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None  # Lightning exits with 1
+        raise
 
 
 def _check_processes(trainer: L.Trainer, strategy: object) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 import lightning as L
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -99,7 +100,7 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
         self._tokenizer_source: str | PreTrainedTokenizerBase | None = None
         self._rows: dict[str, datasets.Dataset] = {}
         self._digest = ""  # of the training rows
-        self._position: tuple[int, int] | None = None  # where a checkpoint was written: epoch, batches seen of it
+        self._position = 0, 0  # where a checkpoint was written: epoch, batches seen of it
 
     # What a subclass decides --------------------------------------------------------------------------------------
 
@@ -179,6 +180,7 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
         Args:
             stage: "fit", "validate", "test", "predict", or None for all there is.
         """
+        self._position = 0, 0
         for kind in self._needed(stage):
             entries = {name: self._entry(kind, source) for name, source in self.sources(kind).items()}
             self._rows |= {name: load(entry) for name, entry in entries.items()}
@@ -189,8 +191,8 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
         """Return the batches of an epoch, shuffled anew in each; at first what is left of it, where a run goes on."""
         loader = self._loader(self._train_rows(), training=True)
         # Told here, since Lightning opens the loader, and worker processes fetch, before it says which epoch it is.
-        epoch, batches = self._position or (0 if self.trainer is None else position(self.trainer)["epoch"], 0)
-        self._position = None
+        live = {"epoch": 0, "batches": 0} if self.trainer is None else position(self.trainer)
+        epoch, batches = max(self._position, (live["epoch"], live["batches"]))  # the loops may not be restored yet
         assert isinstance(loader.sampler, EpochSampler)
         loader.sampler.go_on(epoch, batches * (loader.batch_size or 1))
         return loader
@@ -217,6 +219,11 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
         # Lightning asks loaders for a position of their own.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
         self._position = state["epoch"], state["batches"]
+        if state["batches"] and self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise DataError(
+                "With overfit_batches Lightning takes the rows anew from the first, so that a training can't go on "
+                "within an epoch. Go on from the end of one, or use limit_train."
+            )
 
     # Parts --------------------------------------------------------------------------------------------------------
 
@@ -319,6 +326,14 @@ class TokenizedDataModule(L.LightningDataModule, ABC):
         return 1, 0
 
 
+def keeps_position(trainer: L.Trainer) -> bool:
+    """Return whether a training's data go on within an epoch: by a data module, or by loaders, with a state."""
+    if trainer.datamodule is not None and type(trainer.datamodule).state_dict is not L.LightningDataModule.state_dict:  # type: ignore[attr-defined]
+        return True
+    loaders: Any = CombinedLoader(trainer.train_dataloader).flattened
+    return all(hasattr(loader, "load_state_dict") for loader in loaders)
+
+
 # What the order and size of batches depend on.
 _ORDER = ("batch_size", "tokens_per_batch", "group_by_length", "limit_train")
 
@@ -327,8 +342,9 @@ def position(trainer: L.Trainer) -> dict[str, int]:
     """Return where a training is: its epoch, and the number of batches that each process has seen of it."""
     loop: Any = trainer.fit_loop
     epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress
-    if epochs.processed < epochs.started and not batches.is_last_batch:
-        return {"epoch": epochs.processed, "batches": batches.current.ready}
+    over = batches.is_last_batch and batches.current.processed == batches.current.ready
+    if epochs.processed < epochs.started and not over:
+        return {"epoch": epochs.processed, "batches": batches.current.processed}
     return {"epoch": epochs.started, "batches": 0}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ildistil.capture import Activations, Capture, ModelInfo, Tap, separate_configs, unwrapped
 from ildistil.errors import ModelError
 from ildistil.objectives import Objective
+from ildistil.teachers.layout import weights_digest
 from ildistil.teachers.teacher import Batch
 
 __all__ = ["LiveTeacher"]
@@ -45,6 +46,11 @@ class LiveTeacher:
                 "student with init_student(teacher, ...) or copy.deepcopy(teacher)."
             )
         separate_configs(unwrapped(student), unwrapped(self.model))
+
+    @property
+    def digest(self) -> str:
+        """A hash of the weights."""
+        return weights_digest(unwrapped(self.model))
 
     @property
     def runs(self) -> bool:

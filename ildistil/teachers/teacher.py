@@ -26,6 +26,10 @@ class Teacher(Protocol):
         """What is known of the model."""
 
     @property
+    def digest(self) -> str | None:
+        """A hash of the teacher, which a training that goes on compares; ``None``, or left out: unknown."""
+
+    @property
     def runs(self) -> bool:
         """Whether a model runs in each step."""
 

@@ -1,38 +1,34 @@
-"""What a checkpoint holds beside Lightning's own parts, and its file: both are written and read here alone."""
+"""What a checkpoint holds beside Lightning's own parts: its format is written and read here alone."""
 
 import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
 import lightning as L
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ildistil import storage
 from ildistil.capture import unwrapped
+from ildistil.data.loading import position
 from ildistil.data.task import task_of
-from ildistil.errors import CheckpointError, WriteError
+from ildistil.errors import CheckpointError
 from ildistil.objectives import Objective
 from ildistil.schedules import has_schedules
 from ildistil.stages import Stage
 from ildistil.training.position import settle
 
 __all__ = [
+    "KEY",
     "PROJECTIONS",
     "STUDENT",
-    "CheckpointFiles",
     "Saved",
-    "load",
-    "newest",
     "restore",
     "run_settings",
     "write",
@@ -40,8 +36,9 @@ __all__ = [
 
 # To be raised when a checkpoint would be written in another way.
 FORMAT = 2
-_KEY = "ildistil"
+KEY = "ildistil"
 STUDENT, PROJECTIONS = "distillation.student.", "distillation.projections."
+_TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision")
 _PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 # Of a config: what it is called, and who wrote it.
 _NAMES = {"_name_or_path", "transformers_version", "architectures"}
@@ -64,6 +61,7 @@ class Saved:
         window: the averages of accumulated batches.
         waiting: how many batches waited for the end of their optimiser step: what they gave is in no checkpoint.
         settings: what else decides how training goes on, in words: data, steps, learning rate, seed ...
+        position: the epoch, and the number of batches seen of it.
         seeds: what the random numbers of every batch are seeded from.
         sealed: whether its file ends with a checksum.
     """
@@ -79,6 +77,7 @@ class Saved:
     window: dict[str, tuple[float, float]] = field(default_factory=dict)
     waiting: int = 0
     settings: dict[str, str] = field(default_factory=dict)
+    position: dict[str, int] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)
     sealed: bool = False
 
@@ -99,12 +98,13 @@ class Saved:
             window=module.window.state_dict(),
             waiting=module.window.waiting,
             settings=module.settings,
+            position={} if module._trainer is None else position(module.trainer),
             seeds=list(module.seeds),
         )
 
     def write(self, checkpoint: dict[str, Any]) -> None:
         """Add it to a checkpoint."""
-        checkpoint[_KEY] = {"format": FORMAT, **{f.name: getattr(self, f.name) for f in fields(self)}}
+        checkpoint[KEY] = {"format": FORMAT, **{f.name: getattr(self, f.name) for f in fields(self)}}
 
     @classmethod
     def read(cls, checkpoint: Mapping[str, Any], source: str = "The checkpoint") -> Self:
@@ -113,7 +113,7 @@ class Saved:
         Raises:
             CheckpointError: no Distiller wrote it, or one with another format.
         """
-        said = checkpoint.get(_KEY)
+        said = checkpoint.get(KEY)
         if not isinstance(said, Mapping) or "format" not in said:
             raise CheckpointError(f"{source} holds no transformers student that an ildistil Distiller saved.")
         if said["format"] != FORMAT:
@@ -139,11 +139,12 @@ class Saved:
                 "new run from its student (ildistil export)."
             )
 
-    def check_same(self, now: Self, accept: bool) -> None:
+    def check_same(self, now: Self, accept: bool, keeps_position: bool = True) -> None:
         """Name what differs between the run that wrote this and the one that goes on.
 
         Args:
             now: what the run that goes on would write.
+            keeps_position: whether the data go on within an epoch.
             accept: warn of differences rather than refuse them.
 
         Raises:
@@ -157,6 +158,11 @@ class Saved:
         ]
         if self.waiting:
             lines.append(f"  {self.waiting} batches had waited for the end of their step, and would be lost")
+        if self.position.get("batches") and not keeps_position:
+            lines.append(
+                f"  the checkpoint is of batch {self.position['batches']} of an epoch, and the data begin it anew: "
+                "write state_dict and load_state_dict of the data module, or go on from an epoch's end"
+            )
         if not lines:
             return
         differences = "\n".join(lines)
@@ -181,6 +187,8 @@ def write(module: Any, checkpoint: dict[str, Any]) -> None:
     for key in [key for key in weights if key.startswith("metrics.")]:
         del weights[key]
     if "loops" in checkpoint:
+        # Lightning counts on when callbacks save after an epoch.
+        checkpoint["epoch"] = max(0, checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["started"] - 1)
         settle(checkpoint["loops"]["fit_loop"], checkpoint["global_step"])
     Saved.of(module, projections).write(checkpoint)
 
@@ -202,6 +210,11 @@ def restore(module: Any, checkpoint: dict[str, Any], *, fits: bool) -> Saved | N
     saved = Saved.read(checkpoint)
     own = {key: value for key, value in module.state_dict().items() if key.startswith(PROJECTIONS)}
     if fits:
+        if "optimizer_states" not in checkpoint:
+            raise CheckpointError(
+                "This checkpoint holds weights alone (save_weights_only), so that a training can't go on from it. Name "
+                "another; or export its student, and start a new run from that."
+            )
         saved.check_projections(own)
         _keep_best(module.trainer, checkpoint["callbacks"])
         module.window.load_state_dict(saved.window)
@@ -209,60 +222,6 @@ def restore(module: Any, checkpoint: dict[str, Any], *, fits: bool) -> Saved | N
             module.distillation.balance.load_state_dict(saved.balance)
     checkpoint["state_dict"] |= {key: saved.projections.get(key, value) for key, value in own.items()}
     return saved if fits else None
-
-
-def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint file: tensors and plain values only, since a foreign file must not be able to run code.
-
-    Raises:
-        CheckpointError: there is no such file, or it isn't a checkpoint.
-    """
-    path = Path(path)
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        raise CheckpointError(f"There is no file {str(path)!r}. Checkpoints beside it: {', '.join(near) or 'none'}.")
-    sealed = storage.is_sealed(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or foreign file makes zipfile, pickle or torch raise
-        raise CheckpointError(
-            f"{str(path)!r} is no checkpoint that can be read: it is damaged, or holds other things than tensors and "
-            "plain values. Name another."
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{str(path)!r} holds a {type(content).__name__}, not a checkpoint. Name another.")
-    said = content.get(_KEY)
-    if not sealed and isinstance(said, Mapping) and said.get("sealed"):
-        raise CheckpointError(f"{str(path)!r} is damaged: it isn't what was written. Delete it, and name another.")
-    for name, value in _tensors(content.get("state_dict")):
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise CheckpointError(
-                f"{name} in {str(path)!r} holds NaN or infinite values: the training had failed. Name an earlier one."
-            )
-    return content
-
-
-def newest(folder: Path) -> Path | None:
-    """Return the newest good checkpoint of a folder, others than ``last`` and ``previous`` only where these are none.
-
-    Returns:
-        Its path; ``None`` where there is none, or none that was written between two steps.
-
-    Raises:
-        CheckpointError: there are some, and all are damaged.
-    """
-    files, damaged = {path: path.stat().st_mtime_ns for path in folder.glob("*.ckpt")}, []
-    found = sorted(files, key=lambda path: (path.stem in ("last", "previous"), files[path]), reverse=True)
-    for path in found:
-        try:
-            if not Saved.read(load(path), repr(str(path))).waiting:
-                return path
-        except CheckpointError as error:
-            damaged.append(path)
-            rank_zero_warn(f"{error} Going on from an earlier one.")
-    if damaged:
-        raise CheckpointError(f"All checkpoints in {str(folder)!r} are damaged. Delete them, and start a new run.")
-    return None
 
 
 def _keep_best(trainer: L.Trainer, states: Mapping[str, dict[str, Any]]) -> None:
@@ -276,60 +235,6 @@ def _keep_best(trainer: L.Trainer, states: Mapping[str, dict[str, Any]]) -> None
             moved = {name: str(here / Path(state[name]).name) for name in _PATHS if state[name]}
             models = {str(here / Path(path).name): score for path, score in state["best_k_models"].items()}
             state |= {**moved, "dirpath": callback.dirpath, "best_k_models": models}
-
-
-class CheckpointFiles(TorchCheckpointIO):
-    """How a Trainer with a Distiller writes and reads checkpoints: whole or not at all, synced, with a checksum.
-
-    A Distiller puts it in the place of Lightning's own, which moves files between file systems and reads pickles. What
-    is to be written to another place than a local file (``s3://...``) is left to Lightning, and can't be read here.
-    """
-
-    def __init__(self) -> None:
-        self._failures: list[WriteError] | None = None
-
-    @contextmanager
-    def collecting(self, failures: list[WriteError]) -> Iterator[None]:
-        """Collect what could not be written, instead of raising it in the one process that writes."""
-        self._failures = failures
-        try:
-            yield
-        finally:
-            self._failures = None
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            WriteError: there is no space, or no permission; the file that was there stays.
-        """
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        if _KEY in checkpoint:
-            checkpoint[_KEY]["sealed"] = True
-        try:
-            with storage.replacing(Path(path)) as draft:
-                torch.save(checkpoint, draft)
-                storage.seal(draft)
-        except WriteError as error:
-            if self._failures is None:
-                raise
-            self._failures.append(error)
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read a checkpoint: a local file, of tensors and plain values only.
-
-        Raises:
-            CheckpointError: it can't be read, is damaged, or holds weights that aren't finite.
-        """
-        return load(path)
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a checkpoint."""
-        Path(path).unlink(missing_ok=True)
 
 
 def specification(objective: Objective) -> str:
@@ -349,7 +254,14 @@ def run_settings(module: Any) -> dict[str, str]:
     """Return what decides how a training goes on, beside models and objectives, in words."""
     trainer, optimization = module.trainer, module.optimization
     scheduled = module.stages or optimization.depends_on_steps or has_schedules(module.distillation.objectives)
-    told = {name: getattr(trainer, name) for name in ("accumulate_grad_batches", "gradient_clip_val", "precision")}
+    told = {name: getattr(trainer, name) for name in _TRAINER}
+    balance = module.distillation.balance
+    told["balance"] = balance and f"by {balance.by}, every {balance.every}, momentum {balance.momentum}"
+    told |= {
+        "teacher": getattr(module.teacher, "digest", None),
+        "float32 products": torch.get_float32_matmul_precision(),
+    }
+    told["batches of an epoch"] = trainer.num_training_batches
     told |= {name.replace("_", " "): value for name, value in vars(optimization).items()}
     told |= {"processes": trainer.world_size, "seed": os.environ.get("PL_GLOBAL_SEED")}
     told["steps"] = f"{module.timeline.steps:g}" if scheduled else None  # else no step depends on it
@@ -362,11 +274,6 @@ def recipe(student: nn.Module) -> dict[str, Any] | None:
     if not isinstance(student, PreTrainedModel):
         return None
     return {"architecture": type(student).__name__, "config": json.loads(student.config.to_json_string(use_diff=False))}
-
-
-def _tensors(weights: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(weights, Mapping):
-        yield from ((str(name), value) for name, value in weights.items() if isinstance(value, Tensor))
 
 
 def _owners(projections: Mapping[str, Tensor]) -> list[str]:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ildistil.capture import ModelInfo, real_labels, unwrapped
+from ildistil.data.loading import keeps_position
 from ildistil.data.task import task_of
 from ildistil.engine import Balance, Distillation, DryRun
 from ildistil.errors import CheckpointError, ConfigError, DataError
@@ -23,7 +24,8 @@ from ildistil.stages import Stage, Step, Timeline
 from ildistil.teachers import Teacher
 from ildistil.training import checks
 from ildistil.training.accumulation import Window, over_processes
-from ildistil.training.checkpoint import CheckpointFiles, Saved, load, restore, run_settings, write
+from ildistil.training.checkpoint import Saved, restore, run_settings, write
+from ildistil.training.checkpoint_files import CheckpointFiles, load
 from ildistil.training.evaluation import Evaluation, batch_size, check_predicted
 from ildistil.training.finite import FiniteSteps, NonFinite
 from ildistil.training.lifecycle import Lifecycle
@@ -192,7 +194,7 @@ class Distiller(L.LightningModule):
         """Compare a run that goes on with what it was, dry-run the first batch and print the plan."""
         self.settings = run_settings(self)
         if self._resumed is not None:
-            self._resumed.check_same(Saved.of(self, {}), self.accept_changes)
+            self._resumed.check_same(Saved.of(self, {}), self.accept_changes, keeps_position(self.trainer))
             self.seeds = self._resumed.seeds or self.seeds
             self._resumed = None
         self.distillation.train()

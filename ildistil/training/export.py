@@ -12,7 +12,8 @@ from ildistil import storage
 from ildistil.errors import CheckpointError, IldistilError, NotFiniteError
 from ildistil.students.layers import changed_config
 from ildistil.students.tokenizers import check_words, load_tokenizer
-from ildistil.training.checkpoint import STUDENT, Saved, load
+from ildistil.training.checkpoint import STUDENT, Saved
+from ildistil.training.checkpoint_files import load
 
 __all__ = ["export", "load_student", "save_student"]
 

@@ -20,7 +20,8 @@ def settle(loops: Mapping[str, Any], steps: int) -> None:
         steps: number of optimiser steps made.
     """
     epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-    within = epochs["current"]["processed"] < epochs["current"]["started"] and not batches["is_last_batch"]
+    over = batches["is_last_batch"] and batches["current"]["processed"] == batches["current"]["ready"]
+    within = epochs["current"]["processed"] < epochs["current"]["started"] and not over
     for counts in (epochs["total"], epochs["current"]):
         started = counts["started"]
         counts |= dict.fromkeys(_COUNTS, started) | (
@@ -28,8 +29,8 @@ def settle(loops: Mapping[str, Any], steps: int) -> None:
         )
     for counts in (batches["total"], batches["current"]):
         # As at the end of a batch, when callbacks save and its own counter follows.
-        counts |= dict.fromkeys(_COUNTS, counts["ready"])
-        if within and batches["current"]["ready"]:
+        counts |= dict.fromkeys(_COUNTS, counts["processed"])
+        if within and batches["current"]["processed"]:
             counts["completed"] -= 1
     if not within:
         batches["current"] |= dict.fromkeys(_COUNTS, 0)
@@ -38,5 +39,5 @@ def settle(loops: Mapping[str, Any], steps: int) -> None:
     for counts in (validation["total"], validation["current"]):
         counts |= dict.fromkeys(_COUNTS, 0)
     validation["is_last_batch"] = False
-    # Lightning adds one where it begins.
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = max(0, steps - 1)
+    # Lightning adds one where it begins within an epoch.
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = max(0, steps - within)

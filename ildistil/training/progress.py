@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ildistil import distributed, storage
 from ildistil.errors import ConfigError, Stopped, WriteError, writing
-from ildistil.training.checkpoint import CheckpointFiles
+from ildistil.training.checkpoint_files import CheckpointFiles
 
 __all__ = ["ResumeCheckpoint"]
 
@@ -65,6 +65,7 @@ class ResumeCheckpoint(Checkpoint):
         self._step = self._saved_step = -1
         self._saved_at = 0.0
         self._signal = self._stopping = 0
+        self._due = False
         self._handlers: dict[signal.Signals, Any] = {}
 
     @property
@@ -98,32 +99,40 @@ class ResumeCheckpoint(Checkpoint):
             return
         self._step = trainer.global_step
         stopping, due = self._agreed(pl_module.device)
-        if due or stopping or trainer.should_stop or self._step == trainer.max_steps:
-            self._save(trainer)
-        self._stopping = stopping  # not here: the step is not logged yet
+        if trainer.should_stop or self._step == trainer.max_steps:
+            self._save(trainer)  # no other step may follow
+        # Not here: the step is not logged, and not validated yet.
+        self._stopping, self._due = stopping, bool(due or stopping or trainer.should_stop)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stop, where that is due and saved."""
-        self._stop(self._stopping)
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop, where that is due and saved."""
-        self._stop(self._stopping)
+        """Save before the next step what is due, with what a validation between them found."""
+        self._settle(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the end of an epoch; one that was cut short was saved at its last step, from where it can go on."""
-        stopping, _ = self._agreed(pl_module.device)
-        if _in_last_batch(trainer):
-            self._save(trainer)
-        self._stop(stopping)
+        """Note the end of an epoch; it is saved when all callbacks are through with it."""
+        self._stopping, _ = self._agreed(pl_module.device)
+        self._due = _in_last_batch(
+            trainer
+        )  # one that was cut short was saved at its last step, from where it can go on
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the end of the epoch before."""
+        self._settle(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the final weights, if they aren't yet."""
-        if trainer.global_step != self._saved_step:
+        self._due |= trainer.global_step != self._saved_step
+        self._stopping, _ = self._agreed(pl_module.device)
+        self._settle(trainer)
+
+    def _settle(self, trainer: L.Trainer) -> None:
+        """Save what is due, and stop if that is."""
+        due, self._due = self._due, False
+        if due:
             self._save(trainer)
-        self._stop(self._agreed(pl_module.device)[0])
+        self._stop(self._stopping)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Listen no more."""
@@ -181,7 +190,7 @@ class ResumeCheckpoint(Checkpoint):
     def _restore(self) -> None:
         for each, handler in self._handlers.items():
             signal.signal(each, handler)
-        self._handlers, self._signal, self._stopping = {}, 0, 0
+        self._handlers, self._signal, self._stopping, self._due = {}, 0, 0, False
 
     def _stop(self, signum: int) -> None:
         if signum:

@@ -19,7 +19,7 @@ from ildistil.engine import Balance
 from ildistil.errors import Stopped
 from ildistil.mappings import Random
 from ildistil.objectives import Objective
-from ildistil.training.checkpoint import newest
+from ildistil.training.checkpoint_files import newest
 
 WORDS = ["good", "bad", "fine", "poor", "film", "plot", "is", "was", "the", "very", "not", "and"]
 
