@@ -6,16 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+import yaml
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import tiny
-from ildistil import Distiller, ResumeCheckpoint, cli, objectives
+from ildistil import Distiller, ResumeCheckpoint, cli, objectives, storage
 from ildistil.errors import CheckpointError, ConfigError, Stopped, WriteError
 from ildistil.training.checkpoint_files import newest
 from test_cli import FIT, fails
@@ -166,6 +168,146 @@ def test_two_processes_do_not_train_in_one_folder(folder: Path, capsys: pytest.C
     finally:
         other.kill()
         other.communicate()
+
+
+def test_the_configuration_of_the_last_start_counts(folder: Path) -> None:
+    """A start that saved nothing leaves one behind, and so does a start that changes something."""
+    Path("mine").mkdir()
+    Path("mine/config.yaml").write_text("model: {student: {layers: [4, 3]}}")
+    cli.main(["fit", "--config=run.yaml", "--run=mine", "--trainer.max_steps=1"])
+    assert yaml.safe_load(Path("mine/config.yaml").read_text())["model"]["student"]["layers"] == [1, 2]
+    assert yaml.safe_load(Path("mine/config-1.yaml").read_text()) == {"model": {"student": {"layers": [4, 3]}}}
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--model.balance={class_path: Balance}", "balance: None in the checkpoint, by magnitude"),
+        ("--trainer.gradient_clip_algorithm=value", "gradient_clip_algorithm: "),
+        ("--matmul_precision=medium", "float32 products: highest in the checkpoint, medium now"),
+        ("--trainer.limit_train_batches=2", "batches of an epoch: 3 in the checkpoint, 2 now"),
+        ("--data.batch_size=4", "batch_size=8 "),
+        ("--seed_everything=1", "seed: 0 in the checkpoint, 1 now"),
+        ("--model.teacher.path=./other", "teacher: "),
+        ("--model.non_finite=skip", ""),
+    ],
+)
+def test_what_decides_a_training_is_compared(
+    option: str, named: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli.main(["fit", "--config=run.yaml", "--run=mine", "--trainer.max_epochs=2"])
+    os.replace("mine/checkpoints/previous.ckpt", "mine/checkpoints/last.ckpt")
+    tiny.save_teacher(Path("other"), layers=4, initializer_range=0.2)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", torch.set_float32_matmul_precision)
+    words = ["fit", "--resume", "--run=mine", option]
+    try:
+        if named:
+            assert named in fails(capsys, *words)
+        else:
+            cli.main(words)  # changes no step that went well
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+class Stops(L.Callback):
+    """Sends SIGTERM, or kills by an exception, at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Scored(Distiller):
+    """A student whose score is best early, so that early stopping depends on every validation."""
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("score", float(self.global_step))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+@pytest.mark.filterwarnings("ignore:You're resuming", "ignore:Checkpoint directory", "ignore:The dirpath has changed")
+def test_a_validation_that_is_owed_comes_after_all(step: int, tmp_path: Path) -> None:
+    """Early stopping then stops where it would have stopped, and the best is the best."""
+
+    def fit(folder: Path, *others: L.Callback, path: Path | None = None) -> tuple[int, Any]:
+        best = ModelCheckpoint(folder, "best", monitor="score", mode="min", enable_version_counter=False)
+        stop = EarlyStopping("score", mode="min", patience=2)
+        keep = ResumeCheckpoint(str(folder), every_steps=1)  # before the others: the order doesn't matter
+        run = trainer(keep, best, stop, *others, objectives.LogitsKL(), enable_checkpointing=True, max_epochs=3,
+                      val_check_interval=2)  # fmt: skip
+        module = Scored(*pair(), schedule="constant", warmup=0.0, accept_changes=True)
+        run.fit(module, loader(), loader(rows=4), ckpt_path=path)
+        return run.global_step, best.best_model_score
+
+    whole = fit(tmp_path / "whole")
+    assert whole[0] == 6  # the third validation, of steps 2, 4, 6
+    with pytest.raises(Stopped):
+        fit(tmp_path / "halved", Stops(step))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert fit(tmp_path / "halved", path=tmp_path / "halved" / "last.ckpt") == whole
+
+
+def test_data_that_begin_an_epoch_anew_are_refused_within_it(tmp_path: Path) -> None:
+    run = trainer(ResumeCheckpoint(str(tmp_path)), Stops(2), objectives.LogitsKL(), enable_checkpointing=True)
+    with pytest.raises(Stopped):
+        run.fit(Distiller(*pair()), loader())
+    with pytest.raises(
+        CheckpointError, match="is of batch 2 of an epoch, and the data begin it anew: write state_dict"
+    ):
+        trainer(objectives.LogitsKL()).fit(Distiller(*pair()), loader(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_lines_of_metrics_that_a_kill_has_cut_are_left_out(folder: Path) -> None:
+    cli.main(["fit", "--config=run.yaml", "--run=mine", "--trainer.max_epochs=2", "--trainer.log_every_n_steps=1"])
+    os.replace("mine/checkpoints/previous.ckpt", "mine/checkpoints/last.ckpt")
+    with Path("mine/metrics.csv").open("ab") as file:
+        file.write(b"\x00\xff,1\n7")
+    cli.main(["fit", "--resume", "--run=mine"])
+    rows = list(csv.DictReader(Path("mine/metrics.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows if row["train/loss"]] == ["0", "1", "2", "3", "4", "5"]
+
+
+def test_weights_alone_are_no_place_to_go_on_from(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, filename="weights", save_weights_only=True)
+    fitted(tmp_path, keep)
+    assert newest(tmp_path) is None
+    with pytest.raises(CheckpointError, match="holds weights alone"):
+        fit_from(tmp_path / "weights.ckpt")
+
+
+FULL = """
+import resource, sys
+from ildistil import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+cli.main(["fit", "--config=run.yaml", "--run=mine", *sys.argv[1:]])
+"""
+
+
+def test_a_disk_that_is_full_in_the_midst_of_a_file_is_told_in_words(folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "error: " in done.stderr
+    assert "can't be written to" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_lock_of_a_killed_process_ends_with_it_and_not_with_its_workers(folder: Path) -> None:
+    script = f"{HOLD.replace('time.sleep(60)', '')}import os\nif os.fork() == 0:\n    time.sleep(60)\ntime.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", script, "lock"], stdout=subprocess.PIPE, start_new_session=True)
+    assert other.stdout is not None
+    other.stdout.readline()
+    other.kill()
+    other.wait()
+    try:
+        assert storage.hold(Path("lock")) is not None
+    finally:
+        os.killpg(other.pid, signal.SIGKILL)
+        other.stdout.close()
 
 
 # Files

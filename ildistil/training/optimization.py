@@ -10,6 +10,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from ildistil.errors import ConfigError
+from ildistil.functional.checks import check_number
 from ildistil.stages import Timeline
 
 __all__ = ["Optimization", "Shape"]
@@ -48,11 +49,9 @@ class Optimization:
     schedule: Shape
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0 or self.weight_decay < 0 or not 0 <= self.warmup < 1:
-            raise ConfigError(
-                "learning_rate must be > 0, weight_decay >= 0 and warmup a share of all steps in [0, 1); got "
-                f"{self.learning_rate}, {self.weight_decay} and {self.warmup}."
-            )
+        check_number("learning_rate", self.learning_rate, "> 0", lambda rate: rate > 0)
+        check_number("weight_decay", self.weight_decay, ">= 0", lambda decay: decay >= 0)
+        check_number("warmup", self.warmup, "a share of all steps, in [0, 1)", lambda share: 0 <= share < 1)
         if self.schedule not in _SHAPES:
             raise ConfigError(f"schedule must be one of {sorted(_SHAPES)}, got {self.schedule!r}.")
 

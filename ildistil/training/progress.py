@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ildistil import distributed, storage
 from ildistil.errors import ConfigError, Stopped, WriteError, writing
+from ildistil.functional.checks import check_count, check_number
 from ildistil.training.checkpoint_files import CheckpointFiles
 
 __all__ = ["ResumeCheckpoint"]
@@ -54,9 +55,10 @@ class ResumeCheckpoint(Checkpoint):
         every_steps: int | None = None,
         on_write_error: OnWriteError = "stop",
     ) -> None:
-        for name, value in (("every_minutes", every_minutes), ("every_steps", every_steps)):
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} is {value}; it must be greater than 0, or null to leave it out.")
+        if every_minutes is not None:
+            check_number("every_minutes", every_minutes, "> 0, or null to leave it out", lambda minutes: minutes > 0)
+        if every_steps is not None:
+            check_count("every_steps", every_steps)
         if on_write_error not in get_args(OnWriteError):
             raise ConfigError(f"on_write_error is 'stop' or 'continue', got {on_write_error!r}.")
         self.dirpath, self.every_minutes, self.every_steps = dirpath, every_minutes, every_steps
