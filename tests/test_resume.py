@@ -296,9 +296,19 @@ def test_a_disk_that_is_full_in_the_midst_of_a_file_is_told_in_words(folder: Pat
     assert "Traceback" not in done.stderr
 
 
+FORKS = """
+import os, sys, time
+from pathlib import Path
+from ildistil import storage
+storage.hold(Path(sys.argv[1]))
+if os.fork():
+    print("held", flush=True)
+time.sleep(60)
+"""
+
+
 def test_the_lock_of_a_killed_process_ends_with_it_and_not_with_its_workers(folder: Path) -> None:
-    script = f"{HOLD.replace('time.sleep(60)', '')}import os\nif os.fork() == 0:\n    time.sleep(60)\ntime.sleep(60)"
-    other = subprocess.Popen([sys.executable, "-c", script, "lock"], stdout=subprocess.PIPE, start_new_session=True)
+    other = subprocess.Popen([sys.executable, "-c", FORKS, "lock"], stdout=subprocess.PIPE, start_new_session=True)
     assert other.stdout is not None
     other.stdout.readline()
     other.kill()

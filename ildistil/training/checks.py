@@ -5,18 +5,31 @@ from collections.abc import Mapping, Sequence
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from ildistil.capture import ModelInfo
 from ildistil.data.task import Task
 from ildistil.engine.checks import check_label_order
-from ildistil.errors import ConfigError, DataError, ObjectiveError
+from ildistil.errors import ConfigError, DataError, ModelError, ObjectiveError
 from ildistil.objectives import Objective
 from ildistil.schedules import has_schedules
 from ildistil.stages import Stage, Timeline, check_names
 from ildistil.training.lifecycle import watches
 from ildistil.training.progress import ResumeCheckpoint
 
-__all__ = ["check_gaps", "check_task", "check_trainer"]
+__all__ = ["check_gaps", "check_kinds", "check_task", "check_trainer"]
+
+
+def check_kinds(student: object, teacher: object) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        ModelError: the student is none, or the teacher is a name.
+    """
+    if not isinstance(student, nn.Module):
+        raise ModelError(f"The student is a {type(student).__name__}, not a model. Make one with init_student.")
+    if isinstance(teacher, str):
+        raise ModelError("The teacher is a name, not a model. Load it, with transformers' from_pretrained.")
 
 
 def check_trainer(trainer: L.Trainer, objectives: Mapping[str, Objective], stages: Sequence[Stage]) -> None:

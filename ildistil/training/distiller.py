@@ -17,7 +17,7 @@ from ildistil.capture import ModelInfo, real_labels, unwrapped
 from ildistil.data.loading import keeps_position
 from ildistil.data.task import task_of
 from ildistil.engine import Balance, Distillation, DryRun
-from ildistil.errors import CheckpointError, ConfigError, DataError, ModelError
+from ildistil.errors import CheckpointError, ConfigError, DataError
 from ildistil.objectives import Objective
 from ildistil.schedules import has_schedules
 from ildistil.stages import Stage, Step, Timeline
@@ -87,10 +87,7 @@ class Distiller(L.LightningModule):
         tokenizer: str | None = None,
         accept_changes: bool = False,
     ) -> None:
-        if not isinstance(student, nn.Module):
-            raise ModelError(f"The student is a {type(student).__name__}, not a model. Make one with init_student.")
-        if isinstance(teacher, str):
-            raise ModelError("The teacher is a name, not a model. Load it, with transformers' from_pretrained.")
+        checks.check_kinds(student, teacher)
         super().__init__()
         # Lightning warns of every module with this hook beside a data module. Where that has it too, the teacher
         # reads its targets in the step.
