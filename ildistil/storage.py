@@ -56,14 +56,12 @@ def replacing(path: Path, *, keep: bool = False) -> Iterator[Path]:
     Raises:
         WriteError: there is no space, or no permission.
     """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _draft(path, folder=False) as draft:
-            yield draft
-            _sync(draft)
-            if not keep or not _linked(draft, path):
-                os.replace(draft, path)
-            _sync(path.parent)
+    with _draft(path, folder=False) as draft:
+        yield draft
+        _sync(draft)
+        if not keep or not _linked(draft, path):
+            os.replace(draft, path)
+        _sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -80,19 +78,17 @@ def replacing_folder(path: Path, *, keep: bool = False) -> Iterator[Path]:
     Raises:
         WriteError: there is no space, or no permission.
     """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _draft(path, folder=True) as draft:
-            yield draft
-            write_manifest(draft)
-            mode = draft.stat().st_mode & 0o666
-            for file in _files(draft):
-                file.chmod(mode)  # some writers hide what they write from everybody else
-                _sync(file)
-            _sync(draft)
-            if not _renamed(draft, path) and not keep:
-                _move_files(draft, path)
-            _sync(path.parent)
+    with _draft(path, folder=True) as draft:
+        yield draft
+        write_manifest(draft)
+        mode = draft.stat().st_mode & 0o666
+        for file in _files(draft):
+            file.chmod(mode)  # some writers hide what they write from everybody else
+            _sync(file)
+        _sync(draft)
+        if not _renamed(draft, path) and not keep:
+            _move_files(draft, path)
+        _sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -207,25 +203,30 @@ def verify_folder(folder: Path, error: type[IldistilError], remedy: str, skip: t
 @contextlib.contextmanager
 def _draft(path: Path, *, folder: bool) -> Iterator[Path]:
     """Yield a locked draft beside a path, and remove what is left of it."""
-    sweep(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        draft, handle = _locked(path, folder=folder)
+        try:
+            yield draft
+        finally:
+            _remove(draft)
+            os.close(handle)
+
+
+def _locked(path: Path, *, folder: bool) -> tuple[Path, int]:
+    """Make a draft, and lock it before another process sweeps it."""
     while True:
         draft = path.with_name(f".{path.name}{DRAFT}{uuid.uuid4().hex[:12]}")
         draft.mkdir() if folder else draft.touch()
         try:
             handle = os.open(draft, os.O_RDONLY)
-        except FileNotFoundError:  # swept between its creation and its lock
+        except FileNotFoundError:
             continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if not draft.exists():
-                continue
-            try:
-                yield draft
-            finally:
-                _remove(draft)
-            return
-        finally:
-            os.close(handle)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if draft.exists():
+            return draft, handle
+        os.close(handle)
 
 
 def _linked(draft: Path, path: Path) -> bool:

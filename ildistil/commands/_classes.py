@@ -20,7 +20,7 @@ _NEVER = {*sys.stdlib_module_names, "jsonargparse", "pip", "setuptools", "pkg_re
 
 
 def allow(names: Iterable[str], *folders: Path) -> None:
-    """Let the parser import installed packages, and modules that lie in a folder where they are named; nothing else.
+    """Allow the parser to import installed packages, and modules in a folder where they are named; nothing else.
 
     Args:
         names: dotted names in a configuration.

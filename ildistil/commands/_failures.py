@@ -1,4 +1,4 @@
-"""Say in words what torch says of processes that are gone, and of memory that is."""
+"""Translate what torch raises where another process, or memory, is gone."""
 
 import re
 from collections.abc import Iterator

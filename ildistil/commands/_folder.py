@@ -58,12 +58,12 @@ class RunFolder:
                     "another folder."
                 )
             return cls(named, arguments=rest)
-        if any(word.split("=")[0] == "--ckpt_path" for word in rest):
+        if _names(rest, "--ckpt_path"):
             raise ConfigError("--resume finds the run's newest checkpoint by itself: leave out --ckpt_path.")
         path = named or _newest(Path("runs") / command)
         if path is None:
             return cls(None, arguments=rest)  # the first start of a run that is always started by the same words
-        if named is not None and not (named / _CONFIG).is_file() and not _has_config(rest):
+        if named is not None and not (named / _CONFIG).is_file() and not _names(rest, "--config", "-c", "--preset"):
             raise ConfigError(f"There is no run in {str(named)!r} to go on with. Name its folder, or a configuration.")
         config = [f"--config={path / _CONFIG}"] if (path / _CONFIG).is_file() else []
         found = checkpoint_files.newest(path / "checkpoints")
@@ -85,7 +85,7 @@ class RunFolder:
         kept = [file for file in files if file.is_file()]
         if not kept or not (named / _CONFIG).is_file():
             raise ConfigError(f"There is no run in {str(named)!r}: a run has a {_CONFIG} and checkpoints.")
-        path = [] if any(word.split("=")[0] == "--ckpt_path" for word in rest) else [f"--ckpt_path={kept[0]}"]
+        path = [] if _names(rest, "--ckpt_path") else [f"--ckpt_path={kept[0]}"]
         return cls(None, arguments=[f"--config={named / _CONFIG}", *rest, *path])
 
     @contextmanager
@@ -232,5 +232,5 @@ def _newest(parent: Path) -> Path | None:
     return max(found, key=lambda path: found[path]).parent.parent if found else None
 
 
-def _has_config(words: Sequence[str]) -> bool:
-    return any(word.split("=")[0] in ("--config", "-c", "--preset") for word in words)
+def _names(words: Sequence[str], *options: str) -> bool:
+    return any(word.split("=")[0] in options for word in words)

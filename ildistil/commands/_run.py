@@ -155,8 +155,11 @@ class Run(LightningCLI):
         """Set what holds for the whole process, and look at the checkpoint before a model is loaded."""
         transformers.utils.logging.disable_progress_bar()
         torch.set_float32_matmul_precision(self.config.matmul_precision)
+        self._begins_at = 0
         if self.config.ckpt_path is not None:
-            Saved.read(checkpoint_files.load(self.config.ckpt_path), repr(self.config.ckpt_path))
+            content = checkpoint_files.load(self.config.ckpt_path)
+            Saved.read(content, repr(self.config.ckpt_path))
+            self._begins_at = content["global_step"]
 
     def objectives(self) -> dict[str, Objective]:
         """Return the named objectives of this run."""
@@ -219,11 +222,9 @@ class Run(LightningCLI):
         Raises:
             IldistilError: The configuration turns out to be wrong.
         """
-        path, before = self.config.ckpt_path, 0
+        path, before = self.config.ckpt_path, self._begins_at
         if self.trains and 0 in (self.trainer.max_epochs, self.trainer.max_steps):
             raise ConfigError("max_epochs or max_steps is 0, so nothing would be trained. Set it to more.")
-        if path is not None and self.trains:
-            before = checkpoint_files.load(path)["global_step"]
         with _ended_with_children(self.trainer), process_errors(), lightning_errors(), self._own_folder(before):
             found = method(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
         if self.trains and self.trainer.global_step == before and self.trainer.is_global_zero:

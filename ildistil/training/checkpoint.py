@@ -225,7 +225,7 @@ def restore(module: Any, checkpoint: dict[str, Any], *, fits: bool) -> Saved | N
 
 
 def _keep_best(trainer: L.Trainer, states: Mapping[str, dict[str, Any]]) -> None:
-    """Let callbacks keep what was best, where its file is still there though the folder has another name now."""
+    """Keep what was best in callbacks, where its file is still there though the folder has another name now."""
     for callback in trainer.checkpoint_callbacks:
         state = states.get(callback.state_key)
         if not isinstance(callback, ModelCheckpoint) or not state or callback.dirpath is None:

@@ -134,10 +134,6 @@ class CheckpointFiles(TorchCheckpointIO):
         """
         return load(path)
 
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a checkpoint."""
-        Path(path).unlink(missing_ok=True)
-
 
 def _tensors(weights: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(weights, Mapping):

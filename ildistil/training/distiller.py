@@ -232,7 +232,7 @@ class Distiller(L.LightningModule):
         return over_processes(terms) if self.trainer.accumulate_grad_batches == 1 else self.window.add(terms)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Have the student measured after the last step where ``max_steps`` ends the training within an epoch."""
+        """Measure the student after the last step where ``max_steps`` ends the training within an epoch."""
         if self.global_step == self.trainer.max_steps:
             self.trainer.should_stop = True  # which Lightning validates before
 
