@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 from ildistil.errors import ConfigError
 
-__all__ = ["Place", "Stage", "Step", "Timeline", "check_names"]
+__all__ = ["JUST_BEFORE_THE_END", "Place", "Stage", "Step", "Timeline", "check_names"]
 
+#: A progress at which weights that fall to 0 at the end haven't yet: what is measured with these weights is comparable.
+JUST_BEFORE_THE_END = 1 - 2.0**-20
 # Of epochs: what is more is no number of epochs.
 _LONGEST = 10**9
 

@@ -124,7 +124,7 @@ class Saved:
         return cls(**{key: value for key, value in said.items() if key != "format"})
 
     def check_projections(self, own: Mapping[str, Tensor]) -> None:
-        """Refuse a checkpoint whose optimiser state doesn't fit a run.
+        """Refuse a checkpoint whose projections and optimiser state don't fit a run.
 
         Args:
             own: the projections of the run.
@@ -134,8 +134,8 @@ class Saved:
         """
         if self.projections.keys() != own.keys():
             raise CheckpointError(
-                "This checkpoint was made with other projections, so its optimiser state doesn't fit: it has "
-                f"{_owners(self.projections)}, this run {_owners(own)}. Resume with the same objectives, or start a "
+                "This checkpoint was made with other projections, so neither they nor its optimiser state fit: it has "
+                f"{_owners(self.projections)}, this run {_owners(own)}. Go on with the same objectives, or start a "
                 "new run from its student (ildistil export)."
             )
 
@@ -193,13 +193,14 @@ def write(module: Any, checkpoint: dict[str, Any]) -> None:
     Saved.of(module, projections).write(checkpoint)
 
 
-def restore(module: Any, checkpoint: dict[str, Any], *, fits: bool) -> Saved | None:
+def restore(module: Any, checkpoint: dict[str, Any], *, fits: bool, measures: bool = False) -> Saved | None:
     """Take what a Distiller needs of a checkpoint, before Lightning loads the rest.
 
     Args:
         module: the Distiller.
         checkpoint: what was read; it gets the projections that the module has.
         fits: whether a training goes on.
+        measures: whether the terms are measured.
 
     Returns:
         What a training that goes on is to be compared with.
@@ -209,13 +210,14 @@ def restore(module: Any, checkpoint: dict[str, Any], *, fits: bool) -> Saved | N
     """
     saved = Saved.read(checkpoint)
     own = {key: value for key, value in module.state_dict().items() if key.startswith(PROJECTIONS)}
+    if fits or measures:
+        saved.check_projections(own)
     if fits:
         if "optimizer_states" not in checkpoint:
             raise CheckpointError(
                 "This checkpoint holds weights alone (save_weights_only), so that a training can't go on from it. Name "
                 "another; or export its student, and start a new run from that."
             )
-        saved.check_projections(own)
         _keep_best(module.trainer, checkpoint["callbacks"])
         module.window.load_state_dict(saved.window)
         if module.distillation.balance is not None:

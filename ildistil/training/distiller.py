@@ -13,20 +13,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from ildistil.capture import ModelInfo, real_labels, unwrapped
+from ildistil.capture import ModelInfo, real_labels
 from ildistil.data.loading import keeps_position
 from ildistil.data.task import task_of
 from ildistil.engine import Balance, Distillation, DryRun
-from ildistil.errors import CheckpointError, ConfigError, DataError
+from ildistil.errors import CheckpointError, ConfigError
 from ildistil.objectives import Objective
 from ildistil.schedules import has_schedules
-from ildistil.stages import Stage, Step, Timeline
+from ildistil.stages import JUST_BEFORE_THE_END, Stage, Step, Timeline
 from ildistil.teachers import Teacher
 from ildistil.training import checks
 from ildistil.training.accumulation import Window, over_processes
 from ildistil.training.checkpoint import Saved, restore, run_settings, write
 from ildistil.training.checkpoint_files import CheckpointFiles, load
-from ildistil.training.evaluation import Evaluation, batch_size, check_predicted
+from ildistil.training.evaluation import Evaluation, batch_size, check_predicted, measures_terms
 from ildistil.training.finite import FiniteSteps, NonFinite
 from ildistil.training.lifecycle import Lifecycle
 from ildistil.training.optimization import Optimization, Shape
@@ -145,12 +145,14 @@ class Distiller(L.LightningModule):
         self.seeds = self.trainer.strategy.broadcast(seeds_of_run())
         task, info = task_of(self.trainer.datamodule), ModelInfo.of(self.student)  # type: ignore[attr-defined]
         checks.check_task(task, info)
-        self.evaluation = Evaluation(task, info)
-        self.metrics = nn.ModuleDict()
+        by_terms = measures_terms(task, self._objectives, self.teacher)
+        self.evaluation, self.metrics = Evaluation(task, info, by_terms), nn.ModuleDict()
 
     def configure_model(self) -> None:
         """Take the objectives from the Trainer's callbacks; quiet without a Trainer, and repeatable."""
         if not self._is_fitting:
+            if self._is_evaluating and self.evaluation.may_measure_terms and self._objectives:
+                self.distillation.set_objectives(self._objectives)
             return
         self._lifecycle.restore(self)
         self.window, self._finite = Window(), FiniteSteps(self._finite.non_finite)
@@ -166,6 +168,10 @@ class Distiller(L.LightningModule):
     @property
     def _is_fitting(self) -> bool:
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+
+    @property
+    def _is_evaluating(self) -> bool:
+        return self._trainer is not None and self.trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING)
 
     @property
     def _objectives(self) -> list[Objective]:
@@ -279,23 +285,18 @@ class Distiller(L.LightningModule):
     def _evaluate(self, stage: Literal["val", "test"], batch: Mapping[str, Any], dataloader_idx: int) -> None:
         sets = self.trainer.num_val_batches if stage == "val" else self.trainer.num_test_batches
         name = self.evaluation.name(stage, dataloader_idx, len(sets))
-        if "labels" not in batch:
-            raise DataError(
-                f"The {name} set has no labels, so there is nothing to measure. Use 'predict' for unlabelled rows."
-            )
+        # Of the stage of the last batch, or else of the last stage.
+        place = self.timeline.place(max(0, self.global_step - 1)).stage if self._is_fitting else -1
+        step = Step(0, JUST_BEFORE_THE_END, self.stages[place].objectives if self.stages else None)
         batch = real_labels(batch)
-        inputs, labels = self.distillation.student_inputs(batch), batch["labels"]
-        output = self.student(**inputs)
-        if name not in self.metrics:
-            self.metrics[name] = self.evaluation.measures(labels).to(self.device)
+        measures, is_new = self.evaluation.measure(self.metrics, name, batch, self.distillation, step)
+        if is_new:
             self._metric_attributes = None  # Lightning remembers where metrics are; it has to look again
-        measures: Any = self.metrics[name]
-        weight = self.evaluation.weight(unwrapped(self.student), inputs, labels, output.logits)
-        measures.update(output, self.evaluation.predictions(output.logits, labels), labels, weight)
         # Each by itself: Lightning then computes and resets them at the epoch's end, over all ranks.
         options: dict[str, Any] = {"on_step": False, "on_epoch": True, "add_dataloader_idx": False}
-        for key, metric in measures.logged():
-            self.log(f"{name}/{key}", metric, prog_bar=stage == "val" and key != "loss", **options)
+        for key, metric in measures.logged().items():
+            shown = stage == "val" and (key != "loss" or measures.terms is not None)
+            self.log(f"{name}/{key}", metric, prog_bar=shown, **options)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return row ids, logits and predictions: a class index, a number, or 0 and 1 for each of several labels."""
@@ -312,7 +313,8 @@ class Distiller(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the projections that this run has, and what a training that goes on needs."""
-        self._resumed = restore(self, checkpoint, fits=self._is_fitting)
+        measures = self._is_evaluating and self.evaluation.by_terms
+        self._resumed = restore(self, checkpoint, fits=self._is_fitting, measures=measures)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
