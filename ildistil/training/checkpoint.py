@@ -63,6 +63,7 @@ class Saved:
         settings: what else decides how training goes on, in words: data, steps, learning rate, seed ...
         position: the epoch, and the number of batches seen of it.
         seeds: what the random numbers of every batch are seeded from.
+        head_untrained: whether the student has a head that no term trained.
         sealed: whether its file ends with a checksum.
     """
 
@@ -79,6 +80,7 @@ class Saved:
     settings: dict[str, str] = field(default_factory=dict)
     position: dict[str, int] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)
+    head_untrained: bool = False
     sealed: bool = False
 
     @classmethod
@@ -100,6 +102,7 @@ class Saved:
             settings=module.settings,
             position={} if module._trainer is None else position(module.trainer),
             seeds=list(module.seeds),
+            head_untrained=module.head_untrained,
         )
 
     def write(self, checkpoint: dict[str, Any]) -> None:

@@ -13,14 +13,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from ildistil.capture import ModelInfo, real_labels
+from ildistil.capture import ModelInfo, real_labels, unwrapped
 from ildistil.data.loading import keeps_position
 from ildistil.data.task import task_of
 from ildistil.engine import Balance, Distillation, DryRun
 from ildistil.errors import CheckpointError, ConfigError
 from ildistil.objectives import Objective
 from ildistil.schedules import has_schedules
-from ildistil.stages import JUST_BEFORE_THE_END, Stage, Step, Timeline
+from ildistil.stages import Stage, Step, Timeline
+from ildistil.students.heads import is_untrained
 from ildistil.teachers import Teacher
 from ildistil.training import checks
 from ildistil.training.accumulation import Window, over_processes
@@ -105,7 +106,7 @@ class Distiller(L.LightningModule):
         self._lifecycle = Lifecycle()
         self.window, self._finite = Window(), FiniteSteps(non_finite)
         self._structural: DryRun | None = None
-        self.seeds, self.settings = [0, 0, 0], dict[str, str]()
+        self.seeds, self.settings, self.head_untrained = [0, 0, 0], dict[str, str](), False
         self._resumed: Saved | None = None
 
     @property
@@ -151,7 +152,8 @@ class Distiller(L.LightningModule):
     def configure_model(self) -> None:
         """Take the objectives from the Trainer's callbacks; quiet without a Trainer, and repeatable."""
         if not self._is_fitting:
-            if self._is_evaluating and self.evaluation.may_measure_terms and self._objectives:
+            if self._measures_terms:
+                self.timeline = Timeline(self.stages[-1:], math.inf)
                 self.distillation.set_objectives(self._objectives)
             return
         self._lifecycle.restore(self)
@@ -170,8 +172,10 @@ class Distiller(L.LightningModule):
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
 
     @property
-    def _is_evaluating(self) -> bool:
-        return self._trainer is not None and self.trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING)
+    def _measures_terms(self) -> bool:
+        """Whether this is an evaluation, without training, that may need the terms."""
+        evaluates = self._trainer is not None and self.trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING)
+        return evaluates and self.evaluation.may_measure_terms and bool(self._objectives)
 
     @property
     def _objectives(self) -> list[Objective]:
@@ -211,6 +215,7 @@ class Distiller(L.LightningModule):
             found = try_first_batch(self.distillation, self.trainer) or self._structural
         if found is not None and self._structural is not None:
             found = DryRun(found.terms, self._structural.unreached)
+        self.head_untrained = found is not None and is_untrained(unwrapped(self.student), found.unreached)
         rank_zero_info(describe(self.distillation, found, self.stages))
 
     # Training
@@ -285,18 +290,14 @@ class Distiller(L.LightningModule):
     def _evaluate(self, stage: Literal["val", "test"], batch: Mapping[str, Any], dataloader_idx: int) -> None:
         sets = self.trainer.num_val_batches if stage == "val" else self.trainer.num_test_batches
         name = self.evaluation.name(stage, dataloader_idx, len(sets))
-        # Of the stage of the last batch, or else of the last stage.
-        place = self.timeline.place(max(0, self.global_step - 1)).stage if self._is_fitting else -1
-        step = Step(0, JUST_BEFORE_THE_END, self.stages[place].objectives if self.stages else None)
-        batch = real_labels(batch)
-        measures, is_new = self.evaluation.measure(self.metrics, name, batch, self.distillation, step)
+        step = self.timeline.yardstick(max(0, self.global_step - 1))
+        measures, is_new = self.evaluation.measure(self.metrics, name, real_labels(batch), self.distillation, step)
         if is_new:
             self._metric_attributes = None  # Lightning remembers where metrics are; it has to look again
         # Each by itself: Lightning then computes and resets them at the epoch's end, over all ranks.
-        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "add_dataloader_idx": False}
         for key, metric in measures.logged().items():
             shown = stage == "val" and (key != "loss" or measures.terms is not None)
-            self.log(f"{name}/{key}", metric, prog_bar=shown, **options)
+            self.log(f"{name}/{key}", metric, shown, on_step=False, on_epoch=True, add_dataloader_idx=False)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return row ids, logits and predictions: a class index, a number, or 0 and 1 for each of several labels."""
@@ -313,8 +314,7 @@ class Distiller(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the projections that this run has, and what a training that goes on needs."""
-        measures = self._is_evaluating and self.evaluation.by_terms
-        self._resumed = restore(self, checkpoint, fits=self._is_fitting, measures=measures)
+        self._resumed = restore(self, checkpoint, fits=self._is_fitting, measures=self._measures_terms)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:

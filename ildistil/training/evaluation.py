@@ -55,11 +55,13 @@ class Measures(nn.Module):
 
     def logged(self) -> dict[str, Metric]:
         """Return what is logged of the set, by name; the loss is that of the terms where these are measured."""
-        found = {} if self.predictions is None else dict(self.predictions.logged())
-        terms = {} if self.terms is None else dict(self.terms.logged())
-        if clash := (found.keys() & terms.keys()) - {"loss"}:
-            raise ConfigError(f"An objective has the name of a metric, {clash.pop()!r}. Name it otherwise.")
-        return found | terms
+        terms = [] if self.terms is None else list(self.terms.logged())
+        found = [] if self.predictions is None else list(self.predictions.logged())
+        pairs = terms + [pair for pair in found if not terms or pair[0] != "loss"]
+        if len(named := dict(pairs)) < len(pairs):
+            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            raise ConfigError(f"An objective has the name of a metric, {twice!r}. Name it otherwise.")
+        return named
 
 
 class Evaluation:

@@ -85,8 +85,9 @@ class TermMeans(nn.Module):
 
     def logged(self) -> Iterator[tuple[str, Metric]]:
         """Return what is logged of the set, by name."""
-        means: dict[str, Any] = {"loss": self.loss, **self.terms, **self.tokens}
-        yield from ((name, mean) for name, mean in means.items() if mean.update_called)
+        yield "loss", self.loss
+        for kept in (self.terms, self.tokens):
+            yield from ((name, mean) for name, mean in kept.items() if isinstance(mean, Metric) and mean.update_called)
 
 
 class _MeanLoss(Metric):
