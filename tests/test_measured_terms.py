@@ -16,8 +16,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertConf
 import tiny
 from ildistil import Distiller, Stage, init_student, mappings, objectives, schedules
 from ildistil.data import TextData
-from ildistil.errors import CheckpointError, ConfigError, DataError
+from ildistil.errors import CheckpointError, ConfigError, DataError, ObjectiveError
 from ildistil.objectives import Objective
+from ildistil.teachers import StoredTeacher
 from ildistil.training import export
 from test_distiller import pair, trainer
 
@@ -226,3 +227,25 @@ def test_texts_without_a_column_of_labels(tmp_path: Path) -> None:
     run.fit(Distiller(*pair()), data)
     assert run.callback_metrics["val/loss"] == run.callback_metrics["val/hidden_mse"]
     assert "labels" not in next(iter(data.train_dataloader()))
+
+
+def test_stored_targets_are_those_of_validation_rows_too(tmp_path: Path) -> None:
+    class Split(Texts):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(self.rows[:4], 2)  # type: ignore[arg-type]
+
+    student, teacher = pair()
+    data, stored = Split(), StoredTeacher(tmp_path, teacher, dtype="float32")
+    run = trainer(last())
+    run.fit(Distiller(student, stored), data)
+    assert len(stored.store) == len(LENGTHS)
+    found = hidden_by_hand(student, teacher, data.rows)
+    assert float(run.callback_metrics["val/loss"]) == pytest.approx(found, rel=1e-4)
+
+
+@pytest.mark.parametrize("headless", ["student", "teacher"])
+def test_soft_labels_of_tokens_need_both_heads(headless: str) -> None:
+    student, teacher = masked_lm(2), masked_lm(4)
+    models = (student.bert, teacher) if headless == "student" else (student, teacher.bert)
+    with pytest.raises(ObjectiveError, match=f"reads logits, and the {headless} makes none.*ildistil finetune"):
+        trainer(objectives.LogitsKL()).fit(Distiller(*models), Texts(masked=True))

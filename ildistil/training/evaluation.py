@@ -18,26 +18,22 @@ from ildistil.errors import CaptureError, ConfigError, DataError, NotFiniteError
 from ildistil.metrics import IGNORED, default_metrics
 from ildistil.objectives import Objective
 from ildistil.stages import Step
-from ildistil.teachers import Teacher
 from ildistil.training.measures import Predictions, TermMeans
 
 __all__ = ["Evaluation", "batch_size", "check_predicted", "measures_terms"]
 
 
-def measures_terms(task: Task, objectives: Iterable[Objective], teacher: Teacher | None) -> bool:
-    """Return whether sets are measured by the terms of the training: where no labels, or no trained head, tell more.
-
-    Stored targets are of training rows: with them, sets with labels are measured by the student's predictions.
+def measures_terms(task: Task, objectives: Iterable[Objective]) -> bool:
+    """Return whether sets are measured by the terms of the training: without labels, or a head that a term trains.
 
     Args:
         task: what the data module says of itself.
         objectives: the terms.
-        teacher: the teacher, if there is one.
     """
-    if task.labelled is False:
-        return True
-    live = teacher is None or teacher.runs
-    return live and task.labelled is True and not any(o.weight != 0 and o.may_train_head for o in objectives)
+    used = [objective for objective in objectives if objective.weight != 0]
+    return task.labelled is False or (
+        task.labelled is True and bool(used) and not any(objective.may_train_head for objective in used)
+    )
 
 
 class Measures(nn.Module):
