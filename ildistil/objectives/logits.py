@@ -114,8 +114,8 @@ def _check_head(name: str, **models: Activations) -> None:
         except CaptureError as error:
             raise ObjectiveError(
                 f"{name} reads logits, and the {whose} makes none. {error} Train one on top of an encoder first: "
-                "'ildistil finetune' on labels, or with a Corpus whose labels are masked or next tokens (--model.freeze "
-                "true leaves the encoder as it is). Or leave this objective out."
+                "'ildistil finetune' on labels, or with a Corpus whose labels are masked or next tokens "
+                "(--model.freeze true leaves the encoder as it is). Or leave this objective out."
             ) from error
 
 
