@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from ildistil.capture import ModelInfo, unwrapped
 from ildistil.capture.inputs import token_mask, without_labels
+from ildistil.capture.run import model_errors
 from ildistil.capture.trial import Trial, predicts_next_token, undisturbed
 from ildistil.data.task import Task, set_names
 from ildistil.engine import Distillation, Terms
@@ -140,7 +141,8 @@ class Evaluation:
     ) -> None:
         """Run the student alone, and compare what it predicts with the labels."""
         inputs = distillation.student_inputs(batch)
-        output = distillation.student(**inputs)
+        with model_errors("student", inputs):
+            output = distillation.student(**inputs)
         weight = self.weight(unwrapped(distillation.student), inputs, labels, output.logits)
         measures.update(output, self.predictions(output.logits, labels), labels, weight)
 
