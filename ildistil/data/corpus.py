@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ildistil.data.masking import IGNORED, Masking, check_mask_token
 from ildistil.data.options import LoadingOptions
-from ildistil.data.packing import HubText, Packed, Packing, Rows, TextFiles, pack, packed
+from ildistil.data.packing import HubText, Packed, Packing, Rows, TextFiles, open_packed, pack
 from ildistil.data.permutation import Permutation
 from ildistil.data.serving import RowsDataModule
 from ildistil.data.tokenizing import Collate, padded
@@ -84,9 +84,7 @@ class Corpus(RowsDataModule):
         self.draws_rows = labels == "masked"
         self.mask_probability, self.whole_words = mask_probability, whole_words
         if processes is not None and (type(processes) is not int or processes < 1):
-            raise DataError(
-                f"processes is {processes!r}; it must be a whole number, at least 1, or null."
-            )
+            raise DataError(f"processes is {processes!r}; it must be a whole number, at least 1, or null.")
         self.processes = processes
         self._splits: dict[str, Rows] = {}
 
@@ -141,15 +139,12 @@ class Corpus(RowsDataModule):
         """
         self._check_stage(stage)
         self._position = None
-        found = self._each(lambda source, kind: packed(source, kind, self.options.cache_dir))
+        found = self._each(lambda source, kind: open_packed(source, kind, self.options.cache_dir))
         splits = {"train": found["train"].train}
         if self._validates:
             held_out = found["validation"].train if self.validation_source else found["train"].validation
             assert held_out is not None
             splits["validation"] = held_out
-        for name, rows in splits.items():
-            if not len(rows):
-                raise DataError(_no_rows(name, self.validation_share))
         told, self._splits = self._splits, splits
         if not told:
             self._tell()
@@ -234,13 +229,13 @@ class Numbered(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.rows) if self.chosen is None else len(self.chosen)
 
-    def __getitem__(self, item: int) -> dict[str, Any]:
+    def __getitem__(self, item: int | Sequence[int]) -> Any:
+        """Return a row, or the rows of several numbers."""
+        if not isinstance(item, int):
+            return [self[each] for each in item]
         epoch, place = divmod(item, len(self))
         row = place if self.chosen is None else int(self.chosen[place])
         return {**self.rows[row], "row_id": row, "epoch": epoch}
-
-    def __getitems__(self, items: Sequence[int]) -> list[dict[str, Any]]:
-        return [self[item] for item in items]
 
 
 @dataclass(frozen=True, eq=False)
@@ -309,9 +304,3 @@ def _check_labels(labels: str, probability: float, whole_words: bool) -> None:
         raise DataError(
             f"whole_words masks whole words, and labels is {labels!r}. Set labels: masked, or leave it out."
         )
-
-
-def _no_rows(name: str, share: float) -> str:
-    if name == "validation" and share:
-        return f"validation_share={share} keeps no row for validation. Raise it, or use validation_files."
-    return f"The {name} files hold too little text for a row. Add text, or lower max_length."
