@@ -258,9 +258,12 @@ def _check_counts(folder: Path, packing: Packing, where: object) -> None:
 def _alone(folder: Path) -> Iterator[None]:
     """Wait until no other process packs into a folder, and keep others waiting."""
     lock = folder.with_suffix(".lock")
-    while (handle := storage.hold(lock)) is None:
+    handle = storage.hold(lock)
+    if handle is None:
         rank_zero_info(f"Another process packs this corpus into {folder}: waiting for it.")
+    while handle is None:
         time.sleep(_WAIT)
+        handle = storage.hold(lock)
     try:
         yield
     finally:
