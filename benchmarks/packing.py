@@ -24,13 +24,13 @@ _BATCH = 1000
 
 
 def encode(corpus: str, tokenizer: str, share: tuple[int, int], pipe: Connection) -> None:
-    """Encode every ``share[1]``-th line, from the ``share[0]``-th, each time that the pipe asks; answer with seconds."""
+    """Encode every ``share[1]``-th line from ``share[0]`` on, each time that the pipe asks; answer with seconds."""
     from transformers import AutoTokenizer
 
     encoder = AutoTokenizer.from_pretrained(tokenizer)
     with open(corpus, encoding="utf-8") as file:
         lines = [line for line in file.read().split("\n") if line][share[0] :: share[1]]
-    encoder(lines[:_BATCH])
+    encoder(lines[:_BATCH], verbose=False)
     pipe.send(0.0)
     while pipe.recv():
         start = time.perf_counter()
@@ -117,16 +117,16 @@ def _head(corpus: Path, size: int) -> bytes:
 
 def _resident(pid: int) -> int:
     """Return the bytes that a process and all it started have in memory, shared pages counted in each."""
+    process = Path(f"/proc/{pid}")
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        children = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in _words(task / "children")]
+        pages = int((process / "statm").read_text().split()[1])
+        command = (process / "cmdline").read_bytes()
+        children = [c for task in (process / "task").iterdir() for c in (task / "children").read_text().split()]
+        # A process that still has its parent's command is about to become another, and shares all memory until then.
+        started = [int(child) for child in children if Path(f"/proc/{child}/cmdline").read_bytes() != command]
     except (OSError, IndexError):  # it has just ended
         return 0
-    return pages * os.sysconf("SC_PAGE_SIZE") + sum(map(_resident, children))
-
-
-def _words(path: Path) -> list[str]:
-    return path.read_text().split()
+    return pages * os.sysconf("SC_PAGE_SIZE") + sum(map(_resident, started))
 
 
 def _context() -> multiprocessing.context.SpawnContext:

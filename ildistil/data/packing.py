@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ildistil import storage
 from ildistil.data.cache import cache_folder
-from ildistil.data.pool import run
+from ildistil.data.pool import run, usable_processors
 from ildistil.data.sources import HubText, Plan, TextFiles
 from ildistil.data.tokenizing import check_tokenizer, tokenizer_digest
 from ildistil.errors import ConfigError, DataError, MissingFileError, WriteError
@@ -135,16 +136,17 @@ def pack(
     """
     if processes is not None and processes < 1:
         raise ConfigError(f"processes is {processes}; it is at least 1.")
-    processes = processes or len(os.sched_getaffinity(0))
+    processes = processes or usable_processors()
     recipe = packing.recipe()
     address = _address(source, packing, recipe, cache_dir)
     plan = source.plan(processes)
     digest = _digest([plan.content, _key(packing, recipe)])
     folder = address.parent / digest[:32]
-    with _alone(folder):
-        intact = _intact(folder, processes)
-        if not is_indexed(folder, intact):
-            _make(folder, plan, recipe, set(intact), processes, digest)
+    if not is_indexed(folder, _intact(folder, processes)):
+        with _alone(folder):
+            intact = _intact(folder, processes, remove=True)
+            if not is_indexed(folder, intact):  # as it may be by now, where another process was waited for
+                _make(folder, plan, recipe, set(intact), processes, digest)
     _check_counts(folder, packing, source)
     storage.write_text(address, folder.name)
     return _open(folder, packing)
@@ -189,7 +191,8 @@ def _make(folder: Path, plan: Plan, recipe: Recipe, finished: set[int], processe
             else:
                 yield number, part
 
-    with tqdm(total=plan.size, unit="B", unit_scale=True, desc="Packing the corpus", disable=None) as bar:
+    pause = 0.1 if sys.stderr.isatty() else 30  # seconds
+    with tqdm(total=plan.size, unit="B", unit_scale=True, desc="Packing the corpus", mininterval=pause) as bar:
         try:
             run(recipe, folder, missing(), processes, lambda part: bar.update(part.size))
         except WriteError as error:
@@ -258,36 +261,40 @@ def _check_counts(folder: Path, packing: Packing, where: object) -> None:
 def _alone(folder: Path) -> Iterator[None]:
     """Wait until no other process packs into a folder, and keep others waiting."""
     lock = folder.with_suffix(".lock")
-    while (handle := storage.hold(lock)) is None:
+    handle = storage.hold(lock)
+    if handle is None:
         rank_zero_info(f"Another process packs this corpus into {folder}: waiting for it.")
+    while handle is None:
         time.sleep(_WAIT)
+        handle = storage.hold(lock)
     try:
         yield
     finally:
         os.close(handle)
 
 
-def _intact(folder: Path, processes: int) -> list[int]:
-    """Compare all shards with their checksums; return which are whole, and remove the others with a warning."""
-
-    def damage(number: int) -> DataError | None:
-        try:
-            storage.verify_folder(shard_folder(folder, number), DataError, "It is made anew.")
-        except DataError as error:
-            return error
-        return None
-
+def _intact(folder: Path, processes: int, remove: bool = False) -> list[int]:
+    """Compare all shards with their checksums; return which are whole, and remove the others, with a warning."""
     numbers = shard_numbers(folder)
     with ThreadPoolExecutor(processes) as pool:
-        damages = dict(zip(numbers, pool.map(damage, numbers), strict=True))
-    for number, error in damages.items():
-        if error is not None:
+        damages = list(pool.map(_damage, (shard_folder(folder, number) for number in numbers)))
+    for number, damage in zip(numbers, damages, strict=True):
+        if damage and remove:
             try:
                 shutil.rmtree(shard_folder(folder, number))
-            except OSError as why:
-                raise DataError(f"{error} But it can't be removed ({why}): delete {folder}, run again.") from why
-            rank_zero_warn(str(error))
-    return [number for number, error in damages.items() if error is None]
+            except OSError as error:
+                raise DataError(f"{damage} But it can't be removed ({error}): delete {folder}, run again.") from error
+            rank_zero_warn(damage)
+    return [number for number, damage in zip(numbers, damages, strict=True) if not damage]
+
+
+def _damage(shard: Path) -> str:
+    """Return what is wrong with a shard, or nothing."""
+    remedy = "It is made anew."
+    try:
+        return "" if storage.verify_folder(shard, DataError, remedy) else f"{shard} has lost its checksums. {remedy}"
+    except DataError as error:
+        return str(error)
 
 
 def _address(source: TextFiles | HubText, packing: Packing, recipe: Recipe, cache_dir: str | None) -> Path:

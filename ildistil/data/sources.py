@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import datasets
 import xxhash
 
 from ildistil.data.files import expanded, files_near, quoted, reading, similar
-from ildistil.errors import DataError, MissingFileError
+from ildistil.errors import DataError, IldistilError, MissingFileError
 from ildistil.shards.documents import ENDINGS, Part, Texts, checked, cut, row_name, scan, stamp_of
 
 # Parts grow with a corpus of more than 4 GiB, so that there are no more than some thousand shards.
@@ -129,7 +130,8 @@ class HubText:
             MissingFileError: It can't be loaded.
             DataError: It has no such column.
         """
-        rows = self._load(datasets.load_dataset, split=self.split, streaming=self.streaming)
+        with self._loading():
+            rows = datasets.load_dataset(self.name, self.config, split=self.split, streaming=self.streaming)
         if rows.column_names is not None and self.text_column not in rows.column_names:
             raise DataError(
                 f"{self._where} has no column {self.text_column!r}.{similar(self.text_column, rows.column_names)} Its "
@@ -148,28 +150,37 @@ class HubText:
         if (folder := expanded(self.name)).is_dir():
             content: object = [scan(path)[0] for path in sorted(folder.rglob("*")) if path.is_file()]
         else:  # the names of the files on the hub have the revision in them
-            builder = self._load(datasets.load_dataset_builder)
+            with self._loading():
+                builder = datasets.load_dataset_builder(self.name, self.config)
             content = [builder.hash, str(builder.config.data_files)]
         return Plan(_hash([self.address(), content]), None, None, parts, [])
 
     @property
     def _where(self) -> str:
-        return f"{self.name} {self.split} (a data set that the datasets library loads)"
+        return f"The data set {self.name!r}, {self.split},"
 
-    def _load(self, how: Callable[..., Any], **options: Any) -> Any:
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
         try:
-            return how(self.name, self.config, **options)
+            yield
+        except IldistilError:
+            raise
         except Exception as error:  # many libraries deep: connection, permission, cache and parsing errors
             raise MissingFileError(
-                f"The data set {self.name!r} ({self.address()}) can't be loaded: {error}\nCheck its name, "
-                "configuration, split, and the network connection, or use files that you have."
+                f"{self._where} can't be loaded: {error}\nCheck its name, configuration ({self.config}), split and "
+                "the network connection, or use files that you have. A run that broke off goes on where it was."
             ) from error
+
+    def _next(self, batches: Iterator[dict[str, list[Any]]]) -> dict[str, list[Any]] | None:
+        with self._loading():
+            return next(batches, None)
 
     def _parts(self, rows: Any) -> Iterator[Texts]:
         texts: list[str] = []
         size, number = 0, 0
         digest = xxhash.xxh3_128()
-        for batch in rows.select_columns([self.text_column]).iter(batch_size=256):
+        batches = rows.select_columns([self.text_column]).iter(batch_size=256)
+        while batch := self._next(batches):
             for value in batch[self.text_column]:
                 text = checked(value, self.text_column, partial(row_name, self._where, number))
                 raw = text.encode()
