@@ -241,11 +241,11 @@ def _report(folder: Path, counts: dict[str, int]) -> None:
     rank_zero_info("Packed the corpus: " + " ".join(notes))
 
 
-def _check_counts(folder: Path, packing: Packing, where: object) -> None:
+def _check_counts(folder: Path, packing: Packing, source: object) -> None:
     """Refuse a corpus that has no rows for a split."""
     counts = index_counts(folder)
     if not counts or counts["texts"] == counts["empty"]:
-        raise DataError(f"The corpus {where} is empty: it holds no text that gives a token. Name files with text.")
+        raise DataError(f"The corpus ({source}) is empty: it holds no text that gives a token. Name files with text.")
     if not packing.held_out:
         return
     said = (

@@ -25,21 +25,13 @@ _PROBES = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """A source as it is now.
+    """A source as it is now; the sizes of a stream are not known before it is read."""
 
-    Attributes:
-        content: Hash of what decides its rows; of a stream, of what decides the stream.
-        size: Bytes of text, about; ``None`` if that isn't known before it is read.
-        number: How many parts there are, likewise.
-        parts: Makes its parts, in order; the same ones at any time.
-        probes: A few of them.
-    """
-
-    content: str
-    size: int | None
-    number: int | None
+    content: str  # hash of all texts; of a stream, of what it is a stream of
+    size: int | None  # bytes of text, about
+    number: int | None  # of parts
     parts: Callable[[], Iterator[Part | Texts]]
-    probes: Sequence[Part | Texts]
+    probes: Sequence[Part | Texts]  # a few of the parts
 
 
 @dataclass(frozen=True)
@@ -57,6 +49,10 @@ class TextFiles:
 
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     text_column: str = "text"
+
+    def __str__(self) -> str:
+        paths = [self.paths] if isinstance(self.paths, str | os.PathLike) else self.paths
+        return ", ".join(map(str, paths))
 
     def address(self) -> str:
         """Return what finds the packed rows again without reading the files: names, sizes and times.
@@ -119,6 +115,9 @@ class HubText:
     text_column: str = "text"
     streaming: bool = False
 
+    def __str__(self) -> str:
+        return f"data set {self.name!r}, {self.split},"
+
     def address(self) -> str:
         """Return what finds the packed rows again without reading the data set: its name and the like."""
         return json.dumps([self.name, self.config, self.split, self.text_column, self.streaming])
@@ -134,7 +133,7 @@ class HubText:
             rows = datasets.load_dataset(self.name, self.config, split=self.split, streaming=self.streaming)
         if rows.column_names is not None and self.text_column not in rows.column_names:
             raise DataError(
-                f"{self._where} has no column {self.text_column!r}.{similar(self.text_column, rows.column_names)} Its "
+                f"The {self} has no column {self.text_column!r}.{similar(self.text_column, rows.column_names)} Its "
                 f"columns: {quoted(rows.column_names)}. Set text_column to one of them."
             )
         parts = partial(self._parts, rows)
@@ -155,10 +154,6 @@ class HubText:
             content = [builder.hash, str(builder.config.data_files)]
         return Plan(_hash([self.address(), content]), None, None, parts, [])
 
-    @property
-    def _where(self) -> str:
-        return f"The data set {self.name!r}, {self.split},"
-
     @contextmanager
     def _loading(self) -> Iterator[None]:
         try:
@@ -167,7 +162,7 @@ class HubText:
             raise
         except Exception as error:  # many libraries deep: connection, permission, cache and parsing errors
             raise MissingFileError(
-                f"{self._where} can't be loaded: {error}\nCheck its name, configuration ({self.config}), split and "
+                f"The {self} can't be loaded: {error}\nCheck its name, configuration ({self.config}), split and "
                 "the network connection, or use files that you have. A run that broke off goes on where it was."
             ) from error
 
@@ -182,7 +177,7 @@ class HubText:
         batches = rows.select_columns([self.text_column]).iter(batch_size=256)
         while batch := self._next(batches):
             for value in batch[self.text_column]:
-                text = checked(value, self.text_column, partial(row_name, self._where, number))
+                text = checked(value, self.text_column, partial(row_name, self, number))
                 raw = text.encode()
                 digest.update(len(raw).to_bytes(8, "little") + raw)
                 texts.append(text)

@@ -30,24 +30,14 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Part:
-    """A range of a file that holds whole documents.
-
-    Attributes:
-        path: the file.
-        start: its first byte; of Parquet its first row group.
-        stop: the byte or row group after its last.
-        size: bytes of text, about.
-        stamp: size and time of change of the file when its content was hashed.
-        line_each: every line of text is a document; else blank lines separate them.
-        column: where a record has its text.
-    """
+    """A range of a file that holds whole documents: bytes of text or JSON lines, or row groups of Parquet."""
 
     path: Path
     start: int
     stop: int
-    size: int
-    stamp: tuple[int, int]
-    line_each: bool
+    size: int  # bytes of text, about
+    stamp: tuple[int, int]  # of the file when its content was hashed
+    line_each: bool  # every line of text is a document; else blank lines separate them
     column: str
 
 

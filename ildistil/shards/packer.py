@@ -35,28 +35,15 @@ Array: TypeAlias = NDArray[Any]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the rows, in a form that a process without transformers understands.
+    """What decides the rows, in a form that a process without transformers understands."""
 
-    Attributes:
-        rules: the tokenizer in JSON; of a slow one, pickled.
-        split_special: whether special tokens that stand in a text are taken for words.
-        max_length: tokens of a row.
-        prefix: special tokens at the start of every row.
-        suffix: those at its end.
-        separator: token between documents; ``None`` makes a row of every text.
-        cut_left: whether it is the start of a long text that goes.
-        word_starts: whether rows say where words start.
-        held_out: share of documents for validation.
-        dtype: type of the stored tokens.
-    """
-
-    rules: str | bytes
-    split_special: bool
+    rules: str | bytes  # the tokenizer in JSON; a slow one, pickled
+    split_special: bool  # special tokens that stand in a text are ordinary text
     max_length: int
-    prefix: list[int]
-    suffix: list[int]
-    separator: int | None
-    cut_left: bool
+    prefix: list[int]  # special tokens at the start of every row
+    suffix: list[int]  # and at its end
+    separator: int | None  # between documents; None makes a row of every text
+    cut_left: bool  # of a text that is too long, the start goes
     word_starts: bool
     held_out: float
     dtype: str
