@@ -90,7 +90,7 @@ def pack_part(recipe: Recipe, encoder: Encoder, folder: Path, number: int, part:
     with storage.replacing_folder(shard_folder(folder, number), keep=True) as draft:
         splits = SPLITS if recipe.held_out else SPLITS[:1]
         writers = [RowWriter(draft / f"{split}.rows", recipe.dtype, recipe.word_starts) for split in splits]
-        rows = [_Rows(recipe, writer) for writer in writers]
+        rows = [_SplitRows(recipe, writer) for writer in writers]
         for batch in _batches(_pieces(read(part), recipe, counts)):
             for piece, (ids, starts) in zip(batch, encoder([piece.text for piece in batch]), strict=True):
                 rows[piece.split].add(ids, starts, piece)
@@ -152,7 +152,7 @@ def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-class _Rows:
+class _SplitRows:
     """Tokens to rows of one split: cut from the stream of all documents, or a row a text."""
 
     def __init__(self, recipe: Recipe, writer: RowWriter) -> None:
