@@ -8,7 +8,8 @@ from torchmetrics import MetricCollection
 
 from ildistil.data.files import ROWS_FROM_ZERO, Source, Table, quoted, similar, table_column
 from ildistil.data.labels import all_hidden, encode_classes, encode_numbers
-from ildistil.data.loading import LoadingOptions, TokenizedDataModule
+from ildistil.data.loading import TokenizedDataModule
+from ildistil.data.options import LoadingOptions
 from ildistil.data.tokenizing import tokenize
 from ildistil.errors import DataError
 from ildistil.metrics import OF_CLASSES, OF_NUMBERS, Positive, metric_collection

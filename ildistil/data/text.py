@@ -6,7 +6,7 @@ from typing import Any
 from ildistil.data.files import Source, file_source, quoted, similar
 from ildistil.data.labelled import LabelledText, labels_column
 from ildistil.data.labels import derive_label_names
-from ildistil.data.loading import LoadingOptions
+from ildistil.data.options import LoadingOptions
 from ildistil.errors import DataError
 from ildistil.metrics import Positive
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ildistil.capture import unwrapped
-from ildistil.data.loading import position
+from ildistil.data.position import position, step_size
+from ildistil.data.serving import RowsDataModule
 from ildistil.data.task import task_of
 from ildistil.errors import CheckpointError
 from ildistil.objectives import Objective
 from ildistil.schedules import has_schedules
 from ildistil.stages import Stage
-from ildistil.training.position import settle
+from ildistil.training.position import recount, settle
 
 __all__ = [
     "KEY",
@@ -38,7 +40,7 @@ __all__ = [
 FORMAT = 2
 KEY = "ildistil"
 STUDENT, PROJECTIONS = "distillation.student.", "distillation.projections."
-_TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision")
+_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "precision")
 _PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 # Of a config: what it is called, and who wrote it.
 _NAMES = {"_name_or_path", "transformers_version", "architectures"}
@@ -222,6 +224,10 @@ def restore(module: Any, checkpoint: dict[str, Any], *, fits: bool, measures: bo
                 "another; or export its student, and start a new run from that."
             )
         _keep_best(module.trainer, checkpoint["callbacks"])
+        data = module.trainer.datamodule
+        state = checkpoint.get(type(data).__qualname__)
+        if isinstance(data, RowsDataModule) and state:
+            recount(checkpoint["loops"]["fit_loop"], state["at_once"], data.items_at_once)
         module.window.load_state_dict(saved.window)
         if module.distillation.balance is not None:
             module.distillation.balance.load_state_dict(saved.balance)
@@ -266,9 +272,14 @@ def run_settings(module: Any) -> dict[str, str]:
         "teacher": getattr(module.teacher, "digest", None),
         "float32 products": torch.get_float32_matmul_precision(),
     }
-    told["batches of an epoch"] = trainer.num_training_batches
+    # Not the batches and processes that make up a step: they may be others when a training goes on.
+    batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
+    told |= {
+        "a step": step_size(trainer),
+        "steps of an epoch": math.ceil(batches / accumulated) if math.isfinite(batches) else None,
+    }
     told |= {name.replace("_", " "): value for name, value in vars(optimization).items()}
-    told |= {"processes": trainer.world_size, "seed": os.environ.get("PL_GLOBAL_SEED")}
+    told["seed"] = os.environ.get("PL_GLOBAL_SEED")
     told["steps"] = f"{module.timeline.steps:g}" if scheduled else None  # else no step depends on it
     told["data"] = task_of(trainer.datamodule).fingerprint
     return {name: str(value) for name, value in told.items()}

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ildistil.capture import ModelInfo, real_labels, unwrapped
-from ildistil.data.loading import keeps_position
+from ildistil.data.position import keeps_position
 from ildistil.data.task import task_of
 from ildistil.engine import Balance, Distillation, DryRun
 from ildistil.errors import CheckpointError, ConfigError

@@ -281,6 +281,7 @@ def test_the_tokenizer_of_another_model_is_taken_when_that_one_runs(write: Any, 
             state=SimpleNamespace(fn="fit"),
             lightning_module=module,
             distributed_sampler_kwargs=None,
+            accumulate_grad_batches=1,
             fit_loop=L.Trainer(logger=False, accelerator="cpu").fit_loop,
         )
         data.prepare_data()
