@@ -1,7 +1,7 @@
 """The runs behind docs/results.md, "Without labels": general students, by objective and initialisation, fine-tuned.
 
-Expects in the working folder ``minilm`` (the folder of all-MiniLM-L6-v2), ``corpus`` and ``glue`` (the data). It goes on
-where it was stopped: a run that is finished has its lines in results.csv.
+Expects in the working folder ``minilm`` (the folder of all-MiniLM-L6-v2), ``corpus`` and ``glue`` (the data). It goes
+on where it was stopped: a run that is finished has its lines in results.csv.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS, LOCK = Path("results.csv"), Lock()
@@ -110,7 +111,8 @@ def main() -> None:
         for number, pair in enumerate(pairs):  # the next student is made beside the runs that start from this one
             made += [pool.submit(student, *each) for each in pairs[number + 1 : number + 2]]
             runs += [pool.submit(measure, made[number], *run) for run in todo if run[:2] == pair]
-    for error in filter(None, (future.exception() for future in (*made, *runs))):
+    futures: list[Future[Any]] = [*made, *runs]
+    for error in filter(None, (future.exception() for future in futures)):
         print(error)
 
 

@@ -144,7 +144,10 @@ class Run(LightningCLI):
         parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
-        titles = {"data": "The data: Glue, TextData, or a data module of your own", "trainer": "Lightning's Trainer"}
+        titles = {
+            "data": "The data: Glue, TextData, Corpus, or a data module of your own",
+            "trainer": "Lightning's Trainer",
+        }
         for name, group in (parser.groups or {}).items():
             group.title = titles.get(name, group.title)
 

@@ -18,6 +18,7 @@ from ildistil.data.permutation import Permutation
 from ildistil.data.serving import RowsDataModule
 from ildistil.data.tokenizing import Collate, padded
 from ildistil.errors import DataError
+from ildistil.students.sources import Head
 
 Labels = Literal["masked", "next", "none"]
 
@@ -64,6 +65,8 @@ class Corpus(RowsDataModule):
     task_name = "corpus"
     #: The best checkpoint is that with the lowest loss on the validation rows.
     primary_metric = "loss"
+    #: There are no labels of a task: sets are measured by the terms.
+    labelled = False
 
     def __init__(
         self, files: str | list[str] | None = None, validation_files: str | list[str] | None = None,
@@ -94,6 +97,12 @@ class Corpus(RowsDataModule):
     def validation_names(self) -> list[str]:
         """Names of the validation sets for logs."""
         return ["val"] if self._validates else []
+
+    @property
+    def head(self) -> Head | None:
+        """Kind of head that the labels are for."""
+        heads: dict[str, Head] = {"masked": "masked-lm", "next": "causal-lm"}
+        return heads.get(self.labels)
 
     def metrics(self) -> None:
         """Return None: there is no task to measure."""
