@@ -203,7 +203,7 @@ def test_an_untrained_head_is_not_exported(tmp_path: Path) -> None:
     trainer(last(), keep, enable_checkpointing=True).fit(module, Texts(labelled=True))
     export(str(tmp_path / "kept here" / "best.ckpt"), str(tmp_path / "encoder"))
     card = (tmp_path / "encoder" / "README.md").read_text()
-    assert "It has no head, since no objective trained one: fine-tune it" in card
+    assert "It has no head: fine-tune it" in card
     model, info = AutoModel.from_pretrained(tmp_path / "encoder", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -247,5 +247,7 @@ def test_stored_targets_are_those_of_validation_rows_too(tmp_path: Path) -> None
 def test_soft_labels_of_tokens_need_both_heads(headless: str) -> None:
     student, teacher = masked_lm(2), masked_lm(4)
     models = (student.bert, teacher) if headless == "student" else (student, teacher.bert)
-    with pytest.raises(ObjectiveError, match=f"reads logits, and the {headless} makes none.*ildistil finetune"):
+    with pytest.raises(
+        ObjectiveError, match=f"reads logits, and the {headless}, a BertModel, has no head.*ildistil finetune"
+    ):
         trainer(objectives.LogitsKL()).fit(Distiller(*models), Texts(masked=True))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
 from ildistil.capture.layers import coder_layers, coders, find_layers, layered_config, unwrapped
 from ildistil.errors import CaptureError
@@ -33,6 +33,7 @@ class ModelInfo:
         label_names: names of the labels in their order, in lower case; empty where it has none.
         parameters: number of parameters.
         source: name or folder that it was loaded from.
+        is_body: whether it is known to have no head: transformers' bare model of its kind.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ModelInfo:
     label_names: tuple[str, ...] = ()
     parameters: int = 0
     source: str | None = None
+    is_body: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelInfo":
@@ -92,6 +94,7 @@ class ModelInfo:
             label_names=_label_names(config),
             parameters=_count_parameters(model),
             source=getattr(model, "name_or_path", None) or None,
+            is_body=is_body(model),
         )
         info = _with_attention(info, layered)
         return replace(info, stacks=_stack_info(model, info))
@@ -104,6 +107,12 @@ class ModelInfo:
         """
         check_stack(self.name, self.stacks, name)
         return self if name is None else self.stacks[name]
+
+
+def is_body(model: nn.Module) -> bool:
+    """Return whether a model is transformers' bare one of its kind, without a head."""
+    found: Any = AutoModel._model_mapping.get(type(getattr(model, "config", None)), ())
+    return type(model) in (found if isinstance(found, tuple) else (found,))
 
 
 def check_stack(model: str, stacks: Mapping[str, object], name: str | None) -> None:

@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 import ildistil.data  # so that a YAML file can name Glue and TextData  # noqa: F401
+from ildistil.capture import ModelInfo
 from ildistil.commands._config import ConfigFile
 from ildistil.commands._failures import process_errors
 from ildistil.commands._folder import KeepConfig, RunFolder, keep_metrics
@@ -26,7 +27,6 @@ from ildistil.commands._parser import Parser, own_errors
 from ildistil.data.task import task_of
 from ildistil.errors import ConfigError, IldistilError, Stopped
 from ildistil.objectives import Objective
-from ildistil.students.heads import head_parameters
 from ildistil.training import checkpoint_files
 from ildistil.training.checkpoint import Saved
 from ildistil.training.distiller import Distiller
@@ -272,7 +272,7 @@ class Run(LightningCLI):
         else:
             return
         print(f"Export it:    ildistil export {best} FOLDER")
-        if self.model.head_untrained or not head_parameters(self.model.student):
+        if self.model.head_untrained or ModelInfo.of(self.model.student).is_body:
             print("No term trains a head: fine-tune it on a task next: ildistil finetune --model.path FOLDER")
 
 

@@ -137,7 +137,7 @@ class Corpus(RowsDataModule):
 
     def prepare_data(self) -> None:
         """Pack the corpus, unless the cache has it."""
-        self._check_stage(None if self.trainer is None else self.trainer.state.fn)
+        self._check_stage(None if self.trainer is None else getattr(self.trainer.state.fn, "value", None))
         self._each(lambda source, kind: pack(source, kind, self.options.cache_dir, self.processes))
 
     def setup(self, stage: str | None = None) -> None:

@@ -248,9 +248,8 @@ def _check_counts(folder: Path, packing: Packing, source: object) -> None:
         raise DataError(f"The corpus ({source}) is empty: it holds no text that gives a token. Name files with text.")
     if not packing.held_out:
         return
-    said = (
-        f"held_out={packing.held_out} keeps {counts['held_out']:,} of {counts['documents']:,} documents for validation"
-    )
+    kept = f"{counts['held_out']:,} of {counts['documents']:,} documents"
+    said = f"A share of {packing.held_out:g} for validation keeps {kept}"
     if not counts["validation"]:
         raise DataError(f"{said}: too few. Raise it, or name files to validate on.")
     if not counts["train"]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ildistil import distributed, functional
 from ildistil.capture import Activations, LazyLogits, ModelInfo
-from ildistil.errors import CaptureError, ObjectiveError
+from ildistil.errors import ObjectiveError
 from ildistil.functional.checks import check_number, check_temperature
 from ildistil.functional.logits import Divergence, check_divergence
 from ildistil.kernels import chunked
@@ -23,6 +23,14 @@ class _LogitsObjective(Objective):
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Check that both models have the same labels, and that these are classes where they must be."""
         name, problems = type(self).__name__, (student.problem_type, teacher.problem_type)
+        for whose, info in (("teacher", teacher), ("student", student)):
+            if info.is_body:
+                raise ObjectiveError(
+                    f"{name} reads logits, and the {whose}, a {info.name}, has no head that makes them. Load it with "
+                    "one (head: sequence-classification, masked-lm or causal-lm). An encoder gets one by 'ildistil "
+                    "finetune', on labels or with a Corpus of masked or next tokens; --model.freeze true leaves the "
+                    "encoder as it is. Or leave this objective out."
+                )
         if None not in (student.labels, teacher.labels) and student.labels != teacher.labels:
             raise ObjectiveError(
                 f"{name}: the student has {student.labels} labels, the teacher {teacher.labels}. Give the student the "
@@ -43,7 +51,6 @@ class _LogitsObjective(Objective):
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Return the mean over examples, or over the target tokens of a language model."""
-        _check_head(type(self).__name__, student=student, teacher=teacher)
         if None not in (student.next_token, teacher.next_token) and student.next_token != teacher.next_token:
             raise ObjectiveError(
                 f"{type(self).__name__}: one model predicts the next token, the other doesn't. Give both the same head."
@@ -103,20 +110,6 @@ class _LogitsObjective(Objective):
             return real
         # Position i predicts token i + 1; the padding before a text predicts nothing.
         return torch.cat([real[:, 1:] & student.mask[:, :-1], torch.zeros_like(real[:, :1])], dim=1)
-
-
-def _check_head(name: str, **models: Activations) -> None:
-    """Refuse models that make no logits."""
-    for whose, model in models.items():
-        try:
-            if model.lazy_logits is None:
-                model.logits  # noqa: B018 (what raises)
-        except CaptureError as error:
-            raise ObjectiveError(
-                f"{name} reads logits, and the {whose} makes none. {error} Train one on top of an encoder first: "
-                "'ildistil finetune' on labels, or with a Corpus whose labels are masked or next tokens "
-                "(--model.freeze true leaves the encoder as it is). Or leave this objective out."
-            ) from error
 
 
 class _RowObjective(_LogitsObjective):

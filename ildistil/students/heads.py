@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedModel
 
+from ildistil.capture.head import output_layer
+from ildistil.capture.info import is_body
 from ildistil.errors import ModelError
 
 __all__ = ["freeze_body", "head_parameters", "is_untrained"]
@@ -18,10 +20,17 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     >>> list(head_parameters(transformers.BertForSequenceClassification(config)))
     ['classifier.weight', 'classifier.bias']
     """
-    if not isinstance(model, PreTrainedModel) or model.base_model is model:
+    if not isinstance(model, PreTrainedModel) or is_body(model):
         return {}
-    body = {id(parameter) for parameter in model.base_model.parameters()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in body}
+    named = dict(model.named_parameters())
+    if model.base_model is not model:
+        body = {id(parameter) for parameter in model.base_model.parameters()}
+        return {name: parameter for name, parameter in named.items() if id(parameter) not in body}
+    # Some, such as T5, have no body of their own beside the output layer.
+    layer = output_layer(model)
+    inputs = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    own = {id(p) for p in ([] if layer is None else layer.parameters())} - inputs
+    return {name: parameter for name, parameter in named.items() if id(parameter) in own}
 
 
 def is_untrained(model: nn.Module, unreached: Iterable[nn.Parameter]) -> bool:

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ildistil import storage
+from ildistil.capture.info import is_body
 from ildistil.errors import CheckpointError, IldistilError, NotFiniteError
-from ildistil.students.heads import head_parameters
 from ildistil.students.layers import changed_config
 from ildistil.students.tokenizers import check_words, load_tokenizer
 from ildistil.training.checkpoint import STUDENT, Saved
@@ -60,7 +60,7 @@ def export(
         raise CheckpointError(f"The folder {output!r} is not empty. Name another one, or add --overwrite=true.")
     content, saved = _read(checkpoint)
     student: PreTrainedModel = _rebuild(content, saved, checkpoint)
-    if saved.head_untrained and not keep_head:
+    if saved.head_untrained and not keep_head and student.base_model is not student:
         student = student.base_model
         rank_zero_info(
             f"The student's head is left out, since no term trained it: {output} holds the encoder, "
@@ -145,9 +145,8 @@ def _card(student: PreTrainedModel, saved: Saved, steps: int) -> str:
     distilled = any(not spec.startswith("TaskLoss(") for spec in saved.objectives.values())
     title = "Distilled student" if distilled else "Fine-tuned model"
     parts = [_FRONT_MATTER, f"# {title}\n\n{type(student).__name__}, {size}."]
-    if saved.head_untrained:
-        kept = head_parameters(student)
-        what = "Its head was trained by no objective" if kept else "It has no head, since no objective trained one"
+    if saved.head_untrained or is_body(student):
+        what = "It has no head" if is_body(student) else "Its head was trained by no objective"
         parts.append(f"{what}: fine-tune it on a task before use, for instance by `ildistil finetune`.")
     if saved.teacher:
         parts.append(f"Teacher: `{saved.teacher}`.")

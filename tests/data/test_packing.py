@@ -250,9 +250,9 @@ def test_held_out_is_a_share(share: float) -> None:
 
 def test_held_out_must_leave_something_on_both_sides(write: Any) -> None:
     source = TextFiles(write("a.txt", text_of(documents_of(10))))
-    with pytest.raises(DataError, match=r"held_out=1e-09 keeps 0 of 10 documents.*Raise it"):
+    with pytest.raises(DataError, match=r"share of 1e-09 for validation keeps 0 of 10 documents.*Raise it"):
         pack(source, Packing(make_tokenizer(), 8, held_out=1e-9))
-    with pytest.raises(DataError, match=r"keeps 10 of 10 documents.*Lower it"):
+    with pytest.raises(DataError, match=r"validation keeps 10 of 10 documents.*Lower it"):
         pack(source, Packing(make_tokenizer(), 8, held_out=1 - 1e-9))
 
 
