@@ -85,9 +85,9 @@ def missing(seeds: int) -> Iterator[tuple[str, str, str, int]]:
     """Yield what isn't in the results, in the order of its value."""
     with RESULTS.open(encoding="utf-8") as file:
         done = {tuple(row[name] for name in COLUMNS[:4]) for row in csv.DictReader(file)}
-    for initialisation in INITIALISATIONS:
-        for objective in OBJECTIVES:
-            for seed in range(seeds):
+    for seed in range(seeds):
+        for initialisation in INITIALISATIONS:
+            for objective in OBJECTIVES:
                 for task in TASKS:
                     if (objective, initialisation, task, str(seed)) not in done:
                         yield objective, initialisation, task, seed
@@ -104,15 +104,17 @@ def main() -> None:
     if not Path("teacher").is_dir():
         Path("teacher").symlink_to(trained("finetune", Path("mlm"), "--config", str(HERE / "teacher.yaml")))
     todo = list(missing(options.seeds))
-    pairs = list(dict.fromkeys((objective, initialisation) for objective, initialisation, *_ in todo))
+    pairs = list(dict.fromkeys(run[:2] for run in todo))
+    made: dict[tuple[str, str], Future[Path]] = {}
+    futures: list[Future[Any]] = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        made = [pool.submit(student, *pair) for pair in pairs[:1]]
-        runs: list[Future[None]] = []
-        for number, pair in enumerate(pairs):  # the next student is made beside the runs that start from this one
-            made += [pool.submit(student, *each) for each in pairs[number + 1 : number + 2]]
-            runs += [pool.submit(measure, made[number], *run) for run in todo if run[:2] == pair]
-    futures: list[Future[Any]] = [*made, *runs]
-    for error in filter(None, (future.exception() for future in futures)):
+        for run in todo:
+            # The next student is made beside the runs that start from this one.
+            for pair in pairs[: pairs.index(run[:2]) + 2]:
+                if pair not in made:
+                    made[pair] = pool.submit(student, *pair)
+            futures.append(pool.submit(measure, made[run[:2]], *run))
+    for error in filter(None, (future.exception() for future in [*made.values(), *futures])):
         print(error)
 
 
