@@ -15,6 +15,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import torch
+import yaml
+from transformers import AutoTokenizer
+
+from ildistil.students.sources import StudentOptions, pretrained
+from ildistil.training import save_student
+
 HERE = Path(__file__).parent
 RESULTS, LOCK = Path("results.csv"), Lock()
 COLUMNS = ["objective", "initialisation", "task", "seed", "metric", "value"]
@@ -54,14 +61,23 @@ def trained(command: str, run: Path, *words: str) -> Path:
 def student(objective: str, initialisation: str) -> Path:
     """Return the folder of a general student."""
     name = f"{objective}-{initialisation}"
+    if objective == "none":
+        return untrained(initialisation, Path("exported/general") / name)
     config = ["--config", str(HERE / "distil.yaml"), f"--model.student={INITIALISATIONS[initialisation]}"]
-    if objective == "none":  # one step at a learning rate of nothing: the student as it starts
-        words = ["--preset=minilm", *config, "--trainer.max_steps=1", "--model.learning_rate=1e-30"]
-    else:
-        words = [f"--preset=paper-agnostic-{objective}", *config]
+    words = [f"--preset=paper-agnostic-{objective}", *config]
     if objective == "vanilla":
         words += [f"--model.teacher={TEACHER}", "--data.labels=masked"]
     return trained("fit", Path("general") / name, *words)
+
+
+def untrained(initialisation: str, folder: Path) -> Path:
+    """Save a student as it starts."""
+    if not folder.is_dir():
+        torch.manual_seed(0)
+        teacher = pretrained("minilm", head="none")
+        made = StudentOptions(**yaml.safe_load(INITIALISATIONS[initialisation])).make(teacher.load(), teacher)
+        save_student(made, folder, AutoTokenizer.from_pretrained("minilm"))
+    return folder
 
 
 def measure(made: "Future[Path]", objective: str, initialisation: str, task: str, seed: int) -> None:
