@@ -323,10 +323,12 @@ def test_the_lock_of_a_killed_process_ends_with_it_and_not_with_its_workers(fold
 # Files
 
 
-def fitted(folder: Path, *callbacks: L.Callback, **options: Any) -> tuple[Distiller, L.Trainer]:
+def fitted(
+    folder: Path, *callbacks: L.Callback, validates: bool = False, **options: Any
+) -> tuple[Distiller, L.Trainer]:
     module = Distiller(*pair())
     run = trainer(objectives.LogitsKL(), *callbacks, enable_checkpointing=bool(callbacks), **options)
-    run.fit(module, loader())
+    run.fit(module, loader(), loader() if validates else None)
     return module, run
 
 
@@ -404,9 +406,11 @@ def test_a_full_disk_leaves_the_old_file(policy: Any, tmp_path: Path, monkeypatc
 
 def test_the_final_weights_are_in_the_last_checkpoint(tmp_path: Path) -> None:
     for options in ({"max_steps": 3, "max_epochs": 9}, {"max_epochs": 1}, {"max_steps": 6, "max_epochs": 9}):
-        module, run = fitted(tmp_path, ResumeCheckpoint(str(tmp_path / str(options))), **options)
+        module, run = fitted(tmp_path, ResumeCheckpoint(str(tmp_path / str(options))), validates=True, **options)
         saved = torch.load(tmp_path / str(options) / "last.ckpt", weights_only=True)
         assert saved["global_step"] == run.global_step
+        measured = {name: float(run.callback_metrics[name]) for name in ("val/loss", "val/accuracy")}
+        assert saved["ildistil"]["metrics"] == measured
         weights = {f"distillation.student.{name}": value for name, value in module.student.state_dict().items()}
         assert all(torch.equal(saved["state_dict"][name], value) for name, value in weights.items())
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from ildistil import distributed, storage
@@ -106,6 +107,12 @@ class ResumeCheckpoint(Checkpoint):
         # Not here: the step is not logged, and not validated yet.
         self._stopping, self._due = stopping, bool(due or stopping or trainer.should_stop)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the last step once more, with what its validation found, where it ends an epoch halfway."""
+        ends = self._saved_step == trainer.global_step == trainer.max_steps and not _in_last_batch(trainer)
+        if ends and trainer.state.fn == TrainerFn.FITTING:
+            self._save(trainer, keeps=False)
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -115,9 +122,8 @@ class ResumeCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the end of an epoch; it is saved when all callbacks are through with it."""
         self._stopping, _ = self._agreed(pl_module.device)
-        self._due = _in_last_batch(
-            trainer
-        )  # one that was cut short was saved at its last step, from where it can go on
+        # One that was cut short was saved at its last step, from where it can go on.
+        self._due = _in_last_batch(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the end of the epoch before."""
@@ -154,11 +160,11 @@ class ResumeCheckpoint(Checkpoint):
 
     # What
 
-    def _save(self, trainer: L.Trainer) -> None:
-        """Write the newest file; the one before it stays as ``previous.ckpt``."""
+    def _save(self, trainer: L.Trainer, keeps: bool = True) -> None:
+        """Write the newest file; the one before it stays as ``previous.ckpt`` if ``keeps``."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if trainer.is_global_zero and self.last.is_file():
+        if keeps and trainer.is_global_zero and self.last.is_file():
             _link(self.last, self.last.with_name("previous.ckpt"))
         files, failures = trainer.strategy.checkpoint_io, list[WriteError]()
         with files.collecting(failures) if isinstance(files, CheckpointFiles) else nullcontext():
