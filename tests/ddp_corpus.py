@@ -81,11 +81,11 @@ def fit(
 
 
 def main(folder: Path, stop: int) -> None:
-    """Train undisturbed, and until a step."""
+    """Train undisturbed, until a step, and on from where one process was."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for name, at in (("whole", None), ("halved", stop)):
-        seen, module, trainer = fit(folder / name, ranks=2, stop=at)
+    for name, at, path in (("whole", None, None), ("halved", stop, None), ("joined", None, folder / "one.ckpt")):
+        seen, module, trainer = fit(folder / name, ranks=2, stop=at, path=path)
         (folder / f"{name}{trainer.global_rank}.json").write_text(json.dumps(seen))
         if trainer.is_global_zero:
             torch.save(module.student.state_dict(), folder / f"{name}.pt")

@@ -3,7 +3,7 @@
 Every python block is executed, every ``ildistil`` command is executed (or parsed, where it needs the hub, minutes or a
 second process), every yaml block is parsed by the command line. A block whose first line is ``# name.py`` or
 ``# name.yaml`` is saved under this name first. The folder they run in holds a small random teacher, ``teacher/``, a
-pretrained model, ``base/``, SST-2 in miniature, ``glue/``, and a data set of one's own, ``reviews/``.
+pretrained model, ``base/``, SST-2 in miniature, ``glue/``, a data set of one's own, ``reviews/``, and text, ``texts/``.
 """
 
 import inspect
@@ -71,6 +71,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Path(f"reviews/{split}.tsv").write_text("\n".join(["review\tsentiment", *labelled]) + "\n")
     Path("reviews/test.tsv").write_text("review\nthe film is good\nthe plot was poor\n")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    tiny.save_corpus(Path("texts"))
     Path("run.yaml").write_text(BASE)
     return tmp_path
 
