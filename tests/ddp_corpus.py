@@ -62,8 +62,9 @@ def fit(
     """Train two epochs, or go on from a checkpoint; leave one in the folder."""
     L.seed_everything(1, verbose=False)
     settings = {"labels": "masked", "max_length": 16, "processes": 1, "tokenizer": tokenizer()} | options
-    data = Corpus(str(folder.parent / "corpus.txt"), batch_size=rows // ranks // accumulate,
-                  cache_dir=str(folder.parent / "cache"), **settings)  # fmt: skip
+    if "tokens_per_batch" not in settings:
+        settings["batch_size"] = rows // ranks // accumulate
+    data = Corpus(str(folder.parent / "corpus.txt"), cache_dir=str(folder.parent / "cache"), **settings)  # fmt: skip
     terms = [objectives.TaskLoss(weight=0.5), objectives.LogitsKL(), objectives.HiddenMSE()]
     notes = Notes(stop)
     trainer = L.Trainer(

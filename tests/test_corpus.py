@@ -123,6 +123,11 @@ def test_another_size_of_a_step_is_named_and_refused_unless_accepted(folder: Pat
     seen, _, _ = fit(halved, rows=6, path=path, accept=True)
     whole = [row for _, _, rows in fit(folder / f"{tmp_path.name}-whole", rows=6)[0] for row in rows]
     assert [row for _, _, rows in seen for row in rows] == whole[24:]
+    # Batches of a number of tokens have no place in that order: the epoch begins.
+    budget = {"packed": False, "tokens_per_batch": 64}
+    seen, _, trainer = fit(halved, path=path, accept=True, **budget)
+    assert {row[0] for epoch, _, rows in seen for row in rows if epoch == 0} == set(range(43))
+    assert trainer.current_epoch == 2
     for changes in ({"labels": "masked", "mask_probability": 0.3}, {"whole_words": True}, {"labels": "next"}):
         with pytest.raises(CheckpointError, match="data: Corpus .* in the checkpoint, Corpus .* now"):
             fit(halved, path=path, **changes)
