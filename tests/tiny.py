@@ -68,8 +68,8 @@ WORDS = ["good", "bad", "fine", "poor", "film", "plot", "is", "was", "the", "ver
 def tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the vocabulary's size."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    filler = [f"w{i}" for i in range(VOCABULARY - len(special) - len(WORDS) - 1)]
-    words = {word: i for i, word in enumerate([*special, *WORDS, *filler, "[MASK]"])}
+    filler = [f"w{i}" for i in range(VOCABULARY - len(special) - len(WORDS))]
+    words = {word: i for i, word in enumerate([*special, *WORDS, *filler[:-1], "[MASK]"])}
     core = Tokenizer(WordLevel(words, unk_token="[UNK]"))
     core.pre_tokenizer = Whitespace()
     core.post_processor = TemplateProcessing(
@@ -97,11 +97,3 @@ def save_data(folder: Path, rows: int = 24) -> None:
             text = " ".join(WORDS[(i * 5 + k * 7) % len(WORDS)] for k in range(2 + i % 6))
             lines.append(f"{text}\t{i % 2}")
         (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def save_corpus(folder: Path, documents: int = 40) -> None:
-    """Text files of one document a line."""
-    folder.mkdir(parents=True)
-    for name in ("a", "b"):
-        lines = (" ".join(WORDS[(i * 5 + k * 7) % len(WORDS)] for k in range(5 + i % 30)) for i in range(documents))
-        (folder / f"{name}.txt").write_text("\n".join(f"{name} {line}" for line in lines) + "\n", encoding="utf-8")
