@@ -62,8 +62,9 @@ def fit(
     """Train two epochs, or go on from a checkpoint; leave one in the folder."""
     L.seed_everything(1, verbose=False)
     settings = {"labels": "masked", "max_length": 16, "processes": 1, "tokenizer": tokenizer()} | options
-    data = Corpus(str(folder.parent / "corpus.txt"), batch_size=rows // ranks // accumulate,
-                  cache_dir=str(folder.parent / "cache"), **settings)  # fmt: skip
+    if "tokens_per_batch" not in settings:
+        settings["batch_size"] = rows // ranks // accumulate
+    data = Corpus(str(folder.parent / "corpus.txt"), cache_dir=str(folder.parent / "cache"), **settings)  # fmt: skip
     terms = [objectives.TaskLoss(weight=0.5), objectives.LogitsKL(), objectives.HiddenMSE()]
     notes = Notes(stop)
     trainer = L.Trainer(
@@ -81,11 +82,11 @@ def fit(
 
 
 def main(folder: Path, stop: int) -> None:
-    """Train undisturbed, and until a step."""
+    """Train undisturbed, until a step, and on from where one process was."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for name, at in (("whole", None), ("halved", stop)):
-        seen, module, trainer = fit(folder / name, ranks=2, stop=at)
+    for name, at, path in (("whole", None, None), ("halved", stop, None), ("joined", None, folder / "one.ckpt")):
+        seen, module, trainer = fit(folder / name, ranks=2, stop=at, path=path)
         (folder / f"{name}{trainer.global_rank}.json").write_text(json.dumps(seen))
         if trainer.is_global_zero:
             torch.save(module.student.state_dict(), folder / f"{name}.pt")

@@ -53,7 +53,7 @@ def steps(*shares: Seen) -> dict[tuple[int, int], list[Any]]:
     return {at: sorted(rows) for at, rows in found.items()}
 
 
-@pytest.mark.parametrize(("workers", "stop"), [(0, 3), (2, 4), (0, 9), (2, 11), (0, 17)])
+@pytest.mark.parametrize(("workers", "stop"), [(0, 3), (2, 9), (2, 11)])
 def test_a_training_that_goes_on_ends_as_if_left_alone(
     workers: int, stop: int, folder: Path, whole: tuple[Seen, Any], tmp_path: Path
 ) -> None:
@@ -66,19 +66,25 @@ def test_a_training_that_goes_on_ends_as_if_left_alone(
     assert all(torch.equal(value, weights[name]) for name, value in module.student.state_dict().items())
 
 
-def test_two_processes_train_as_one_and_one_goes_on_where_they_were(folder: Path, whole: tuple[Seen, Any]) -> None:
+def test_two_processes_train_as_one_and_either_goes_on_where_the_other_was(
+    folder: Path, whole: tuple[Seen, Any]
+) -> None:
     """The same rows and masks in every step, the same gradients, and the epochs end where they should."""
     stop = 4
+    fit(folder / "one", stop=stop)
+    shutil.copy(folder / "one" / "last.ckpt", folder / "one.ckpt")
     script = Path(__file__).with_name("ddp_corpus.py")
     done = subprocess.run([sys.executable, str(script), str(folder), str(stop)], capture_output=True, text=True,
                           timeout=300, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    undisturbed, until = (
-        [json.loads((folder / f"{name}{rank}.json").read_text()) for rank in range(2)] for name in ("whole", "halved")
+    undisturbed, until, joined = (
+        [json.loads((folder / f"{name}{rank}.json").read_text()) for rank in range(2)]
+        for name in ("whole", "halved", "joined")
     )
     alone = steps(whole[0])
     assert json.dumps(list(steps(*undisturbed).values())) == json.dumps(list(alone.values()))
     assert json.dumps(list(steps(*until).values())) == json.dumps(list(alone.values())[:stop])
+    assert json.dumps(list(steps(*joined).values())) == json.dumps(list(alone.values())[stop:])
     weights = whole[1].student.state_dict()
     for name, value in torch.load(folder / "whole.pt", weights_only=True).items():
         assert torch.allclose(value, weights[name], rtol=1e-9, atol=1e-9), name
@@ -96,8 +102,7 @@ def test_two_processes_train_as_one_and_one_goes_on_where_they_were(folder: Path
                        for name, value in module.student.state_dict().items())  # fmt: skip
 
 
-@pytest.mark.parametrize("accumulated", [(1, 4), (4, 1), (2, 8)])
-@pytest.mark.parametrize("stop", [5, 9, 13])
+@pytest.mark.parametrize(("accumulated", "stop"), [((1, 4), 5), ((4, 1), 9), ((2, 8), 13)])
 def test_other_batches_of_the_same_step_go_on_where_it_was(
     accumulated: tuple[int, int], stop: int, folder: Path, whole: tuple[Seen, Any], tmp_path: Path
 ) -> None:
@@ -118,6 +123,11 @@ def test_another_size_of_a_step_is_named_and_refused_unless_accepted(folder: Pat
     seen, _, _ = fit(halved, rows=6, path=path, accept=True)
     whole = [row for _, _, rows in fit(folder / f"{tmp_path.name}-whole", rows=6)[0] for row in rows]
     assert [row for _, _, rows in seen for row in rows] == whole[24:]
+    # Batches of a number of tokens have no place in that order: the epoch begins.
+    budget = {"packed": False, "tokens_per_batch": 64}
+    seen, _, trainer = fit(halved, path=path, accept=True, **budget)
+    assert {row[0] for epoch, _, rows in seen for row in rows if epoch == 0} == set(range(43))
+    assert trainer.current_epoch == 2
     for changes in ({"labels": "masked", "mask_probability": 0.3}, {"whole_words": True}, {"labels": "next"}):
         with pytest.raises(CheckpointError, match="data: Corpus .* in the checkpoint, Corpus .* now"):
             fit(halved, path=path, **changes)

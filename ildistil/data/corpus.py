@@ -240,7 +240,7 @@ class Numbered(Dataset[Any]):
 
     def __getitem__(self, item: int | Sequence[int]) -> Any:
         """Return a row, or the rows of several numbers."""
-        if not isinstance(item, int):
+        if isinstance(item, Sequence):
             return [self[each] for each in item]
         epoch, place = divmod(item, len(self))
         row = place if self.chosen is None else int(self.chosen[place])

@@ -101,14 +101,22 @@ class RowsDataModule(L.LightningDataModule, ABC):
     def state_dict(self) -> dict[str, int]:
         """Return the position in the training set, which is the same in all processes.
 
-        It is the epoch, how many rows of it all processes together have seen, and how many they take at once; with
-        ``tokens_per_batch`` batches are counted instead.
+        It is the epoch and how many rows of it all processes together have seen, and with it how many they take at
+        once; with ``tokens_per_batch`` batches are counted instead.
         """
         if self.trainer is None:
             return {}
-        now = position(self.trainer)
-        at_once = self.items_at_once
-        return {"epoch": now["epoch"], "seen": now["batches"] * at_once, "at_once": at_once}
+        now, at_once = position(self.trainer), self.items_at_once
+        counts = {"seen": now["batches"] * at_once, "at_once": at_once}
+        return {"epoch": now["epoch"], **counts, "budget": self.options.tokens_per_batch or 0}
+
+    def batches_before(self, state: Mapping[str, int]) -> int:
+        """Return how many batches of an epoch each process has seen at a position; of a part of one, none.
+
+        Positions of other kinds of batches, of rows or of other numbers of tokens, can't be found: the epoch begins.
+        """
+        same_kind = state["budget"] == (self.options.tokens_per_batch or 0)
+        return state["seen"] // self.items_at_once if same_kind else 0
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Take the position of a checkpoint, for the next training loader."""
@@ -128,7 +136,7 @@ class RowsDataModule(L.LightningDataModule, ABC):
         live = {"epoch": 0, "batches": 0} if self.trainer is None else position(self.trainer)
         epoch, batches = live["epoch"], live["batches"]
         if self._position is not None and self._position["epoch"] >= epoch:  # the loops may not be restored yet
-            epoch, batches = self._position["epoch"], self._position["seen"] // self.items_at_once
+            epoch, batches = self._position["epoch"], self.batches_before(self._position)
         assert isinstance(loader.sampler, EpochSampler)
         loader.sampler.go_on(epoch, batches * (loader.batch_size or 1))
         return loader

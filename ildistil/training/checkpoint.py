@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 # To be raised when a checkpoint would be written in another way.
-FORMAT = 2
+FORMAT = 3
 KEY = "ildistil"
 STUDENT, PROJECTIONS = "distillation.student.", "distillation.projections."
 _TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "precision")
@@ -227,7 +227,8 @@ def restore(module: Any, checkpoint: dict[str, Any], *, fits: bool, measures: bo
         data = module.trainer.datamodule
         state = checkpoint.get(type(data).__qualname__)
         if isinstance(data, RowsDataModule) and state:
-            recount(checkpoint["loops"]["fit_loop"], state["at_once"], data.items_at_once)
+            batches = data.batches_before(state)
+            recount(checkpoint["loops"]["fit_loop"], batches, state["at_once"] / data.items_at_once)
         module.window.load_state_dict(saved.window)
         if module.distillation.balance is not None:
             module.distillation.balance.load_state_dict(saved.balance)

@@ -43,22 +43,19 @@ def settle(loops: Mapping[str, Any], steps: int) -> None:
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] = max(0, steps - within)
 
 
-def recount(loops: Mapping[str, Any], was: int, now: int) -> None:
+def recount(loops: Mapping[str, Any], here: int, factor: float) -> None:
     """Rewrite the counters of a settled ``fit_loop`` for batches of another size, or on other processes.
-
-    A batch that is over in part only begins anew.
 
     Args:
         loops: what a checkpoint holds; changed in place.
-        was: rows that all processes together took at once.
-        now: rows that they take now.
+        here: batches of the epoch that each process has seen, counted as they are now.
+        factor: how many batches of now the rows of one of then make.
     """
-    if was == now:
-        return
     batches = loops["epoch_loop.batch_progress"]
     over = batches["current"]["ready"]
-    here = over * was // now
-    before = round((batches["total"]["ready"] - over) * was / now)
+    if over == here and factor == 1:
+        return
+    before = round((batches["total"]["ready"] - over) * factor)
     for counts, ready in ((batches["total"], before + here), (batches["current"], here)):
         counts |= dict.fromkeys(_COUNTS, ready)
         if here:  # as in `settle`

@@ -1,5 +1,6 @@
 """A corpus as a data module: its rows, labels and batches, on any number of processes and workers."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,6 +160,16 @@ def test_held_out_rows(make: Make) -> None:
     train, held_out = data._splits["train"], data._splits["validation"]
     assert 0 < len(held_out) < len(train)
     assert abs(train.tokens + held_out.tokens - whole._splits["train"].tokens) < 2 * 16
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_is_read_like_files(make: Make, folder: Path, streaming: bool) -> None:
+    hub = folder / "hub"
+    hub.mkdir(exist_ok=True)
+    lines = (folder / "train.txt").read_text().splitlines()
+    (hub / "train.jsonl").write_text("\n".join(json.dumps({"body": line}) for line in lines))
+    data = make(files=None, dataset=str(hub), text_column="body", streaming=streaming, labels="next")
+    assert content(epoch(data)) == content(epoch(make(labels="next")))
 
 
 def test_what_it_tells_of_its_task(make: Make, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What other rooms ask of a data module: declared, by default, or refused."""
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import MeanSquaredError
 
-from ildistil.data import Glue, LoadingOptions, Task, TextData, every_row, label_config, set_names, task_of
+from ildistil.data import Corpus, Glue, LoadingOptions, Task, TextData, every_row, label_config, set_names, task_of
 from ildistil.errors import DataError
 from tiny_data import make_tokenizer
 
@@ -266,4 +267,5 @@ def test_the_tables_of_the_docs_list_what_there_is() -> None:
         return [name for row in rows for name in re.findall(r"`(\w+)[()]*`", row.split("|")[1])]
 
     assert first_column("option") == [field.name for field in dataclasses.fields(LoadingOptions)]
+    assert first_column("of the corpus") == [name for name in inspect.signature(Corpus).parameters if name != "loading"]
     assert sorted(first_column("name")) == sorted(MEMBERS)

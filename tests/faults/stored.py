@@ -18,6 +18,7 @@ import yaml
 import tiny
 from faults import fits, processes
 from ildistil import cli
+from ildistil.training.checkpoint import FORMAT
 from ildistil.training.checkpoint_files import CheckpointFiles, newest
 from ildistil.training.checkpoint_files import load as load_checkpoint
 from ildistil.training.progress import ResumeCheckpoint
@@ -33,7 +34,7 @@ def _write_on(folder: Path) -> None:
     keeper._folder = folder
     weights = torch.randn(300_000)
     for step in range(10_000):
-        said = {"format": 2, "objectives": {}, "stages": {}, "projections": {}}
+        said = {"format": FORMAT, "objectives": {}, "stages": {}, "projections": {}}
         content = {"ildistil": said, "state_dict": {"w": weights + step}, "global_step": step, "optimizer_states": []}
         strategy = SimpleNamespace(checkpoint_io=files, root_device=torch.device("cpu"))
         trainer: Any = SimpleNamespace(fast_dev_run=False, is_global_zero=True, strategy=strategy, global_step=step)
