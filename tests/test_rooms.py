@@ -13,8 +13,8 @@ ROOT = Path(ildistil.__file__).parent
 # From the ground up, as docs/architecture.md draws them.
 ROOMS = [
     "errors", "storage", "distributed", "schedules", "stages", "mappings", "tables", "metrics", "functional",
-    "attention", "kernels", "capture", "students", "objectives", "presets", "data", "teachers", "engine", "training", "study",
-    "commands", "cli",
+    "attention", "kernels", "capture", "students", "objectives", "presets", "data", "teachers", "engine", "training",
+    "study", "commands", "cli",
 ]  # fmt: skip
 
 

@@ -84,8 +84,9 @@ def sensitivity(runs: Mapping[str, ArrayLike], level: float = 0.95, draws: int =
     shrinks alike: ``range sqrt(max(0, V - noise) / V)``.
 
     The interval is between quantiles over draws of the means, ``mean_k + z_k s_k / sqrt(n_k) sqrt(ν / χ²(ν))``, of
-    which ``noise`` goes twice, once for the seeds that were run and once for the draw. ``ν`` is Welch and Satterthwaite's:
-    ``sum_k(q_k)² / sum_k(q_k² / (n_k - 1))`` with ``q_k = s_k² / n_k``, as a poor initialisation often varies most.
+    which ``noise`` goes twice, once for the seeds that were run and once for the draw. ``ν`` is Welch and
+    Satterthwaite's: ``sum_k(q_k)² / sum_k(q_k² / (n_k - 1))`` with ``q_k = s_k² / n_k``, as a poor
+    initialisation often varies most.
     Initialisations are those of the study, not a sample of others.
 
     Args:

@@ -1,0 +1,213 @@
+"""Whether intervals cover, and tests reject, as often as they say: by simulation of comparisons whose truth is known.
+
+Right or wrong answers of two systems are those of a probit model: an ability for each system, a difficulty for each
+row, what a system makes of a row, what a seed does to a system, and noise. ``covers`` is the share of 95 % intervals
+that hold the true value, ``rejects`` the share of tests that reject at 0.05 although there is no difference.
+
+``python benchmarks/intervals.py``
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import product
+
+import numpy as np
+from measure import finish, options
+from numpy.typing import NDArray
+from scipy import stats
+
+from ildistil.study import statistics
+
+Floats = NDArray[np.float64]
+Row = tuple[str, str, int, object, object, object, object]
+HEADER = ["statistic", "setting", "trials", "covers", "rejects", "plain bootstrap covers", "BCa covers"]
+EMPTY = "-"
+OWN, NOISE = 0.5, 0.5  # what a system makes of a row, and a run of it; difficulties vary by 1
+
+
+def latent(
+    rng: np.random.Generator, seeds: int, rows: int, seed_noise: float, abilities: tuple[float, float]
+) -> Floats:
+    """Return how right two systems are of each row, ``(2, seeds, rows)``; the answer is right above 0."""
+    shared = rng.normal(size=rows) + OWN * rng.normal(size=(2, 1, rows))
+    runs = seed_noise * rng.normal(size=(2, seeds, 1)) + NOISE * rng.normal(size=(2, seeds, rows))
+    return np.array(abilities)[:, None, None] + shared + runs
+
+
+def share_of_right(ability: float, seed_noise: float) -> float:
+    return float(stats.norm.cdf(ability / np.sqrt(1 + OWN**2 + NOISE**2 + seed_noise**2)))
+
+
+def by_seed(values: Floats) -> tuple[dict[int, Floats], dict[int, Floats]]:
+    return dict(enumerate(values[0])), dict(enumerate(values[1]))
+
+
+def plain(rng: np.random.Generator, difference: Floats, draws: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the percentile and BCa intervals of a bootstrap that resamples seeds and rows (Efron, 1987)."""
+    seeds, rows = difference.shape
+    drawn = rng.integers(0, rows, (draws, rows)) + np.arange(draws)[:, None] * rows
+    means = np.bincount(drawn.ravel(), minlength=draws * rows).reshape(draws, rows) @ difference.T / rows
+    joint = np.take_along_axis(means, rng.integers(0, seeds, (draws, seeds)), axis=1).mean(1)
+    centre = difference.mean()
+    pulls = np.concatenate([(difference.mean(1) - centre) / seeds, (difference.mean(0) - centre) / rows])
+    skew = (pulls**3).sum() / (6 * max((pulls**2).sum(), 1e-30) ** 1.5)
+    bias = stats.norm.ppf(np.clip((joint < centre).mean() + (joint == centre).mean() / 2, 1e-3, 1 - 1e-3))
+    z = bias + stats.norm.ppf([0.025, 0.975])
+    percentile, bca = (np.quantile(joint, at) for at in ([0.025, 0.975], stats.norm.cdf(bias + z / (1 - skew * z))))
+    return (percentile[0], percentile[1]), (bca[0], bca[1])
+
+
+def accuracies(rng: np.random.Generator, trials: int, seeds: int, rows: int, noise: float, draws: int) -> list[float]:
+    """Return how often accuracy's interval covers and rejects, and how often the plain ones cover."""
+    counts, abilities = np.zeros(4), (1.0, 0.9)
+    truth = share_of_right(abilities[0], noise) - share_of_right(abilities[1], noise)
+    for trial in range(trials):
+        right = (latent(rng, seeds, rows, noise, abilities) > 0).astype(float)
+        effect = statistics.compare(*by_seed(right), draws=draws, seed=trial).effect
+        others = plain(rng, right[0] - right[1], draws)
+        same = (latent(rng, seeds, rows, noise, (1.0, 1.0)) > 0).astype(float)
+        p = statistics.compare(*by_seed(same), draws=draws, seed=trial).p
+        covered = [low <= truth <= high for low, high in ((effect.low, effect.high), *others)]
+        counts += [covered[0], p <= 0.05, *covered[1:]]
+    return list(counts / trials)
+
+
+def of_predictions(
+    rng: np.random.Generator, trials: int, seeds: int, rows: int, noise: float, metric: str, draws: int
+) -> float:
+    """Return how often a metric of predictions rejects that two systems of one kind are alike."""
+    kinds = {"F1": statistics.F1(1), "Matthews": statistics.matthews, "Pearson": statistics.pearson}
+    rejected = 0
+    for trial in range(trials):
+        values = latent(rng, seeds, rows, noise, (1.0, 1.0))
+        if metric in ("F1", "Matthews"):
+            labels = (rng.random(rows) < 0.7).astype(float)  # CoLA and MRPC have two thirds of one class
+            predictions = np.where(values > 0, labels, 1 - labels)
+        else:
+            labels = np.clip(np.round(rng.normal(2.5, 1.5, rows) * 4) / 4, 0, 5)  # STS-B
+            predictions = labels + values
+        counted = kinds.get(metric, statistics.spearman)
+        rejected += statistics.compare(*by_seed(predictions), labels, counted, draws=draws, seed=trial).p <= 0.05
+    return rejected / trials
+
+
+def paired(rng: np.random.Generator, trials: int, n: int, test: Callable[[Floats], statistics.PairedTest]) -> float:
+    """Return how often a test of paired differences rejects; they are of a skewed pair, so symmetric about 0."""
+    differences = rng.exponential(size=(trials, n)) - rng.exponential(size=(trials, n))
+    return float(np.mean([test(each).p <= 0.05 for each in differences]))
+
+
+def families(rng: np.random.Generator, trials: int, comparisons: int, n: int) -> float:
+    """Return how often Holm's adjustment rejects any of some comparisons that are all without a difference."""
+    wrong = 0
+    for _ in range(trials):
+        tests = {str(i): statistics.sign_flip(rng.normal(size=n)).p for i in range(comparisons)}
+        wrong += min(each.p for each in statistics.holm(tests).values()) <= 0.05
+    return wrong / trials
+
+
+def over_tasks(rng: np.random.Generator, trials: int, tasks: int, systems: int) -> tuple[float, float, float]:
+    """Return how often Friedman's test rejects: by permutations, χ² and F."""
+    found = [
+        statistics.friedman(rng.normal(size=(tasks, systems)).round(1), draws=1000, seed=trial)
+        for trial in range(trials)
+    ]
+    p = np.array([(each.p, each.chi2_p, each.f_p) for each in found])
+    return tuple((p <= 0.05).mean(0).tolist())
+
+
+def ranks(rng: np.random.Generator, trials: int, tasks: int, apart: float, draws: int) -> float:
+    """Return how often the interval of a mean rank covers; five objectives ``apart / 4`` from each other, three seeds."""
+    levels, objectives, seeds = np.linspace(apart, 0, 5), 5, 3
+
+    def scores(number: int) -> Floats:
+        own = 0.3 * rng.normal(size=(number, 1, objectives))
+        return levels + own + 0.5 * rng.normal(size=(number, seeds, objectives))
+
+    truth, covered = stats.rankdata(-scores(20_000).mean(1), axis=1).mean(0), 0.0
+    for trial in range(trials):
+        table = scores(tasks)
+        runs = {str(i): {str(t): dict(enumerate(table[t, :, i])) for t in range(tasks)} for i in range(objectives)}
+        found = statistics.ranks(runs, draws=draws, seed=trial).ranks
+        covered += np.mean([found[str(i)].low <= truth[i] <= found[str(i)].high for i in range(objectives)])
+    return covered / trials
+
+
+def sensitivities(
+    rng: np.random.Generator, trials: int, seeds: int, means: Floats, deviations: Floats, draws: int
+) -> tuple[float, float, float, float]:
+    """Return how often range's interval covers and the test of two alike rejects, and the mean ranges, ours and raw."""
+    counts = np.zeros(4)
+    for trial in range(trials):
+        scores = means + deviations * rng.normal(size=(2, seeds, means.size))
+        first, second = ({str(k): each[:, k] for k in range(means.size)} for each in scores)
+        found = statistics.compare_sensitivity(first, second, draws=draws, seed=trial)
+        one = found.first
+        counts += [one.range.low <= np.ptp(means) <= one.range.high, found.p <= 0.05, one.range.value, one.raw_range]
+    return tuple((counts / trials).tolist())
+
+
+def measured(rng: np.random.Generator, trials: int, draws: int) -> Iterator[Row]:
+    """Yield a row of the table for each statistic and setting."""
+    for n in (3, 5):
+        hits = [statistics.summarise(rng.normal(size=n)).mean for _ in range(20 * trials)]
+        yield (
+            "t, mean",
+            f"{n} seeds",
+            20 * trials,
+            float(np.mean([h.low <= 0 <= h.high for h in hits])),
+            EMPTY,
+            EMPTY,
+            EMPTY,
+        )
+    for rows, share in product((277, 872), (0.6, 0.95)):
+        kept = [statistics.proportion(int(k), rows).share for k in rng.binomial(rows, share, 20 * trials)]
+        covers = float(np.mean([k.low <= share <= k.high for k in kept]))
+        yield "Wilson", f"{rows} rows, {share:g} right", 20 * trials, covers, EMPTY, EMPTY, EMPTY
+    for rows, seeds, noise in product((277, 872, 5463), (3, 4, 6), (0.0, 0.03, 0.1)):
+        points = 100 * noise * stats.norm.pdf(stats.norm.ppf(share_of_right(1.0, 0))) / np.sqrt(1 + OWN**2 + NOISE**2)
+        found = accuracies(rng, trials, seeds, rows, noise, draws)
+        yield "accuracy", f"{rows} rows, {seeds} seeds that vary by {points:.1f} points", trials, *found
+    for metric, seeds, rows in product(("F1", "Matthews", "Pearson", "Spearman"), (3, 5), (277, 1043)):
+        rejects = of_predictions(rng, trials // 2, seeds, rows, 0.1, metric, draws)
+        yield metric, f"{rows} rows, {seeds} seeds", trials // 2, EMPTY, rejects, EMPTY, EMPTY
+    for n, (name, test) in product(
+        (6, 8, 12), {"sign flip": statistics.sign_flip, "Wilcoxon": statistics.wilcoxon}.items()
+    ):
+        yield name, f"{n} pairs", 10 * trials, EMPTY, paired(rng, 10 * trials, n, test), EMPTY, EMPTY
+    yield (
+        "sign flip, random",
+        "24 pairs",
+        2 * trials,
+        EMPTY,
+        paired(rng, 2 * trials, 24, lambda each: statistics.sign_flip(each, draws=2000)),
+        EMPTY,
+        EMPTY,
+    )
+    yield "Holm", "10 comparisons of 10 pairs, any", 2 * trials, EMPTY, families(rng, 2 * trials, 10, 10), EMPTY, EMPTY
+    for tasks, systems in product((3, 5, 7), (3, 5)):
+        by = dict(zip(("permutations", "χ²", "F"), over_tasks(rng, 2 * trials, tasks, systems), strict=True))
+        for name, rejects in by.items():
+            yield f"Friedman, {name}", f"{tasks} tasks, {systems} systems", 2 * trials, EMPTY, rejects, EMPTY, EMPTY
+    for tasks, apart in product((3, 5, 7), (0.0, 1.0, 2.0)):
+        yield (
+            "mean rank",
+            f"{tasks} tasks, best {apart / 0.5:g} sd from worst",
+            trials,
+            ranks(rng, trials, tasks, apart, draws),
+            EMPTY,
+            EMPTY,
+            EMPTY,
+        )
+    for seeds, apart, poor in product((3, 5), (0.0, 2.0, 6.0), (1.0, 4.0, 13.0)):
+        means, deviations = apart * np.array([1.0, 0.8, 0.0]), np.array([1.0, 1.0, poor])
+        covers, rejects, ours, raw = sensitivities(rng, trials, seeds, means, deviations, draws)
+        setting = (
+            f"{seeds} seeds, true range {apart:g} sd, poorest varies {poor:g} times as much: {ours:.1f}, raw {raw:.1f}"
+        )
+        yield "range over 3 initialisations", setting, trials, covers, rejects, EMPTY, EMPTY
+
+
+if __name__ == "__main__":
+    chosen = options(__doc__, trials=1000, draws=500, seed=0).parse_args()
+    table = list(measured(np.random.default_rng(chosen.seed), chosen.trials, chosen.draws))
+    finish("intervals", HEADER, table, chosen.json, trials=chosen.trials, draws=chosen.draws)
