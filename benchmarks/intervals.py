@@ -8,6 +8,7 @@ that hold the true value, ``rejects`` the share of tests that reject at 0.05 alt
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -24,17 +25,15 @@ EMPTY = "-"
 OWN, NOISE = 0.5, 0.5  # what a system makes of a row, and a run of it; difficulties vary by 1
 
 
-def latent(
-    rng: np.random.Generator, seeds: int, rows: int, seed_noise: float, abilities: tuple[float, float]
-) -> Floats:
+def latent(rng: np.random.Generator, seeds: int, rows: int, noise: float, abilities: tuple[float, float]) -> Floats:
     """Return how right two systems are of each row, ``(2, seeds, rows)``; the answer is right above 0."""
     shared = rng.normal(size=rows) + OWN * rng.normal(size=(2, 1, rows))
-    runs = seed_noise * rng.normal(size=(2, seeds, 1)) + NOISE * rng.normal(size=(2, seeds, rows))
+    runs = noise * rng.normal(size=(2, seeds, 1)) + NOISE * rng.normal(size=(2, seeds, rows))
     return np.array(abilities)[:, None, None] + shared + runs
 
 
-def share_of_right(ability: float, seed_noise: float) -> float:
-    return float(stats.norm.cdf(ability / np.sqrt(1 + OWN**2 + NOISE**2 + seed_noise**2)))
+def share_of_right(ability: float, noise: float) -> float:
+    return float(stats.norm.cdf(ability / np.sqrt(1 + OWN**2 + NOISE**2 + noise**2)))
 
 
 def by_seed(values: Floats) -> tuple[dict[int, Floats], dict[int, Floats]]:
@@ -107,16 +106,14 @@ def families(rng: np.random.Generator, trials: int, comparisons: int, n: int) ->
 
 def over_tasks(rng: np.random.Generator, trials: int, tasks: int, systems: int) -> tuple[float, float, float]:
     """Return how often Friedman's test rejects: by permutations, χ² and F."""
-    found = [
-        statistics.friedman(rng.normal(size=(tasks, systems)).round(1), draws=1000, seed=trial)
-        for trial in range(trials)
-    ]
+    scores = rng.normal(size=(trials, tasks, systems)).round(1)
+    found = [statistics.friedman(each, draws=1000, seed=trial) for trial, each in enumerate(scores)]
     p = np.array([(each.p, each.chi2_p, each.f_p) for each in found])
     return tuple((p <= 0.05).mean(0).tolist())
 
 
 def ranks(rng: np.random.Generator, trials: int, tasks: int, apart: float, draws: int) -> float:
-    """Return how often the interval of a mean rank covers; five objectives ``apart / 4`` from each other, three seeds."""
+    """Return how often the interval of a mean rank covers; five objectives, three seeds."""
     levels, objectives, seeds = np.linspace(apart, 0, 5), 5, 3
 
     def scores(number: int) -> Floats:
@@ -148,66 +145,63 @@ def sensitivities(
 
 def measured(rng: np.random.Generator, trials: int, draws: int) -> Iterator[Row]:
     """Yield a row of the table for each statistic and setting."""
-    for n in (3, 5):
-        hits = [statistics.summarise(rng.normal(size=n)).mean for _ in range(20 * trials)]
-        yield (
-            "t, mean",
-            f"{n} seeds",
-            20 * trials,
-            float(np.mean([h.low <= 0 <= h.high for h in hits])),
-            EMPTY,
-            EMPTY,
-            EMPTY,
-        )
-    for rows, share in product((277, 872), (0.6, 0.95)):
-        kept = [statistics.proportion(int(k), rows).share for k in rng.binomial(rows, share, 20 * trials)]
-        covers = float(np.mean([k.low <= share <= k.high for k in kept]))
-        yield "Wilson", f"{rows} rows, {share:g} right", 20 * trials, covers, EMPTY, EMPTY, EMPTY
-    for rows, seeds, noise in product((277, 872, 5463), (3, 4, 6), (0.0, 0.03, 0.1)):
-        points = 100 * noise * stats.norm.pdf(stats.norm.ppf(share_of_right(1.0, 0))) / np.sqrt(1 + OWN**2 + NOISE**2)
-        found = accuracies(rng, trials, seeds, rows, noise, draws)
-        yield "accuracy", f"{rows} rows, {seeds} seeds that vary by {points:.1f} points", trials, *found
-    for metric, seeds, rows in product(("F1", "Matthews", "Pearson", "Spearman"), (3, 5), (277, 1043)):
-        rejects = of_predictions(rng, trials // 2, seeds, rows, 0.1, metric, draws)
-        yield metric, f"{rows} rows, {seeds} seeds", trials // 2, EMPTY, rejects, EMPTY, EMPTY
-    for n, (name, test) in product(
-        (6, 8, 12), {"sign flip": statistics.sign_flip, "Wilcoxon": statistics.wilcoxon}.items()
-    ):
-        yield name, f"{n} pairs", 10 * trials, EMPTY, paired(rng, 10 * trials, n, test), EMPTY, EMPTY
-    yield (
-        "sign flip, random",
-        "24 pairs",
-        2 * trials,
-        EMPTY,
-        paired(rng, 2 * trials, 24, lambda each: statistics.sign_flip(each, draws=2000)),
-        EMPTY,
-        EMPTY,
-    )
-    yield "Holm", "10 comparisons of 10 pairs, any", 2 * trials, EMPTY, families(rng, 2 * trials, 10, 10), EMPTY, EMPTY
-    for tasks, systems in product((3, 5, 7), (3, 5)):
-        by = dict(zip(("permutations", "χ²", "F"), over_tasks(rng, 2 * trials, tasks, systems), strict=True))
-        for name, rejects in by.items():
-            yield f"Friedman, {name}", f"{tasks} tasks, {systems} systems", 2 * trials, EMPTY, rejects, EMPTY, EMPTY
+    yield from of_intervals(rng, trials, draws)
+    yield from of_tests(rng, trials)
     for tasks, apart in product((3, 5, 7), (0.0, 1.0, 2.0)):
-        yield (
-            "mean rank",
-            f"{tasks} tasks, best {apart / 0.5:g} sd from worst",
-            trials,
-            ranks(rng, trials, tasks, apart, draws),
-            EMPTY,
-            EMPTY,
-            EMPTY,
-        )
+        setting = f"{tasks} tasks, best {apart / 0.5:g} sd from worst"
+        yield row("mean rank", setting, trials, covers=ranks(rng, trials, tasks, apart, draws))
     for seeds, apart, poor in product((3, 5), (0.0, 2.0, 6.0), (1.0, 4.0, 13.0)):
         means, deviations = apart * np.array([1.0, 0.8, 0.0]), np.array([1.0, 1.0, poor])
         covers, rejects, ours, raw = sensitivities(rng, trials, seeds, means, deviations, draws)
-        setting = (
-            f"{seeds} seeds, true range {apart:g} sd, poorest varies {poor:g} times as much: {ours:.1f}, raw {raw:.1f}"
-        )
-        yield "range over 3 initialisations", setting, trials, covers, rejects, EMPTY, EMPTY
+        setting = f"{seeds} seeds, range {apart:g} sd (ours {ours:.1f}, raw {raw:.1f}), worst one's sd {poor:g}"
+        yield row("range over 3 initialisations", setting, trials, covers, rejects)
+
+
+def of_intervals(rng: np.random.Generator, trials: int, draws: int) -> Iterator[Row]:
+    """Yield the rows of means, shares and comparisons of two systems."""
+    for n in (3, 5):
+        hits = [statistics.summarise(values).mean for values in rng.normal(size=(20 * trials, n))]
+        yield row("t, mean", f"{n} seeds", 20 * trials, covers=float(np.mean([h.low <= 0 <= h.high for h in hits])))
+    for rows, share in product((277, 872), (0.6, 0.95)):
+        kept = [statistics.proportion(int(k), rows).share for k in rng.binomial(rows, share, 20 * trials)]
+        covers = float(np.mean([k.low <= share <= k.high for k in kept]))
+        yield row("Wilson", f"{rows} rows, {share:g} right", 20 * trials, covers)
+    for rows, seeds, noise in product((277, 872, 5463), (3, 4, 6), (0.0, 0.03, 0.1)):
+        points = 100 * (share_of_right(1.0 + noise, 0) - share_of_right(1.0, 0))
+        found = accuracies(rng, trials, seeds, rows, noise, draws)
+        yield row("accuracy", f"{rows} rows, {seeds} seeds that vary by {points:.1f} points", trials, *found)
+    for metric, seeds, rows in product(("F1", "Matthews", "Pearson", "Spearman"), (3, 5), (277, 1043)):
+        rejects = of_predictions(rng, trials, seeds, rows, 0.1, metric, draws)
+        yield row(metric, f"{rows} rows, {seeds} seeds that vary", trials, rejects=rejects)
+
+
+def of_tests(rng: np.random.Generator, trials: int) -> Iterator[Row]:
+    """Yield the rows of tests."""
+    for n in (6, 8, 12):
+        yield row("sign flip", f"{n} pairs", 10 * trials, rejects=paired(rng, 10 * trials, n, statistics.sign_flip))
+        yield row("Wilcoxon", f"{n} pairs", 10 * trials, rejects=paired(rng, 10 * trials, n, statistics.wilcoxon))
+    random = partial(statistics.sign_flip, draws=2000)
+    yield row("sign flip, random", "24 pairs", 10 * trials, rejects=paired(rng, 10 * trials, 24, random))
+    yield row("Holm, any of 10", "10 pairs each", 5 * trials, rejects=families(rng, 5 * trials, 10, 10))
+    for tasks, systems in product((3, 5, 7), (3, 5)):
+        by = zip(("permutations", "χ²", "F"), over_tasks(rng, 5 * trials, tasks, systems), strict=True)
+        for name, rejects in by:
+            yield row(f"Friedman, {name}", f"{tasks} tasks, {systems} systems", 5 * trials, rejects=rejects)
+
+
+def row(
+    statistic: str,
+    setting: str,
+    trials: int,
+    covers: object = EMPTY,
+    rejects: object = EMPTY,
+    plain_covers: object = EMPTY,
+    bca_covers: object = EMPTY,
+) -> Row:
+    return statistic, setting, trials, covers, rejects, plain_covers, bca_covers
 
 
 if __name__ == "__main__":
-    chosen = options(__doc__, trials=1000, draws=500, seed=0).parse_args()
+    chosen = options(__doc__, trials=1000, draws=1000, seed=0).parse_args()
     table = list(measured(np.random.default_rng(chosen.seed), chosen.trials, chosen.draws))
     finish("intervals", HEADER, table, chosen.json, trials=chosen.trials, draws=chosen.draws)
