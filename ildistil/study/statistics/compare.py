@@ -139,7 +139,7 @@ def compare(
 
 def two_sided(draws: Floats) -> float:
     """Return the p value of 0: twice the smaller share of draws on one side of it, at least ``2 / (draws + 1)``."""
-    one_side = min(np.count_nonzero(draws <= 0), np.count_nonzero(draws >= 0))
+    one_side = int(min(np.count_nonzero(draws <= 0), np.count_nonzero(draws >= 0)))
     return min(1.0, 2 * (1 + one_side) / (draws.size + 1))
 
 
