@@ -112,53 +112,65 @@ def over_tasks(rng: np.random.Generator, trials: int, tasks: int, systems: int) 
     return tuple((p <= 0.05).mean(0).tolist())
 
 
-def ranks(rng: np.random.Generator, trials: int, tasks: int, apart: float, draws: int) -> float:
-    """Return how often the interval of a mean rank covers; five objectives, three seeds."""
+def ranks(rng: np.random.Generator, trials: int, tasks: int, apart: float, draws: int) -> tuple[float, float]:
+    """Return how often the intervals of a mean rank cover, ours and the plain one; five objectives, three seeds."""
     levels, objectives, seeds = np.linspace(apart, 0, 5), 5, 3
 
     def scores(number: int) -> Floats:
         own = 0.3 * rng.normal(size=(number, 1, objectives))
         return levels + own + 0.5 * rng.normal(size=(number, seeds, objectives))
 
-    truth, covered = stats.rankdata(-scores(20_000).mean(1), axis=1).mean(0), 0.0
+    truth, covered = stats.rankdata(-scores(20_000).mean(1), axis=1).mean(0), np.zeros(2)
     for trial in range(trials):
         table = scores(tasks)
         runs = {str(i): {str(t): dict(enumerate(table[t, :, i])) for t in range(tasks)} for i in range(objectives)}
-        found = statistics.ranks(runs, draws=draws, seed=trial).ranks
-        covered += np.mean([found[str(i)].low <= truth[i] <= found[str(i)].high for i in range(objectives)])
-    return covered / trials
+        found = [statistics.ranks(runs, draws=draws, seed=trial).ranks[str(i)] for i in range(objectives)]
+        drawn = table[rng.integers(0, tasks, (draws, tasks, 1)), rng.integers(0, seeds, (draws, tasks, seeds))]
+        low, high = np.quantile(stats.rankdata(-drawn.mean(2), axis=-1).mean(1), [0.025, 0.975], axis=0)
+        ours = [each.low <= true <= each.high for each, true in zip(found, truth, strict=True)]
+        covered += [np.mean(ours), np.mean((low <= truth) & (truth <= high))]
+    return tuple((covered / trials).tolist())
 
 
 def sensitivities(
     rng: np.random.Generator, trials: int, seeds: int, means: Floats, deviations: Floats, draws: int
-) -> tuple[float, float, float, float]:
-    """Return how often range's interval covers and the test of two alike rejects, and the mean ranges, ours and raw."""
-    counts = np.zeros(4)
+) -> list[float]:
+    """Return how often the range's interval covers, the test of two alike rejects, the plain interval covers; ranges.
+
+    The last two are the mean range, ours and as seen.
+    """
+    counts, truth = np.zeros(5), np.ptp(means)
     for trial in range(trials):
         scores = means + deviations * rng.normal(size=(2, seeds, means.size))
         first, second = ({str(k): each[:, k] for k in range(means.size)} for each in scores)
         found = statistics.compare_sensitivity(first, second, draws=draws, seed=trial)
         one = found.first
-        counts += [one.range.low <= np.ptp(means) <= one.range.high, found.p <= 0.05, one.range.value, one.raw_range]
-    return tuple((counts / trials).tolist())
+        drawn = np.take_along_axis(scores[:1], rng.integers(0, seeds, (draws, seeds, means.size)), axis=1).mean(1)
+        low, high = np.quantile(np.ptp(drawn, axis=1), [0.025, 0.975])
+        covered = [one.range.low <= truth <= one.range.high, low <= truth <= high]
+        counts += [covered[0], found.p <= 0.05, covered[1], one.range.value, one.raw_range]
+    return list(counts / trials)
 
 
-def measured(rng: np.random.Generator, trials: int, draws: int) -> Iterator[Row]:
-    """Yield a row of the table for each statistic and setting."""
-    yield from of_intervals(rng, trials, draws)
-    yield from of_tests(rng, trials)
+def of_ranks(rng: np.random.Generator, trials: int, draws: int) -> Iterator[Row]:
+    """Yield the rows of mean ranks."""
     for tasks, apart in product((3, 5, 7), (0.0, 1.0, 2.0)):
+        covers, plain_covers = ranks(rng, trials, tasks, apart, draws)
         setting = f"{tasks} tasks, best {apart / 0.5:g} sd from worst"
-        yield row("mean rank", setting, trials, covers=ranks(rng, trials, tasks, apart, draws))
+        yield row("mean rank", setting, trials, covers, plain_covers=plain_covers)
+
+
+def of_ranges(rng: np.random.Generator, trials: int, draws: int) -> Iterator[Row]:
+    """Yield the rows of the sensitivity to the initialisation."""
     for seeds, apart, poor in product((3, 5), (0.0, 2.0, 6.0), (1.0, 4.0, 13.0)):
         means, deviations = apart * np.array([1.0, 0.8, 0.0]), np.array([1.0, 1.0, poor])
-        covers, rejects, ours, raw = sensitivities(rng, trials, seeds, means, deviations, draws)
+        *rates, ours, raw = sensitivities(rng, trials, seeds, means, deviations, draws)
         setting = f"{seeds} seeds, range {apart:g} sd (ours {ours:.1f}, raw {raw:.1f}), worst one's sd {poor:g}"
-        yield row("range over 3 initialisations", setting, trials, covers, rejects)
+        yield row("range over 3 initialisations", setting, trials, *rates)
 
 
-def of_intervals(rng: np.random.Generator, trials: int, draws: int) -> Iterator[Row]:
-    """Yield the rows of means, shares and comparisons of two systems."""
+def of_summaries(rng: np.random.Generator, trials: int, draws: int) -> Iterator[Row]:
+    """Yield the rows of means and shares."""
     for n in (3, 5):
         hits = [statistics.summarise(values).mean for values in rng.normal(size=(20 * trials, n))]
         yield row("t, mean", f"{n} seeds", 20 * trials, covers=float(np.mean([h.low <= 0 <= h.high for h in hits])))
@@ -166,21 +178,30 @@ def of_intervals(rng: np.random.Generator, trials: int, draws: int) -> Iterator[
         kept = [statistics.proportion(int(k), rows).share for k in rng.binomial(rows, share, 20 * trials)]
         covers = float(np.mean([k.low <= share <= k.high for k in kept]))
         yield row("Wilson", f"{rows} rows, {share:g} right", 20 * trials, covers)
+
+
+def of_comparisons(rng: np.random.Generator, trials: int, draws: int) -> Iterator[Row]:
+    """Yield the rows of two systems' accuracy."""
     for rows, seeds, noise in product((277, 872, 5463), (3, 4, 6), (0.0, 0.03, 0.1)):
         points = 100 * (share_of_right(1.0 + noise, 0) - share_of_right(1.0, 0))
-        found = accuracies(rng, trials, seeds, rows, noise, draws)
-        yield row("accuracy", f"{rows} rows, {seeds} seeds that vary by {points:.1f} points", trials, *found)
+        some = trials if rows < 1000 else trials // 2
+        found = accuracies(rng, some, seeds, rows, noise, draws)
+        yield row("accuracy", f"{rows} rows, {seeds} seeds that vary by {points:.1f} points", some, *found)
+
+
+def of_metrics(rng: np.random.Generator, trials: int, draws: int) -> Iterator[Row]:
+    """Yield the rows of metrics that are no means."""
     for metric, seeds, rows in product(("F1", "Matthews", "Pearson", "Spearman"), (3, 5), (277, 1043)):
         rejects = of_predictions(rng, trials, seeds, rows, 0.1, metric, draws)
         yield row(metric, f"{rows} rows, {seeds} seeds that vary", trials, rejects=rejects)
 
 
-def of_tests(rng: np.random.Generator, trials: int) -> Iterator[Row]:
+def of_tests(rng: np.random.Generator, trials: int, draws: int) -> Iterator[Row]:
     """Yield the rows of tests."""
     for n in (6, 8, 12):
         yield row("sign flip", f"{n} pairs", 10 * trials, rejects=paired(rng, 10 * trials, n, statistics.sign_flip))
         yield row("Wilcoxon", f"{n} pairs", 10 * trials, rejects=paired(rng, 10 * trials, n, statistics.wilcoxon))
-    random = partial(statistics.sign_flip, draws=2000)
+    random = partial(statistics.sign_flip, draws=draws)
     yield row("sign flip, random", "24 pairs", 10 * trials, rejects=paired(rng, 10 * trials, 24, random))
     yield row("Holm, any of 10", "10 pairs each", 5 * trials, rejects=families(rng, 5 * trials, 10, 10))
     for tasks, systems in product((3, 5, 7), (3, 5)):
@@ -203,5 +224,10 @@ def row(
 
 if __name__ == "__main__":
     chosen = options(__doc__, trials=1000, draws=1000, seed=0).parse_args()
-    table = list(measured(np.random.default_rng(chosen.seed), chosen.trials, chosen.draws))
+    sections = (of_summaries, of_comparisons, of_metrics, of_tests, of_ranks, of_ranges)
+    table = [
+        row
+        for number, section in enumerate(sections)
+        for row in section(np.random.default_rng([chosen.seed, number]), chosen.trials, chosen.draws)
+    ]
     finish("intervals", HEADER, table, chosen.json, trials=chosen.trials, draws=chosen.draws)

@@ -468,9 +468,9 @@ def test_families_and_friedman_reject_at_most_at_their_level(simulated: Any) -> 
 
 
 def test_ranks_and_ranges_cover(simulated: Any) -> None:
-    assert simulated.ranks(rng(6), 100, 5, 1.0, 200) > 0.9
+    assert simulated.ranks(rng(6), 100, 5, 1.0, 200)[0] > 0.9
     for means in (np.zeros(3), np.array([0.0, 5.0, 6.0])):
-        covers, rejects, ours, raw = simulated.sensitivities(rng(7), 150, 3, means, np.array([1.0, 1.0, 4.0]), 300)
+        covers, rejects, _, ours, raw = simulated.sensitivities(rng(7), 150, 3, means, np.array([1.0, 1.0, 4.0]), 300)
         assert covers > 0.88
         assert rejects < 0.12
         assert ours < raw
