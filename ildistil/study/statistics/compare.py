@@ -73,7 +73,7 @@ def compare(
     """Compare two systems over the seeds and the rows that both were run on, by a joint bootstrap.
 
     Rows are resampled, the same ones for both systems and all seeds. Three to six seeds can't be: a resample of so few
-    varies too little, and its intervals cover 70 to 90 %. Their part is drawn as Student's t is, from the normal
+    varies too little, and its intervals may cover 78 %. Their part is drawn as Student's t is, from the normal
     distribution with the variance ``(n - 1) s² / χ²(n - 1)``, of which goes what the rows explain:
 
     ``Δ* = mean_i Δ_i(rows*) + z sqrt(max(0, (n - 1) s² / χ²(n - 1) - v) / n)``
