@@ -155,7 +155,7 @@ def sensitivities(
 
 def of_ranks(rng: np.random.Generator, trials: int, draws: int) -> Iterator[Row]:
     """Yield the rows of mean ranks."""
-    for tasks, apart in product((3, 5, 7), (0.0, 1.0, 2.0)):
+    for tasks, apart in product((3, 5, 7), (0.0, 1.0, 2.0, 4.0)):
         covers, plain_covers = ranks(rng, trials, tasks, apart, draws)
         setting = f"{tasks} tasks, best {apart / 0.5:g} sd from worst"
         yield row("mean rank", setting, trials, covers, plain_covers=plain_covers)
