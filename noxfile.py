@@ -39,7 +39,7 @@ def lowest(session: nox.Session) -> None:
     wanted = (re.match(r"([\w.-]+)(\[.*\])?>=([\w.]+)", need) for need in project["dependencies"])
     oldest = [f"{m[1]}{m[2] or ''}=={m[3]}" for m in wanted if m is not None and m[1] != "torch"]
     session.install(*PINNED, "torch")
-    session.install(*oldest, "pytest", "pytest-xdist", "hypothesis", "scipy", "matplotlib")
+    session.install(*oldest, "pytest", "pytest-xdist", "hypothesis", "statsmodels", "scikit-posthocs", "matplotlib")
     session.install("--no-deps", "-e", ".")
     session.run("pytest", "-n", "2", *session.posargs)
 
