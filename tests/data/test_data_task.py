@@ -69,7 +69,7 @@ def test_our_data_modules_declare_every_member(tmp_path: Any) -> None:
     for data, metrics in ((glue, ["accuracy"]), (text, ["accuracy", "f1"])):
         data.prepare_data()
         data.setup("fit")
-        assert [n for n in MEMBERS if not hasattr(data, n)] == ["multi_label", "primary_mode"]  # as by default
+        assert [n for n in MEMBERS if not hasattr(data, n)] == ["head", "multi_label", "primary_mode"]  # as by default
         task = task_of(data)
         assert (task.label_names, task.num_labels) == (data.label_names, 2)
         assert (task.primary_metric, task.primary_mode) == ("accuracy", "max")
