@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from transformers import AutoModel
 
 import tiny
 from ildistil import Distiller, cli, init_student, objectives, presets
@@ -37,6 +38,44 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_every_preset_trains(name: str, folder: Path) -> None:
     heads = ["--objectives.relations.heads=4"] if name == "minilmv2" else []  # the tiny models have a width of 32
     cli.main(["fit", "--preset", name, "--config=run.yaml", *heads, "--trainer.fast_dev_run=1"])
+
+
+WITHOUT_LABELS = sorted({"minilm", "minilmv2", "distilbert", "tinybert-general"} | {
+    name for name in presets.names() if "agnostic" in name
+})  # fmt: skip
+MODELS = """
+model: {teacher: {class_path: pretrained, init_args: {path: ./encoder, head: none}}, student: {layers: [1, 2]}}
+"""
+CORPUS = """
+data: {class_path: Corpus, init_args: {files: texts.txt, validation_share: 0.2, batch_size: 4, max_length: 16,
+  cache_dir: cache}}
+trainer: {accelerator: cpu, enable_progress_bar: false, max_steps: 2, val_check_interval: 1}
+"""
+
+
+@pytest.mark.parametrize("name", WITHOUT_LABELS)
+def test_general_students_are_made_from_text(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    Path("texts.txt").write_text("\n".join(" ".join(tiny.WORDS[i % 6 :]) for i in range(60)), encoding="utf-8")
+    Path("corpus.yaml").write_text(MODELS + CORPUS)
+    Path("head.yaml").write_text("model: {path: encoder, freeze: true}" + CORPUS)
+    AutoModel.from_pretrained("teacher").save_pretrained("encoder")
+    tiny.tokenizer().save_pretrained("encoder")
+    words = ["--objectives.relations.heads=4"] if name == "minilmv2" else []
+    of_tokens = name in ("distilbert", "paper-agnostic-vanilla")
+    if of_tokens:
+        assert "has no head that makes them" in fails(capsys, "fit", "--preset", name, "--config=corpus.yaml")
+        cli.main(["finetune", "--config=head.yaml", "--data.labels=masked", "--run=head"])
+        cli.main(["export", "head/checkpoints/best.ckpt", "masked"])
+        teacher = "{class_path: pretrained, init_args: {path: ./masked, head: masked-lm}}"
+        words += ["--data.labels=masked", f"--model.teacher={teacher}"]
+    cli.main(["fit", "--preset", name, "--config=corpus.yaml", "--run=general", *words])
+    told = capsys.readouterr().out
+    assert "best.ckpt (val/loss = " in told
+    assert ("fine-tune it on a task next" in told) is not of_tokens
+    cli.main(["export", "general/checkpoints/best.ckpt", "student"])
+    assert AutoModel.from_pretrained("student").config.num_hidden_layers == 2
 
 
 def test_a_preset_with_stages_trains_through_all_of_them(folder: Path) -> None:
