@@ -14,7 +14,7 @@ ROOT = Path(ildistil.__file__).parent
 ROOMS = [
     "errors", "storage", "shards", "distributed", "schedules", "stages", "mappings", "tables", "metrics", "functional",
     "attention", "kernels", "capture", "students", "objectives", "presets", "data", "teachers", "engine", "training",
-    "commands", "cli",
+    "study", "commands", "cli",
 ]  # fmt: skip
 
 

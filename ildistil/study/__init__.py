@@ -1,0 +1,1 @@
+"""Comparisons of objectives, initialisations and mappings over many runs."""
