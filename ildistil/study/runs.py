@@ -2,8 +2,9 @@
 
 A study's folder::
 
-    study.json              its plan: the runs, each with its factors
-    configs/NAME.yaml       the whole configuration of a run
+    study.json              its plan: all jobs, each with its factors
+    configs/runs/NAME.yaml  the whole configuration of a run
+    teachers/, targets/, students/   what runs start from, each a folder like those of runs
     runs/NAME/              the folder of a run: what `ildistil fit --run` writes, and
         status.json         its state, written by the process that works on it
         metrics.jsonl       a line a validation, once it is finished
@@ -15,6 +16,7 @@ import csv
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,12 +25,13 @@ from typing import Any, Literal, cast, get_args
 
 from ildistil import storage
 from ildistil.errors import DataError, MissingFileError, writing
+from ildistil.study.planning import Job
 
 __all__ = ["Run", "State", "read_csv", "read_runs", "write_csv"]
 
 State = Literal["finished", "running", "failed", "waiting"]
 PLAN, STATUS, METRICS, LOGGED = "study.json", "status.json", "metrics.jsonl", "metrics.csv"
-PREDICTIONS, LOG = "predictions.tsv", "run.log"
+LOG = "run.log"
 #: Seconds without a sign of life after which a run doesn't count as running.
 SILENCE = 120.0
 _PLAIN = ("name", "state", "predictions", "reason", "curve")
@@ -59,17 +62,19 @@ class Run:
     reason: str | None = None
 
 
-def read_runs(study: Path) -> list[Run]:
-    """Read all runs of a study's plan, in its order.
+def read_runs(study: Path, every: bool = False) -> list[Run]:
+    """Read the runs of a study's plan, in its order, also those that never started.
 
     Args:
         study: the folder of the study.
+        every: whether to return every fine-tuning of those of which only the best counts (``best_over``).
 
     Raises:
         MissingFileError: there is no study.
         DataError: its plan is damaged.
     """
-    return [_read_run(study / "runs" / each["name"], each["factors"]) for each in read_plan(study)["runs"]]
+    found = [(job, read_run(study, job)) for job in _jobs(study) if job.name.startswith("runs/")]
+    return [run for _, run in found] if every else _best_of_groups(found)
 
 
 def read_plan(study: Path) -> dict[str, Any]:
@@ -97,21 +102,21 @@ def read_status(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def read_curve(folder: Path) -> list[dict[str, float]]:
-    """Read the validations of a run: as they were kept when it was finished, else as they were logged so far."""
+def read_curve(folder: Path, prefix: str = "val") -> list[dict[str, float]]:
+    """Read the validations of a run: as they were kept when it was finished, else as they were logged so far.
+
+    Args:
+        folder: of the run.
+        prefix: name of the set, which is left out of the names.
+    """
     kept = folder / METRICS
     if kept.is_file():
         return [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
-    return logged_curve(folder)
-
-
-def logged_curve(folder: Path, prefix: str = "val") -> list[dict[str, float]]:
-    """Return the validations among what a run has logged, without the prefix of their names."""
     found = []
     for row in logged(folder):
         measured = {name.removeprefix(f"{prefix}/"): value for name, value in row.items() if name.startswith(prefix)}
         if measured:
-            found.append({"step": row.get("step", math.nan)} | measured)
+            found.append({"step": row.get("step", -1.0) + 1} | measured)  # it counts from 0
     return found
 
 
@@ -186,29 +191,72 @@ def _from_row(row: Mapping[str, str], folder: Path) -> Run:
     )
 
 
-def _read_run(folder: Path, factors: Mapping[str, str]) -> Run:
-    status, predictions = read_status(folder), folder / PREDICTIONS
-    curve = read_curve(folder) if status else []
-    finished = status.get("state") == "finished"
+def read_run(study: Path, job: Job, *, with_curve: bool = True) -> Run:
+    """Read one run of a study.
+
+    Args:
+        study: the folder of the study.
+        job: what it does.
+        with_curve: whether to read all validations; without, what a run that isn't finished measured isn't read.
+    """
+    folder = study / job.name
+    status = read_status(folder)
+    state = state_of(status)
+    curve = read_curve(folder, job.set) if status and with_curve else []
     metrics = status.get("metrics") or ({k: v for k, v in curve[-1].items() if k != "step"} if curve else {})
+    cost = dict(status.get("cost", {}))
+    for name in job.needs if job.name.startswith("runs/") else ():
+        kind = "distillation" if name.startswith("students/") else name.split("/")[0].removesuffix("s")
+        cost |= {f"{kind}_{key}": value for key, value in read_status(study / name).get("cost", {}).items()}
+    files = sorted(folder.glob("predictions*.tsv")) if state == "finished" else []
     return Run(
-        folder.name,
-        dict(factors),
-        state_of(status),
-        metrics,
-        curve,
-        status.get("cost", {}),
-        predictions if finished and predictions.is_file() else None,
-        status.get("reason"),
+        folder.name, dict(job.factors), state, metrics, curve, cost, files[0] if files else None, status.get("reason")
     )
+
+
+def _jobs(study: Path) -> list[Job]:
+    return [Job(**each) for each in read_plan(study)["jobs"]]
+
+
+def _best_of_groups(found: Sequence[tuple[Job, Run]]) -> list[Run]:
+    """Return the runs, but of each group its best one, or one that isn't finished yet."""
+    groups: dict[str, list[tuple[Job, Run]]] = {}
+    for job, run in found:
+        groups.setdefault(job.group or job.name, []).append((job, run))
+    return [_best(group) for group in groups.values()]
+
+
+def _best(group: Sequence[tuple[Job, Run]]) -> Run:
+    for state in ("running", "waiting", "failed"):
+        if unfinished := [run for _, run in group if run.state == state]:
+            return unfinished[0]
+
+    def value(pair: tuple[Job, Run]) -> float:
+        measured = pair[1].metrics.get(pair[0].metric or "", -math.inf)
+        return measured if pair[0].mode == "max" else -measured
+
+    return max(group, key=value)[1]
 
 
 def state_of(status: Mapping[str, Any]) -> State:
     """Return the state of a run; one that gave no sign of life for long was killed, and waits to go on."""
     state = status.get("state", "waiting")
-    if state == "running" and time.time() - status.get("heartbeat", 0.0) > SILENCE:
+    if state == "running" and (time.time() - status.get("heartbeat", 0.0) > SILENCE or _is_gone(status)):
         return "waiting"
     return cast(State, state)
+
+
+def _is_gone(status: Mapping[str, Any]) -> bool:
+    """Return whether the process that works on a run was one of this machine, and is no more."""
+    if status.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(int(status["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, KeyError, ValueError):
+        return False
+    return False
 
 
 def _is_number(text: str | None) -> bool:

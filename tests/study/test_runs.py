@@ -13,7 +13,8 @@ FACTORS = {"objective": "att-kl", "seed": "0"}
 
 
 def study(folder: Path, *names: str) -> Path:
-    (folder / "study.json").write_text(json.dumps({"runs": [{"name": name, "factors": FACTORS} for name in names]}))
+    jobs = [{"name": f"runs/{name}", "command": "fit", "factors": FACTORS} for name in names]
+    (folder / "study.json").write_text(json.dumps({"title": "", "jobs": jobs}))
     return folder
 
 
@@ -62,7 +63,7 @@ def test_runs_are_read_in_every_state(tmp_path: Path) -> None:
     assert runs["done"].metrics == {"accuracy": 0.75}
     assert runs["done"].curve == [{"step": 4, "accuracy": 0.75}, {"step": 9, "accuracy": 0.5}]
     assert runs["done"].predictions == tmp_path / "runs" / "done" / "predictions.tsv"
-    assert runs["on"].curve == [{"step": 4, "accuracy": 0.25}, {"step": 9, "accuracy": 0.5}]
+    assert runs["on"].curve == [{"step": 5, "accuracy": 0.25}, {"step": 10, "accuracy": 0.5}]
     assert runs["on"].predictions is None
     assert runs["bad"].reason == "no space"
     assert runs["never"].factors == FACTORS
