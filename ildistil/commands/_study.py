@@ -162,8 +162,8 @@ def _base(path: str, later: Mapping[str, Config]) -> str:
     """Return the model that one which is to be made starts from."""
     while path in later:
         model = later[path]["model"]
-        path = str(model["path"] if "path" in model else model["teacher"]["init_args"]["path"])
-    return path
+        path = model["path"] if "path" in model else model["teacher"]["init_args"]["path"]
+    return str(path)
 
 
 def _key(config: Config) -> str:

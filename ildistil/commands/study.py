@@ -56,7 +56,7 @@ def run_study(file: Path, jobs: int, retry_failed: bool = False) -> bool:
     folder = Path(study.folder)
     runner.keep_plan(folder, plan)
     print(f"{plan.title}: {len(plan.jobs)} jobs in {folder}, {jobs} at a time.", flush=True)
-    return runner.run_jobs(folder, plan.jobs, jobs, retry_failed, lambda text: print(text, flush=True))
+    return runner.run_jobs(folder, plan, jobs, retry_failed, lambda text: print(text, flush=True))
 
 
 def _plan_elsewhere(study: Study, problems: Sequence[str]) -> Plan:

@@ -3,7 +3,7 @@
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,7 @@ class Grid:
 
     axes: Mapping[str, Mapping[str, Config]]
 
-    def choices(
-        self, runs: Iterable[Mapping[str, Any]], exclude: Iterable[Mapping[str, Any]], problems: list[str]
-    ) -> Iterator[Choice]:
+    def choices(self, runs: Sequence[Any], exclude: Sequence[Any], problems: list[str]) -> Iterator[Choice]:
         """Yield a level of each axis for each run.
 
         Args:
@@ -44,20 +42,20 @@ class Grid:
             exclude: those that are left out; what one doesn't name may be anything.
             problems: what is wrong is added here.
         """
-        wanted = [self._read(entry, f"runs[{number}]", problems) for number, entry in enumerate(runs)] or [{}]
-        left_out = [self._read(entry, f"exclude[{number}]", problems) for number, entry in enumerate(exclude)]
+        wanted = self._read_all(runs, "runs", problems).values() if runs else [{}]
+        left_out = self._read_all(exclude, "exclude", problems)
         matched: set[int] = set()
         seen: set[tuple[str, ...]] = set()
         for entry in wanted:
             levels = [entry.get(axis) or list(named) for axis, named in self.axes.items()]
             for chosen in itertools.product(*levels):
                 choice = dict(zip(self.axes, chosen, strict=True))
-                fits = {i for i, each in enumerate(left_out) if all(choice[axis] in each[axis] for axis in each)}
+                fits = {i for i, each in left_out.items() if all(choice[axis] in each[axis] for axis in each)}
                 matched |= fits
                 if not fits and chosen not in seen:
                     seen.add(chosen)
                     yield choice
-        for number in sorted(set(range(len(left_out))) - matched):
+        for number in sorted(left_out.keys() - matched):
             problems.append(f"exclude[{number}] matches no run. Correct it, or remove it.")  # noqa: PERF401
         if not seen:
             problems.append("The study has no run: all are excluded. Leave one in.")
@@ -66,12 +64,18 @@ class Grid:
         """Return the partial configurations of a choice, in the order of the axes."""
         return [self.axes[axis][level] for axis, level in choice.items()]
 
-    def _read(self, entry: Any, where: str, problems: list[str]) -> dict[str, list[str]]:
-        """Return the levels that an entry of ``runs`` or ``exclude`` names, by axis."""
+    def _read_all(self, entries: Sequence[Any], key: str, problems: list[str]) -> dict[int, dict[str, list[str]]]:
+        """Return what entries name, by their numbers, without those that are wrong."""
+        found = {number: self._read(entry, f"{key}[{number}]", problems) for number, entry in enumerate(entries)}
+        return {number: entry for number, entry in found.items() if entry is not None}
+
+    def _read(self, entry: Any, where: str, problems: list[str]) -> dict[str, list[str]] | None:
+        """Return the levels that an entry of ``runs`` or ``exclude`` names, by axis; ``None`` if some don't exist."""
         if not isinstance(entry, Mapping):
             problems.append(f"{where} is {entry!r}. Name levels by their axes: {{objective: att-kl, seed: 0}}.")
-            return {}
+            return None
         found: dict[str, list[str]] = {}
+        before = len(problems)
         for axis, levels in entry.items():
             named = [str(level) for level in (levels if isinstance(levels, list) else [levels])]
             if axis not in self.axes:
@@ -80,8 +84,8 @@ class Grid:
             levels = self.axes[axis]
             lost = [level for level in named if level not in levels]
             problems += [f"{where}: the axis {axis!r} has no level {level!r}.{_near(level, levels)}" for level in lost]
-            found[axis] = [level for level in named if level in levels]
-        return found
+            found[axis] = named
+        return found if len(problems) == before else None
 
 
 def read_axes(given: Any, where: str, problems: list[str]) -> Grid:
@@ -101,7 +105,8 @@ def read_axes(given: Any, where: str, problems: list[str]) -> Grid:
         problems.append(f"{where} is {given!r}. Name the axes, each with its levels.")
         return Grid({})
     for axis, levels in given.items():
-        found, at = {}, f"{where}.{axis}"
+        at = f"{where}.{axis}"
+        found: dict[str, Any] = {}
         if isinstance(levels, list):
             path = PLAIN.get(axis, axis if "." in str(axis) else None)
             if path is None:
@@ -120,12 +125,13 @@ def read_axes(given: Any, where: str, problems: list[str]) -> Grid:
                     problems.append(f"{at}.{name} is {level!r}. A level is a partial configuration, such as 'model:'.")
         if not found:
             problems.append(f"{at} has no levels: the grid is empty.")
+            continue
         names: dict[str, str] = {}
         for name in found:
             other = names.setdefault(file_name(name).lower(), name)
             if other != name:
                 problems.append(f"{at}: the names {other!r} and {name!r} clash as names of folders. Rename one.")
-        axes[str(axis)] = {name: level for name, level in found.items() if isinstance(level, Mapping)}
+        axes[str(axis)] = {name: dict(level) for name, level in found.items() if isinstance(level, Mapping)}
     return Grid(axes)
 
 

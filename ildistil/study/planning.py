@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ __all__ = ["Facts", "Job", "Plan", "Resolver", "Study", "make_plan"]
 Command = Literal["fit", "finetune", "precompute"]
 _KEYS = ["study", "title", "base", "axes", "runs", "exclude", "metric", "teacher", "targets", "finetune", "export"]
 _SEED = "seed_everything"
+_Where = str | Mapping[str, str]  # a place in words, or a run's factors
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class _Planner:
     def __init__(self, study: Study, resolve: Resolver) -> None:
         self.study, self.resolve = study, resolve
         self.made = Plan(study.title)
-        self.problems: dict[str, list[str]] = {}
+        self.problems: dict[str, list[_Where]] = {}
         self.later: dict[str, Config] = {}
         self.bytes = 0
         self.known: dict[str, Facts | None] = {}
@@ -213,8 +214,7 @@ class _Planner:
         kind = "students" if study.finetune else "runs"
         found: list[tuple[Choice, Config, list[str]]] = []
         for choice in study.choices:
-            where = _told(choice)
-            teacher = self._teacher(choice, where)
+            teacher = self._teacher(choice)
             if teacher is not None:
                 name, config = teacher
                 found.append((choice, config, [name] if name else []))
@@ -222,7 +222,7 @@ class _Planner:
             found = [(c, each | {"model": each["model"] | config} if key in needs else each, n) for key, (c, each, n) in
                      enumerate(found)]  # fmt: skip
         distilled = [self._add(kind, "fit", *each, metric=study.metric) for each in found]
-        self._check_different(study, distilled)
+        self._check_different([choice for choice, *_ in found], distilled)
         if study.finetune:
             for (choice, config, _), job in zip(found, distilled, strict=True):
                 self._finetunings(choice, config, job)
@@ -231,11 +231,11 @@ class _Planner:
             raise ConfigError("The study can't run as it is:\n" + "\n".join(lines))
         return self.made
 
-    def _teacher(self, choice: Choice, where: str) -> tuple[str | None, Config] | None:
+    def _teacher(self, choice: Choice) -> tuple[str | None, Config] | None:
         """Return the job that makes the teacher of a run, if there is one, and the run's configuration."""
         parts = [self.study.base, *self.study.grid.parts(choice)]
         if self.study.teacher is None:
-            config = self._configuration("fit", parts, where)
+            config = self._configuration("fit", parts, choice)
             return None if config is None else (None, config)
         data = [{"data": part["data"]} for part in (self.study.base, self._level(choice, "task")) if "data" in part]
         config = self._configuration("finetune", [*data, self.study.teacher], f"teacher{_of(choice, 'task')}")
@@ -246,7 +246,7 @@ class _Planner:
         made = f"{self.study.folder}/{job}/student"
         self.later[made] = config
         teacher = {"model": {"teacher": {"class_path": "pretrained", "init_args": {"path": made}}}}
-        own = self._configuration("fit", [*parts, teacher], where)
+        own = self._configuration("fit", [*parts, teacher], choice)
         return None if own is None else (job, own)
 
     def _targets(self, found: list[tuple[Choice, Config, list[str]]]) -> list[tuple[set[int], Config]]:
@@ -297,27 +297,25 @@ class _Planner:
         names = []
         for own in study.choices:
             parts = [study.base, *study.grid.parts(own), place("model.path", path)]
-            found = self._configuration("finetune", parts, f"finetune: {_told(own)}")
+            found = self._configuration("finetune", parts, {f"finetune.{axis}": level for axis, level in own.items()})
             factors = _joined(choice, own)
             if found is not None:
                 group = "_".join(f"{k}={v}" for k, v in factors.items() if k.removeprefix("finetune.") not in
                                  study.best_over) if study.best_over else None  # fmt: skip
-                names.append(self._add("runs", "finetune", factors, found, [student], study.metric, group))
-        self._check_different(study, names)
+                names.append((own, self._add("runs", "finetune", factors, found, [student], study.metric, group)))
+        self._check_different([own for own, _ in names], [name for _, name in names])
 
     def _add(
         self, kind: str, command: Command, factors: Mapping[str, str], config: Config, needs: list[str],
         metric: str | None = None, group: str | None = None, export: bool = False,
     ) -> str:  # fmt: skip
         """Add a job, and look at what it works on; return its name."""
-        name, where = _name(kind, factors, config), f"{kind}: {_told(factors)}"
+        name = _name(kind, factors, config)
+        where: _Where = factors if kind == "runs" else f"{kind} of {_told(factors)}"
         looked = _hash([command, {key: value for key, value in config.items() if key != _SEED}])
         if looked not in self.known:
             self.known[looked] = None
-            self._try(
-                lambda: self.known.__setitem__(looked, self.resolve.facts(command, config, self.later)),
-                _told(factors) if kind == "runs" else where,
-            )
+            self._try(lambda: self.known.__setitem__(looked, self.resolve.facts(command, config, self.later)), where)
         facts = self.known[looked]
         if facts is not None and metric is not None and metric not in facts.metrics:
             self._problem(f"no run logs the metric {metric!r}. These do: {', '.join(facts.metrics)}.", where)
@@ -328,7 +326,7 @@ class _Planner:
             self.made.add(Job(name, command, dict(factors), needs, facts.set, chosen, mode, group, export), config)
         return name
 
-    def _configuration(self, command: Command, parts: Sequence[Config], where: str) -> Config | None:
+    def _configuration(self, command: Command, parts: Sequence[Config], where: _Where) -> Config | None:
         """Return the whole configuration of parts; seeds change nothing else, so that they share one reading."""
         seed = next((part[_SEED] for part in reversed(parts) if _SEED in part), None)
         rest = [{key: value for key, value in part.items() if key != _SEED} for part in parts]
@@ -345,25 +343,25 @@ class _Planner:
     def _level(self, choice: Choice, axis: str) -> Config:
         return self.study.grid.axes[axis][choice[axis]] if axis in choice else {}
 
-    def _check_different(self, study: Study, names: Sequence[str]) -> None:
+    def _check_different(self, choices: Sequence[Choice], names: Sequence[str]) -> None:
         """Find levels that change nothing: runs of other choices with the same configuration."""
         first: dict[str, Choice] = {}
-        for choice, name in zip(study.choices, names, strict=False):
+        for choice, name in zip(choices, names, strict=True):
             other = first.setdefault(name.rsplit("-", 1)[1], choice)
             if other is not choice:
                 axis = next(axis for axis in choice if choice[axis] != other[axis])
                 self._problem(
                     f"the axis {axis!r} changes nothing between {other[axis]!r} and {choice[axis]!r}: both give the "
-                    "same run. Remove one, or look for what a later axis replaces.", _told(choice),
+                    "same run. Remove one, or look for what a later axis replaces.", choice,
                 )  # fmt: skip
 
-    def _try(self, look: Any, where: str) -> None:
+    def _try(self, look: Callable[[], object], where: _Where) -> None:
         try:
             look()
         except IldistilError as error:
             self._problem(str(error), where)
 
-    def _problem(self, problem: str, where: str) -> None:
+    def _problem(self, problem: str, where: _Where) -> None:
         places = self.problems.setdefault(problem, [])
         if where not in places:
             places.append(where)
@@ -392,9 +390,20 @@ def _of(choice: Choice, axis: str) -> str:
     return f" of {axis} {choice[axis]}" if axis in choice else ""
 
 
-def _places(where: Sequence[str]) -> str:
-    rest = f" (and {len(where) - 1} more)" if len(where) > 1 else ""
-    return f"{where[0]}{rest}: " if where else ""
+def _places(where: Sequence[_Where]) -> str:
+    """Return the places of a problem in words: what its runs have in common, or else the first of them.
+
+    >>> _places([{"task": "rte", "seed": "0"}, {"task": "rte", "seed": "1"}])
+    'task=rte: '
+    """
+    if not where:
+        return ""
+    choices = [set(each.items()) for each in where if not isinstance(each, str)]
+    first, rest = where[0], f" (and {len(where) - 1} more)" if len(where) > 1 else ""
+    if isinstance(first, str):
+        return f"{first}{rest}: "
+    shared = {axis: level for axis, level in first.items() if all((axis, level) in each for each in choices)}
+    return f"{_told(shared)}: " if shared else f"{_told(first)}{rest}: "
 
 
 def free_bytes(folder: Path) -> int:

@@ -35,21 +35,17 @@ def keep_plan(folder: Path, plan: Plan, say: Callable[[str], object] = print) ->
             say(f"Added since the last plan: {len(new - old)} ({_some(new - old)}).")
         if there:
             say(f"No longer in the study: {len(there)}, which stay as they are ({_some(there)}).")
-    for name, config in plan.configs.items():
-        path = folder / "configs" / f"{name}.yaml"
-        if not path.is_file():  # its name has the hash of what is in it
-            storage.write_text(path, yaml.safe_dump(config, sort_keys=False))
     storage.write_text(folder / runs.PLAN, json.dumps(plan.as_dict(), indent=1))
 
 
 def run_jobs(
-    folder: Path, jobs: Sequence[Job], at_once: int = 1, retry_failed: bool = False, say: Callable[[str], Any] = print
+    folder: Path, plan: Plan, at_once: int = 1, retry_failed: bool = False, say: Callable[[str], Any] = print
 ) -> bool:
     """Run what isn't finished; return whether all of it is in the end.
 
     Args:
         folder: of the study.
-        jobs: those of its plan.
+        plan: what there is to run.
         at_once: processes at a time, which share this machine's cores and GPUs.
         retry_failed: whether what failed before is tried again.
         say: takes a line when something happens.
@@ -57,7 +53,7 @@ def run_jobs(
     Raises:
         Stopped: this process was told to stop by a signal, and has told its runs, which are saved.
     """
-    return _Runner(folder, list(jobs), at_once, retry_failed, say).run()
+    return _Runner(folder, plan, at_once, retry_failed, say).run()
 
 
 @dataclass
@@ -68,8 +64,9 @@ class _Child:
 
 
 class _Runner:
-    def __init__(self, folder: Path, jobs: list[Job], at_once: int, retry: bool, say: Callable[[str], Any]) -> None:
-        self.folder, self.jobs, self.at_once, self.say = folder, jobs, at_once, say
+    def __init__(self, folder: Path, plan: Plan, at_once: int, retry: bool, say: Callable[[str], Any]) -> None:
+        self.folder, self.plan, self.at_once, self.say = folder, plan, at_once, say
+        self.jobs = jobs = plan.jobs
         self.children: dict[int, _Child] = {}
         self.kills: dict[str, tuple[int, float]] = {}
         states = {job.name: self._state(job) for job in jobs}
@@ -128,6 +125,9 @@ class _Runner:
         return job.name not in self.done | self.failed
 
     def _fork(self, job: Job) -> None:
+        path = self.folder / "configs" / f"{job.name}.yaml"
+        if not path.is_file():  # its name has the hash of what is in it
+            storage.write_text(path, yaml.safe_dump(self.plan.configs[job.name], sort_keys=False))
         slot = next(n for n in range(self.at_once) if n not in {child.slot for child in self.children.values()})
         gpus = self.gpus[slot :: self.at_once] or self.gpus[slot % len(self.gpus) :][:1] if self.gpus else []
         child = fork(lambda: work(self.folder, job, self.threads, gpus))
