@@ -160,10 +160,10 @@ def _facts(task: Task, run: Run) -> Facts:
 
 def _base(path: str, later: Mapping[str, Config]) -> str:
     """Return the model that one which is to be made starts from."""
-    while path in later:
-        model = later[path]["model"]
-        path = model["path"] if "path" in model else model["teacher"]["init_args"]["path"]
-    return str(path)
+    if path not in later:
+        return path
+    model = later[path]["model"]
+    return _base(str(model["path"] if "path" in model else model["teacher"]["init_args"]["path"]), later)
 
 
 def _key(config: Config) -> str:

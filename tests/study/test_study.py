@@ -19,7 +19,7 @@ model:
   student: {layers: [1, 2]}
   learning_rate: 0.001
 data: {class_path: Glue, init_args: {task: sst2, path: glue, batch_size: 8, cache_dir: cache}}
-trainer: {max_epochs: 4, accelerator: cpu}
+trainer: {max_epochs: 3, accelerator: cpu}
 """
 STUDY = """
 study: FOLDER
@@ -29,7 +29,7 @@ axes:
     attention: {objectives: {attention: AttentionKL, task: {class_path: TaskLoss, init_args: {weight: 0.5}}}}
     soft: {preset: paper-vanilla}
   seed: [0, 1]
-exclude: [{objective: soft, seed: 1}]
+exclude: [{objective: attention, seed: 1}, {objective: soft, seed: 0}]
 """
 
 
@@ -75,8 +75,8 @@ def outcome(name: str) -> list[tuple[Run, str]]:
 def test_kills_change_nothing_of_what_a_study_finds(capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL of the study, of its runs, and of both, again and again, while two invocations share the work."""
     cli.main(["study", "run", study("left"), "--jobs=2"])
-    assert "3 of 3 done; best so far: accuracy" in capsys.readouterr().out
-    for number in range(3):
+    assert "2 of 2 done; best so far: accuracy" in capsys.readouterr().out
+    for number in range(2):
         child = start(study("killed"), "--jobs=2")
         began = time.monotonic()
         while time.monotonic() - began < 20 and len(list(Path("killed").glob("runs/*/checkpoints/last.ckpt"))) < number:
@@ -84,7 +84,7 @@ def test_kills_change_nothing_of_what_a_study_finds(capsys: pytest.CaptureFixtur
         time.sleep(0.3 * number)
         for file in Path("killed").glob("runs/*/status.json"):
             status = json.loads(file.read_text())
-            if status["state"] == "running" and number != 1:
+            if status["state"] == "running" and number == 1:
                 try:
                     os.kill(status["pid"], signal.SIGKILL)
                 except ProcessLookupError:
@@ -93,15 +93,9 @@ def test_kills_change_nothing_of_what_a_study_finds(capsys: pytest.CaptureFixtur
         assert end(child) == -signal.SIGKILL
     children = [start("killed.yaml"), start("killed.yaml")]
     assert [end(child) for child in children] == [0, 0], Path("log").read_text()
-    assert [run.state for run, _ in outcome("left")] == ["finished"] * 3
-    assert [len(run.curve) for run, _ in outcome("left")] == [4] * 3
-    expected = json.dumps(
-        [(r.factors, dict(r.metrics), list(r.curve), text) for r, text in outcome("left")], default=dict
-    )
-    found = json.dumps(
-        [(r.factors, dict(r.metrics), list(r.curve), text) for r, text in outcome("killed")], default=dict
-    )
-    assert found == expected
+    assert [run.state for run, _ in outcome("left")] == ["finished"] * 2
+    assert [len(run.curve) for run, _ in outcome("left")] == [3] * 2
+    assert outcome("killed") == outcome("left")
     header, first = outcome("left")[0][1].splitlines()[:2]
     assert header.split("\t") == ["row_id", "prediction", "label", "p_negative", "p_positive"]
     assert first.split("\t")[::2][:2] == ["0", "negative"]
@@ -142,7 +136,7 @@ study: FOLDER
 base: base.yaml
 metric: f1
 axes:
-  objective: {soft: {preset: paper-vanila}, hidden: {objectives: {hidden: HiddenMSE}}, other: {objectives: {o: Nothing}}}
+  objective: {soft: {preset: paper-vanila}, task: {objectives: {t: TaskLoss}}, other: {objectives: {o: Nothing}}}
   initialisation: {out: {model: {student: {layers: [1, 9]}}}, in: {}}
   task: [sst2, rte]
 """
