@@ -172,4 +172,4 @@ def _key(config: Config) -> str:
 
 def _word(config: Config) -> str:
     """Return a configuration as a word of the command line."""
-    return "--config=" + yaml.safe_dump(config, default_flow_style=True, sort_keys=False, width=1 << 30).strip()
+    return f"--config={yaml.safe_dump(config, default_flow_style=True, sort_keys=False, width=1 << 30).strip()}"

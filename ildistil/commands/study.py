@@ -13,7 +13,7 @@ from ildistil.study import progress, runner
 from ildistil.study.planning import Job, Plan, Study, make_plan
 from ildistil.study.worker import fork, last_lines
 
-__all__ = ["main"]
+__all__ = ["main", "read_files", "run_study"]
 
 # What runs import, once for all of them.
 _COMMANDS = ("fit", "finetune", "precompute", "predict", "export", "_study")
@@ -49,7 +49,7 @@ def run_study(file: Path, jobs: int, retry_failed: bool = False) -> bool:
         ConfigError: all that is wrong with it, before anything is run.
     """
     problems: list[str] = []
-    study = Study.read(_with_files(file), problems)
+    study = Study.read(read_files(file), problems)
     for name in _COMMANDS:
         import_module(f"ildistil.commands.{name}")
     plan = _plan_elsewhere(study, problems)
@@ -96,7 +96,7 @@ def _redirect(log: Path) -> None:
     os.dup2(handle, 2)
 
 
-def _with_files(file: Path) -> dict[str, Any]:
+def read_files(file: Path) -> dict[str, Any]:
     """Read a study's file, and the configurations that it names, which are found from its folder."""
     from ildistil.commands._config import read
 
