@@ -25,7 +25,7 @@ import ildistil.data
 import tiny
 from ildistil import cli, init_student, mappings, objectives, presets
 from ildistil.commands.study import read_files
-from ildistil.study.planning import Study
+from ildistil.study.specification import Study
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -24,7 +24,7 @@ from ildistil.engine.checks import named_objectives
 from ildistil.stages import check_names
 from ildistil.students.sources import ModelSource
 from ildistil.study.grid import Config
-from ildistil.study.planning import Command, Facts
+from ildistil.study.jobs import Command, Facts
 from ildistil.teachers import estimate
 from ildistil.training.evaluation import measures_terms
 from ildistil.training.targets import rows_to_store
@@ -81,7 +81,7 @@ class _PreparingFinetune(PreparingRun, FinetuneRun):  # the trainer of the one, 
 
 
 class Configurations:
-    """Reads and looks at the configurations of a study; see `ildistil.study.planning.Resolver`."""
+    """Reads and looks at the configurations of a study; see `ildistil.study.jobs.Resolver`."""
 
     def __init__(self) -> None:
         warnings.simplefilter("ignore")

@@ -10,7 +10,9 @@ from typing import Any, NoReturn
 
 from ildistil.errors import ConfigError, IldistilError, ProcessError
 from ildistil.study import progress, runner
-from ildistil.study.planning import Job, Plan, Study, make_plan
+from ildistil.study.jobs import Job, Plan
+from ildistil.study.planning import make_plan
+from ildistil.study.specification import Study
 from ildistil.study.worker import fork, last_lines
 
 __all__ = ["main", "read_files", "run_study"]
@@ -50,12 +52,13 @@ def run_study(file: Path, jobs: int, retry_failed: bool = False) -> bool:
     """
     problems: list[str] = []
     study = Study.read(read_files(file), problems)
+    print(f"{study.title}: {len(study.choices)} configurations are checked ...", flush=True)
     for name in _COMMANDS:
         import_module(f"ildistil.commands.{name}")
     plan = _plan_elsewhere(study, problems)
     folder = Path(study.folder)
     runner.keep_plan(folder, plan)
-    print(f"{plan.title}: {len(plan.jobs)} jobs in {folder}, {jobs} at a time.", flush=True)
+    print(f"{len(plan.jobs)} jobs in {folder}, {jobs} at a time.", flush=True)
     return runner.run_jobs(folder, plan, jobs, retry_failed, lambda text: print(text, flush=True))
 
 

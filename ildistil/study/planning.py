@@ -1,186 +1,23 @@
-"""The plan of a study: which commands run with which configuration, and what each waits for; checked as a whole."""
+"""Make the plan of a study: which commands run with which configuration, what each waits for; checked as a whole."""
 
 import copy
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from ildistil.errors import ConfigError, IldistilError
-from ildistil.study.grid import Choice, Config, Grid, file_name, place, read_axes, unknown_keys
+from ildistil.study.grid import Choice, Config, file_name, place
+from ildistil.study.jobs import Command, Facts, Job, Plan, Resolver
+from ildistil.study.specification import Study
 
-__all__ = ["Facts", "Job", "Plan", "Resolver", "Study", "make_plan"]
+__all__ = ["free_bytes", "make_plan"]
 
-Command = Literal["fit", "finetune", "precompute"]
-_KEYS = ["study", "title", "base", "axes", "runs", "exclude", "metric", "teacher", "targets", "finetune", "export"]
 _SEED = "seed_everything"
 _Where = str | Mapping[str, str]  # a place in words, or a run's factors
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of a configuration once its models and data were looked at.
-
-    Args:
-        set: name of the first validation set, above what is measured on it.
-        metrics: what is measured there.
-        primary: which of these chooses the best student; ``None`` where nothing does.
-        mode: whether that is to fall or to rise.
-    """
-
-    set: str
-    metrics: Sequence[str]
-    primary: str | None
-    mode: Literal["min", "max"]
-
-
-class Resolver(Protocol):
-    """Reads configurations as the commands do, and checks them."""
-
-    def configuration(self, command: Command, parts: Sequence[Config]) -> Config:
-        """Return the whole configuration that partial ones make, the later winning.
-
-        Raises:
-            IldistilError: something in it is wrong.
-        """
-
-    def facts(self, command: Command, config: Config, later: Mapping[str, Config]) -> Facts:
-        """Look at models, objectives and data of a configuration.
-
-        Args:
-            command: the command that reads it.
-            config: all of it.
-            later: models that are still to be made, each with the configuration that makes it.
-
-        Raises:
-            IldistilError: they don't exist, or don't go together.
-        """
-
-    def target_bytes(self, config: Config, later: Mapping[str, Config]) -> int:
-        """Return how many bytes a configuration of ``precompute`` is still to write.
-
-        Raises:
-            IldistilError: its models or data don't exist, or something can't be stored.
-        """
-
-
-@dataclass(frozen=True)
-class Job:
-    """One command of a study, and the folder that it works in.
-
-    Args:
-        name: the folder within that of the study: runs/NAME, teachers/NAME, students/NAME or targets/NAME.
-        command: what is run.
-        factors: what differs between jobs of its kind.
-        needs: names of jobs that it starts from.
-        set: name of the validation set whose measures count.
-        metric: which of these is the best student's; ``None`` for the last.
-        mode: whether that is to fall or to rise.
-        group: what it shares with runs of which only the best counts, as a fine-tuning over some learning rates.
-        export: whether its student is exported.
-    """
-
-    name: str
-    command: Command
-    factors: dict[str, str] = field(default_factory=dict)
-    needs: list[str] = field(default_factory=list)
-    set: str = "val"
-    metric: str | None = None
-    mode: Literal["min", "max"] = "max"
-    group: str | None = None
-    export: bool = False
-
-
-@dataclass
-class Plan:
-    """All jobs of a study, those that others need first, with their configurations by name."""
-
-    title: str
-    jobs: list[Job] = field(default_factory=list)
-    configs: dict[str, Config] = field(default_factory=dict)
-
-    def add(self, job: Job, config: Config) -> None:
-        """Add a job, unless it is there."""
-        if job.name not in self.configs:
-            self.jobs.append(job)
-            self.configs[job.name] = config
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the plan without the configurations, as it is kept."""
-        return {"title": self.title, "jobs": [asdict(job) for job in self.jobs]}
-
-
-@dataclass(frozen=True)
-class Study:
-    """What a study's YAML file says.
-
-    Args:
-        folder: where everything is written.
-        title: for people.
-        base: the configuration that all runs share.
-        grid: the axes.
-        choices: a level of each axis for each run.
-        metric: what the best student is chosen and shown by; by default the task's own.
-        teacher: configuration of the fine-tuning that makes each task's teacher; ``None`` where there are some.
-        targets: options of stored targets; ``None`` without.
-        finetune: the fine-tunings that follow each distillation; ``None`` where distilled students are measured.
-        best_over: axes of a fine-tuning over which only the best counts.
-        export: whether the students of runs are exported.
-    """
-
-    folder: str
-    title: str
-    base: Config
-    grid: Grid
-    choices: Sequence[Choice]
-    metric: str | None = None
-    teacher: Config | None = None
-    targets: Config | None = None
-    finetune: "Study | None" = None
-    best_over: Sequence[str] = ()
-    export: bool = False
-
-    @classmethod
-    def read(cls, given: Mapping[str, Any], problems: list[str], inside: str = "") -> "Study":
-        """Read a study.
-
-        Args:
-            given: what the file holds, with the files that it names in their places.
-            problems: what is wrong is added here.
-            inside: the place of a study within another.
-        """
-        keys = ["base", "axes", "runs", "exclude", "metric", "best_over"] if inside else _KEYS
-        problems += unknown_keys(given, keys, inside)
-        folder = given.get("study", "")
-        if not inside and (not isinstance(folder, str) or not folder):
-            problems.append("study: name the folder of the study, such as studies/sst2.")
-        grid = read_axes(given.get("axes", {}), f"{inside}axes", problems)
-        lists = {key: given.get(key) or [] for key in ("runs", "exclude", "best_over")}
-        for key, value in lists.items():
-            if not isinstance(value, list):
-                problems.append(f"{inside}{key} is {value!r}. Give a list.")
-                lists[key] = []
-        found: list[str] = []
-        choices = list(grid.choices(lists["runs"], lists["exclude"], found))
-        problems += [f"{inside}{each}" for each in found]
-        if lost := [axis for axis in lists["best_over"] if axis not in grid.axes]:
-            problems.append(f"{inside}best_over: there is no axis {lost[0]!r}.")
-        maps = {key: _mapping(given, key, problems, inside) for key in ("base", "teacher", "finetune")}
-        targets = given.get("targets") or None
-        further = maps["finetune"] or None
-        study = cls(
-            str(folder), str(given.get("title") or folder), maps["base"], grid, choices, given.get("metric"),
-            maps["teacher"].get("finetune"), {} if targets is True else targets,
-            None if further is None else cls.read(further, problems, "finetune."),
-            lists["best_over"], bool(given.get("export", False)),
-        )  # fmt: skip
-        problems += [f"teacher.{key}: unknown. There is: finetune." for key in maps["teacher"] if key != "finetune"]
-        _check_presets(study, problems)
-        return study
 
 
 def make_plan(study: Study, resolve: Resolver, problems: Sequence[str] = ()) -> Plan:
@@ -296,10 +133,11 @@ class _Planner:
         self.later[path] = config
         names = []
         for own in study.choices:
-            parts = [study.base, *study.grid.parts(own), place("model.path", path)]
+            parts = [study.base, *study.grid.parts(own), place("model.path", "student")]
             found = self._configuration("finetune", parts, {f"finetune.{axis}": level for axis, level in own.items()})
             factors = _joined(choice, own)
             if found is not None:
+                found = found | {"model": found["model"] | {"path": path}}
                 group = "_".join(f"{k}={v}" for k, v in factors.items() if k.removeprefix("finetune.") not in
                                  study.best_over) if study.best_over else None  # fmt: skip
                 names.append((own, self._add("runs", "finetune", factors, found, [student], study.metric, group)))
@@ -312,7 +150,7 @@ class _Planner:
         """Add a job, and look at what it works on; return its name."""
         name = _name(kind, factors, config)
         where: _Where = factors if kind == "runs" else f"{kind} of {_told(factors)}"
-        looked = _hash([command, {key: value for key, value in config.items() if key != _SEED}])
+        looked = _hash([command, self._without_seed(config)])
         if looked not in self.known:
             self.known[looked] = None
             self._try(lambda: self.known.__setitem__(looked, self.resolve.facts(command, config, self.later)), where)
@@ -325,6 +163,13 @@ class _Planner:
             export = export or kind == "students" or (kind == "runs" and self.study.export)
             self.made.add(Job(name, command, dict(factors), needs, facts.set, chosen, mode, group, export), config)
         return name
+
+    def _without_seed(self, config: Config) -> Config:
+        """Return what decides whether a configuration is right: not the seed, nor which student is fine-tuned."""
+        found = {key: value for key, value in config.items() if key != _SEED}
+        if config["model"].get("path") in self.later:
+            found["model"] = config["model"] | {"path": None}
+        return found
 
     def _configuration(self, command: Command, parts: Sequence[Config], where: _Where) -> Config | None:
         """Return the whole configuration of parts; seeds change nothing else, so that they share one reading."""
@@ -413,25 +258,3 @@ def free_bytes(folder: Path) -> int:
 
 def _is_number(text: str) -> bool:
     return text.replace(".", "", 1).replace("e-", "", 1).isdigit()
-
-
-def _mapping(given: Mapping[str, Any], key: str, problems: list[str], inside: str) -> Config:
-    value = given.get(key) or {}
-    if not isinstance(value, Mapping):
-        problems.append(f"{inside}{key} is {value!r}. Give a configuration: 'model:', 'data:' and so on, or its file.")
-        return {}
-    return dict(value)
-
-
-def _check_presets(study: Study, problems: list[str]) -> None:
-    """Refuse presets that something else replaces without a word."""
-    with_preset = [axis for axis, levels in study.grid.axes.items() if any("preset" in v for v in levels.values())]
-    if "preset" in study.base:
-        with_preset.insert(0, "base")
-    if len(with_preset) > 1:
-        problems.append(f"Presets are named in {' and '.join(with_preset)}. A run has one: name them in one place.")
-    if with_preset and "objectives" in study.base:
-        problems.append(
-            f"base has objectives, which replace those of the presets in {with_preset[0]}. Put them into a level of "
-            "their own."
-        )

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ildistil.study import runs
-from ildistil.study.planning import Job
+from ildistil.study.jobs import Job
 from ildistil.tables import table
 
 __all__ = ["describe", "line"]
 
 
-def line(folder: Path, jobs: Sequence[Job], done: set[str], failed: set[str], seconds: float | None) -> str:
+def line(
+    folder: Path, jobs: Sequence[Job], done: set[str], failed: set[str], running: int, seconds: float | None
+) -> str:
     """Return how much is done, what is left, and the best so far.
 
     Args:
@@ -19,12 +21,15 @@ def line(folder: Path, jobs: Sequence[Job], done: set[str], failed: set[str], se
         jobs: all of them.
         done: names of those that are finished.
         failed: names of those that failed.
+        running: how many run here.
         seconds: that a job took of the study's time; ``None`` while that isn't known.
     """
     left = len(jobs) - len(done) - len(failed)
     parts = [f"{len(done)} of {len(jobs)} done"]
     if failed:
         parts.append(f"{len(failed)} failed")
+    if running:
+        parts.append(f"{running} running")
     if left and seconds is not None:
         parts.append(f"about {_duration(left * seconds)} left")
     own = [job for job in jobs if job.name in done and job.name.startswith("runs/")]

@@ -15,7 +15,7 @@ import yaml
 from ildistil import storage
 from ildistil.errors import Stopped
 from ildistil.study import runs
-from ildistil.study.planning import Job, Plan
+from ildistil.study.jobs import Job, Plan
 from ildistil.study.progress import line
 from ildistil.study.worker import TAKEN, claim, fork, work
 
@@ -130,7 +130,8 @@ class _Runner:
             storage.write_text(path, yaml.safe_dump(self.plan.configs[job.name], sort_keys=False))
         slot = next(n for n in range(self.at_once) if n not in {child.slot for child in self.children.values()})
         gpus = self.gpus[slot :: self.at_once] or self.gpus[slot % len(self.gpus) :][:1] if self.gpus else []
-        child = fork(lambda: work(self.folder, job, self.threads, gpus))
+        parent = os.getpid()
+        child = fork(lambda: work(self.folder, job, self.threads, gpus, parent))
         self.children[child] = _Child(job, slot)
 
     def _reap(self) -> None:
@@ -153,7 +154,10 @@ class _Runner:
 
     def _finished(self, job: Job, how: str) -> None:
         self.done.add(job.name)
-        self.say(f"{job.name} finished {how}. {line(self.folder, self.jobs, self.done, self.failed, self._rate())}")
+        self.say(f"{job.name} finished {how}. {self._progress()}")
+
+    def _progress(self) -> str:
+        return line(self.folder, self.jobs, self.done, self.failed, len(self.children), self._rate())
 
     def _failed(self, job: Job) -> None:
         self.failed.add(job.name)

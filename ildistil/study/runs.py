@@ -25,7 +25,7 @@ from typing import Any, Literal, cast, get_args
 
 from ildistil import storage
 from ildistil.errors import DataError, MissingFileError, writing
-from ildistil.study.planning import Job
+from ildistil.study.jobs import Job
 
 __all__ = ["Run", "State", "read_csv", "read_runs", "write_csv"]
 

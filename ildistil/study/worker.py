@@ -17,15 +17,13 @@ from typing import Any
 
 from ildistil import storage
 from ildistil.study import runs
-from ildistil.study.planning import Job
+from ildistil.study.jobs import Job
 
 __all__ = ["TAKEN", "claim", "work"]
 
 #: Exit code of a process whose job another one works on, or has finished.
 TAKEN = 75
 _CLAIM, _BEAT, _SIGNALS = ".claim", 10.0, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-
-Main = Callable[[Sequence[str]], object]
 
 
 def claim(folder: Path) -> int | None:
@@ -36,7 +34,7 @@ def claim(folder: Path) -> int | None:
     return storage.hold(folder / _CLAIM)
 
 
-def work(study: Path, job: Job, threads: int, gpus: Sequence[str]) -> int:
+def work(study: Path, job: Job, threads: int, gpus: Sequence[str], parent: int) -> int:
     """Do a job, unless another process does or did; return this process's exit code.
 
     Args:
@@ -44,18 +42,22 @@ def work(study: Path, job: Job, threads: int, gpus: Sequence[str]) -> int:
         job: what is to be done.
         threads: for its computations, unless it began with another number: sums depend on it.
         gpus: those that it may use; none of them changes nothing.
+        parent: the process that waits for this one, which saves and ends if that one is gone.
     """
     folder = study / job.name
     handle = claim(folder)
     status = runs.read_status(folder)
     if handle is None or status.get("state") == "finished":
         return TAKEN
-    kept = _Status(folder, threads=status.get("threads", threads), cost=status.get("cost", {}))
+    kept = _Status(folder, parent, threads=status.get("threads", threads), cost=status.get("cost", {}))
+
+    def everything() -> None:
+        _commands(study, job)
+        kept.said |= _outcome(folder, job)
+
     _share(kept.said["threads"], gpus)
     with _logged(folder / runs.LOG), kept:
-        code = _ended(lambda: _commands(study, job))
-        if code == 0:
-            kept.said |= _outcome(folder, job)
+        code = _ended(everything)
     stopped = code - 128 in _SIGNALS
     kept.write("finished" if code == 0 else "waiting" if stopped else "failed",
                reason=None if code == 0 or stopped else last_lines(folder / runs.LOG))  # fmt: skip
@@ -74,17 +76,21 @@ def last_lines(log: Path, count: int = 12) -> str:
 
 def _commands(study: Path, job: Job) -> None:
     """Run what a job consists of; each part goes on from where it was, or is done already."""
-    main: Main = import_module("ildistil.cli").main  # the command itself, which this room stands below
     folder, config = study / job.name, f"--config={study / 'configs' / job.name}.yaml"
     if job.command == "precompute":
-        main(["precompute", config])
+        _command("precompute", config)
         return
-    main([job.command, f"--run={folder}", "--resume", config])
+    _command(job.command, f"--run={folder}", "--resume", config)
     if job.name.startswith("runs/"):
         quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
-        main(["predict", f"--run={folder}", "--validation=true", f"--trainer.default_root_dir={folder}", *quiet])
+        _command("predict", f"--run={folder}", "--validation=true", f"--trainer.default_root_dir={folder}", *quiet)
     if job.export:
-        main(["export", str(best_checkpoint(folder)), str(folder / "student"), "--overwrite=true"])
+        _command("export", str(best_checkpoint(folder)), str(folder / "student"), "--overwrite=true")
+
+
+def _command(*words: str) -> None:
+    sys.argv[1:] = words  # what Lightning starts further processes by
+    import_module("ildistil.cli").main(words)  # the command line itself, which this room stands below
 
 
 def best_checkpoint(folder: Path) -> Path:
@@ -153,12 +159,12 @@ def _share(threads: int, gpus: Sequence[str]) -> None:
 class _Status:
     """Writes what a process does, now and then, as long as it does."""
 
-    def __init__(self, folder: Path, *, threads: int, cost: Mapping[str, float]) -> None:
+    def __init__(self, folder: Path, parent: int, *, threads: int, cost: Mapping[str, float]) -> None:
         self.path = folder / runs.STATUS
         self.before = dict(cost)
         self.began = time.time()
         self.said: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "threads": threads}
-        self._parent, self._over, self._lock = os.getppid(), threading.Event(), threading.Lock()
+        self._parent, self._over = parent, threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> None:

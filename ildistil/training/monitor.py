@@ -59,7 +59,7 @@ class Throughput(Callback):
 
 
 class Validations(Callback):
-    """Keeps what each validation measured in the run's checkpoints, whatever the loggers do."""
+    """Keeps what each validation of a Distiller measured in the run's checkpoints, whatever the loggers do."""
 
     def __init__(self) -> None:
         self.measured: list[dict[str, float]] = []
@@ -68,7 +68,9 @@ class Validations(Callback):
         """Keep what was measured."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        found = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("train/")}
+        module: Any = pl_module
+        sets = tuple(f"{name}/" for name in module.metrics)
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(sets)}
         earlier = [each for each in self.measured if each["step"] < trainer.global_step]  # one may come again
         self.measured = [*earlier, {"step": trainer.global_step, **found}]
 

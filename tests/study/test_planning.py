@@ -9,7 +9,9 @@ import pytest
 
 from ildistil.errors import ConfigError, ModelError
 from ildistil.study import planning
-from ildistil.study.planning import Facts, Plan, Study, make_plan
+from ildistil.study.jobs import Facts, Plan
+from ildistil.study.planning import make_plan
+from ildistil.study.specification import Study
 
 TEACHER = {"class_path": "pretrained", "init_args": {"path": "./teacher"}}
 BASE: dict[str, Any] = {

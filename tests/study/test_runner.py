@@ -11,7 +11,7 @@ import pytest
 
 from ildistil.errors import Stopped
 from ildistil.study import runs, worker
-from ildistil.study.planning import Job, Plan
+from ildistil.study.jobs import Job, Plan
 from ildistil.study.progress import describe
 from ildistil.study.runner import keep_plan, run_jobs
 from ildistil.study.worker import fork

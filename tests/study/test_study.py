@@ -93,6 +93,11 @@ def test_kills_change_nothing_of_what_a_study_finds(capsys: pytest.CaptureFixtur
         assert end(child) == -signal.SIGKILL
     children = [start("killed.yaml"), start("killed.yaml")]
     assert [end(child) for child in children] == [0, 0], Path("log").read_text()
+    (first, *_) = Path("killed").glob("runs/*")
+    (first / "status.json").write_text('{"state": "running"}')  # killed after its training
+    for name in ("metrics.jsonl", "predictions.tsv"):
+        (first / name).unlink()
+    assert end(start("killed.yaml")) == 0
     assert [run.state for run, _ in outcome("left")] == ["finished"] * 2
     assert [len(run.curve) for run, _ in outcome("left")] == [3] * 2
     assert outcome("killed") == outcome("left")
