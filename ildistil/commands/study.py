@@ -53,6 +53,7 @@ def run_study(file: Path, jobs: int, retry_failed: bool = False) -> bool:
     problems: list[str] = []
     study = Study.read(read_files(file), problems)
     print(f"{study.title}: {len(study.choices)} configurations are checked ...", flush=True)
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # a look at the GPUs must not open one before the forks
     for name in _COMMANDS:
         import_module(f"ildistil.commands.{name}")
     plan = _plan_elsewhere(study, problems)

@@ -51,6 +51,9 @@ def describe(folder: Path) -> str:
     head = f"{plan['title']}: {len(found)} in all, " + ", ".join(
         f"{count[state]} {state}" for state in ("finished", "running", "failed", "waiting") if count[state]
     )
+    took = [run.cost["seconds"] for _, run in found if run.state == "finished" and "seconds" in run.cost]
+    if took and (left := count["running"] + count["waiting"]):
+        head += f"; about {_duration(left * sum(took) / len(took) / max(1, count['running']))} left"
     rows = [_row(job, run) for job, run in found]
     text = f"{head}\n\n{table(('name', 'state', 'metric', 'value', 'time', 'tokens/s', 'memory'), rows)}"
     for job, run in found:
