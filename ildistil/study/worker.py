@@ -135,16 +135,15 @@ def _cost(folder: Path, steps: int) -> dict[str, float]:
     return found
 
 
-def _ended(function: Callable[[], None]) -> int:
+def _ended(function: Callable[[], int | None]) -> int:
     """Call a function; return the exit code that a process with it would have."""
     try:
-        function()
+        return function() or 0
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
     except BaseException:
         traceback.print_exc()
         return 1
-    return 0
 
 
 def _share(threads: int, gpus: Sequence[str]) -> None:
@@ -228,9 +227,7 @@ def fork(function: Callable[[], int]) -> int:
         for each in _SIGNALS:
             signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
-        code = function()
-    except BaseException:
-        traceback.print_exc()
+        code = _ended(function)
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
