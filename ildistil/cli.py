@@ -19,6 +19,7 @@ COMMANDS = {
     "quickstart": ("quickstart", "the whole story in three minutes, without any download"),
     "finetune": ("finetune", "fine-tune a pretrained model on a task: the teacher"),
     "fit": ("fit", "distil a student from a teacher"),
+    "study": ("study", "run many distillations, and compare them"),
     "precompute": ("precompute", "store what a teacher says of the training set, for many runs without it"),
     "validate": ("evaluate", "measure a student on the validation set"),
     "test": ("evaluate", "measure a student on the test set"),

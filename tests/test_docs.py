@@ -24,6 +24,8 @@ from transformers import AutoModel
 import ildistil.data
 import tiny
 from ildistil import cli, init_student, mappings, objectives, presets
+from ildistil.commands.study import read_files
+from ildistil.study.specification import Study
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -106,8 +108,13 @@ def run(command: str) -> None:
 
 
 def parse(text: str) -> None:
-    """Parse a run's configuration; parts of one are completed by BASE."""
+    """Parse a run's configuration; parts of one are completed by BASE. Of a study, read what it says."""
     Path("block.yaml").write_text(text)
+    if "study" in yaml.safe_load(text):
+        problems: list[str] = []
+        assert Study.read(read_files(Path("block.yaml")), problems).choices
+        assert problems == []
+        return
     if "path" in yaml.safe_load(text).get("model", {}):
         words = ["finetune", "--config", "block.yaml"]
     else:

@@ -12,7 +12,7 @@ from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-define
 from ildistil.commands._classes import allow, dotted
 from ildistil.errors import ConfigError
 
-__all__ = ["ConfigFile", "as_config", "places"]
+__all__ = ["ConfigFile", "as_config", "places", "read"]
 
 _CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _BESIDE_A_CLASS = {"class_path", "init_args", "dict_kwargs"}
@@ -27,7 +27,7 @@ class ConfigFile(ActionConfigFile):
         Raises:
             ConfigError: There is no such file, or it is no YAML, has a key twice, or a value for a part.
         """
-        given = _read(values)
+        given = read(values)
         _forget(given, cfg)
         folders = () if values.startswith("{") else (Path(values).expanduser().absolute().parent,)
         allow(dotted(given), *folders, Path.cwd())
@@ -53,7 +53,7 @@ def _forget(given: Mapping[str, Any], earlier: Any) -> None:
                     earlier[name].pop(key, None)
 
 
-def _read(source: str) -> dict[str, Any]:
+def read(source: str) -> dict[str, Any]:
     """Return what a configuration file, or YAML in its place, holds."""
     path = Path(source).expanduser()
     inline = source.startswith("{")

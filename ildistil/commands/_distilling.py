@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel
 
 from ildistil import presets
@@ -15,7 +17,7 @@ from ildistil.teachers import StoredTeacher
 from ildistil.teachers.layout import Dtype
 from ildistil.training.distiller import Distiller
 
-__all__ = ["DistillingRun", "make_distiller"]
+__all__ = ["DistillingRun", "PreparingRun", "make_distiller"]
 
 
 def make_distiller(
@@ -96,6 +98,30 @@ class DistillingRun(Run):
             if objective.get("init_args.name") not in (None, name):
                 raise ConfigError(f"The objective {name!r} has a name already: leave {objective.init_args.name!r} out.")
         return self.config_init.objectives or {}
+
+
+class PreparingRun(DistillingRun):
+    """A run that prepares everything as a fit does, and trains nothing."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Take only the device from the configuration: nothing is trained, and one process works."""
+        config = self.config_init.trainer
+        one = config.devices[:1] if isinstance(config.devices, list) else 1
+        return L.Trainer(
+            accelerator=config.accelerator, devices=one, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+
+    def prepare(self) -> None:
+        """Prepare and check the data as a fit does."""
+        module, trainer = self.model, self.trainer
+        trainer.strategy.connect(module)
+        trainer.state.fn = TrainerFn.FITTING
+        trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
+        self.datamodule.trainer = module.trainer = trainer
+        self.datamodule.prepare_data()
+        self.datamodule.setup("fit")
+        module.setup("fit")
 
 
 def _with_preset(arguments: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
@@ -21,7 +22,7 @@ from ildistil.commands._parser import with_flags
 from ildistil.errors import ConfigError, writing
 from ildistil.training import checkpoint_files
 
-__all__ = ["KeepConfig", "RunFolder", "keep_metrics"]
+__all__ = ["KeepConfig", "RunFolder", "keep_metrics", "saved_config", "whole_config"]
 
 # How processes that Lightning starts learn the folder that the first of them claimed.
 _VARIABLE = "ILDISTIL_RUN_FOLDER"
@@ -179,17 +180,31 @@ class KeepConfig(SaveConfigCallback):
         if self.already_saved or not trainer.is_global_zero or folder is None:
             return
         self.already_saved = True
-        config = self.config.clone()
-        for name in ("config", "ckpt_path"):
-            config.pop(name, None)
-        if config.trainer.logger == self.parser.get_defaults().trainer.logger:
-            config.trainer.pop("logger")  # it is another command's, or another run's, when the file is read
-        text = self.parser.dump(config, skip_none=False, skip_validation=True)
+        text = whole_config(self.parser, self.config)
         path = Path(folder) / _CONFIG
         if path.is_file() and path.read_text(encoding="utf-8") != text:
             earlier = (Path(folder) / f"config-{number}.yaml" for number in itertools.count(1))
             os.replace(path, next(name for name in earlier if not name.exists()))
         storage.write_text(path, text)
+
+
+def saved_config(words: Sequence[str]) -> dict[str, Any]:
+    """Return the configuration in the folder that ``--run`` names; empty where there is none."""
+    named, _, _ = _taken(words)
+    if named is None or not (named / _CONFIG).is_file():
+        return {}
+    found = yaml.safe_load((named / _CONFIG).read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else {}
+
+
+def whole_config(parser: Any, config: Any) -> str:
+    """Return all of a configuration as YAML, to be read by any command and for any folder."""
+    config = config.clone()
+    for name in ("config", "ckpt_path"):
+        config.pop(name, None)
+    if config.trainer.logger == parser.get_defaults().trainer.logger:
+        config.trainer.pop("logger")  # it is another command's, or another run's, when the file is read
+    return str(parser.dump(config, skip_none=False, skip_validation=True))
 
 
 def _taken(words: Sequence[str]) -> tuple[Path | None, bool, list[str]]:

@@ -31,7 +31,7 @@ from ildistil.training import checkpoint_files
 from ildistil.training.checkpoint import Saved
 from ildistil.training.distiller import Distiller
 from ildistil.training.evaluation import measures_terms
-from ildistil.training.monitor import Throughput
+from ildistil.training.monitor import Throughput, Validations
 from ildistil.training.progress import ResumeCheckpoint
 
 __all__ = ["Run", "lightning_errors"]
@@ -178,7 +178,8 @@ class Run(LightningCLI):
         for name, objective in self.objectives().items():
             objective.name = name
             callbacks.append(objective)
-        callbacks.append(Throughput())
+        # First, so that it comes before what writes checkpoints.
+        callbacks = [Validations(), *callbacks, Throughput()]
         if config.logger is False:
             self.save_config_callback = None  # it would write to the working folder
         else:

@@ -5,16 +5,38 @@ from collections.abc import Sequence
 from lightning.pytorch.cli import LightningArgumentParser
 
 from ildistil.commands._distilling import DistillingRun
+from ildistil.commands._folder import saved_config
+from ildistil.commands._run import Run
+from ildistil.commands.finetune import make_finetuner
 from ildistil.errors import ConfigError
+from ildistil.objectives import Objective, TaskLoss
 
 __all__ = ["MeasuringRun", "main"]
 
 
 class MeasuringRun(DistillingRun):
-    """A run of a trained student alone."""
+    """A run of a trained student alone, or of a fine-tuned model where its folder is named."""
+
+    def __init__(self, command: str, arguments: Sequence[str], description: str | None) -> None:
+        self._finetuned = "path" in (saved_config(arguments).get("model") or {})
+        if self._finetuned:
+            Run.__init__(self, command, make_finetuner, arguments, description)
+        else:
+            super().__init__(command, arguments, description)
+
+    def add_objectives(self, parser: LightningArgumentParser) -> None:
+        """Add the objectives by name, if there are any."""
+        if not self._finetuned:
+            super().add_objectives(parser)
+
+    def objectives(self) -> dict[str, Objective]:
+        """Return those of the training."""
+        return {"task_loss": TaskLoss()} if self._finetuned else super().objectives()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what allows an untrained one."""
+        if self._finetuned:
+            parser.link_arguments("data", "model.task", apply_on="instantiate")
         parser.add_argument(
             "--untrained", type=bool, default=False, help="Run the student as it starts, before any training."
         )

@@ -13,7 +13,7 @@ from ildistil.students.heads import freeze_body
 from ildistil.students.sources import Head, load
 from ildistil.training.distiller import Distiller
 
-__all__ = ["main", "make_finetuner"]
+__all__ = ["FinetuneRun", "main", "make_finetuner"]
 
 
 def make_finetuner(
@@ -48,7 +48,9 @@ def make_finetuner(
     return Distiller(model, None, tokenizer=tokenizer or path, stages=(), balance=None, **options)
 
 
-class _Finetune(Run):
+class FinetuneRun(Run):
+    """A run of a model by its task's loss alone."""
+
     trains = True
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -74,6 +76,6 @@ def _head(task: Task, head: Head | None) -> Head:
 
 def main(command: str, arguments: Sequence[str]) -> None:
     """Train, and print where the best model is."""
-    run = _Finetune(command, make_finetuner, arguments, __doc__)
+    run = FinetuneRun(command, make_finetuner, arguments, __doc__)
     run.start(run.trainer.fit)
     run.report_best()

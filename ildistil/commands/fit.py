@@ -13,7 +13,7 @@ from ildistil.objectives import Objective
 from ildistil.stages import check_names
 from ildistil.training.distiller import Distiller
 
-__all__ = ["main"]
+__all__ = ["check_models", "main"]
 
 
 class _Fit(DistillingRun):
@@ -26,12 +26,12 @@ def main(command: str, arguments: Sequence[str]) -> None:
     objectives = named_objectives(run.objectives())
     if run.model.stages:
         check_names(run.model.stages, objectives)
-    _check_models(objectives.values(), run.model)
+    check_models(objectives.values(), run.model)
     run.start(run.trainer.fit)
     run.report_best()
 
 
-def _check_models(objectives: Iterable[Objective], module: Distiller) -> None:
+def check_models(objectives: Iterable[Objective], module: Distiller) -> None:
     """Refuse what doesn't fit the models before any data is prepared; on copies, since nothing is to be built yet."""
     student, teacher = ModelInfo.of(module.student), module.teacher
     assert teacher is not None, "make_distiller loads one"

@@ -1,13 +1,11 @@
 """Store what a teacher says of the training set, for many runs without it; takes the configuration of 'fit'."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
-import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.trainer.states import TrainerFn
 
-from ildistil.commands._distilling import DistillingRun
+from ildistil.commands._distilling import PreparingRun
 from ildistil.commands._parser import with_flags
 from ildistil.commands._run import lightning_errors
 from ildistil.data.task import task_of
@@ -17,10 +15,12 @@ from ildistil.errors import ConfigError
 from ildistil.teachers import StoredTeacher, estimate, precompute
 from ildistil.training.targets import rows_to_store
 
-__all__ = ["main"]
+__all__ = ["Precompute", "main"]
 
 
-class _Precompute(DistillingRun):
+class Precompute(PreparingRun):
+    """A run that stores targets."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what 'fit' has not."""
         parser.set_defaults({"model.targets": "targets"})
@@ -37,30 +37,10 @@ class _Precompute(DistillingRun):
         """The teacher, a stored one as there is a folder of targets."""
         return cast(StoredTeacher, self.model.teacher)
 
-    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Take only the device from the configuration: nothing is trained, and one process stores."""
-        config = self.config_init.trainer
-        one = config.devices[:1] if isinstance(config.devices, list) else 1
-        return L.Trainer(
-            accelerator=config.accelerator, devices=one, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
-
-    def prepare(self) -> None:
-        """Prepare and check the data as a fit does."""
-        module, trainer = self.model, self.trainer
-        trainer.strategy.connect(module)
-        trainer.state.fn = TrainerFn.FITTING
-        trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
-        self.datamodule.trainer = module.trainer = trainer
-        self.datamodule.prepare_data()
-        self.datamodule.setup("fit")
-        module.setup("fit")
-
 
 def main(command: str, arguments: Sequence[str]) -> None:
     """Print what is needed, and store what is missing."""
-    run = _Precompute(command, with_flags(arguments, "estimate"), __doc__)
+    run = Precompute(command, with_flags(arguments, "estimate"), __doc__)
     terms, stored, task = named_objectives(run.objectives()), run.stored, task_of(run.datamodule)
     with lightning_errors():
         run.prepare()

@@ -300,11 +300,11 @@ class Distiller(L.LightningModule):
             self.log(f"{name}/{key}", metric, shown, on_step=False, on_epoch=True, add_dataloader_idx=False)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Return row ids, logits and predictions: a class index, a number, or 0 and 1 for each of several labels."""
+        """Return row ids, labels, logits and predictions: a class, a number, or 0 and 1 for each of several labels."""
         logits = self({key: value for key, value in batch.items() if key != "labels"}).logits
         check_predicted(logits)
         prediction = {"logits": logits, "prediction": self.evaluation.predictions(logits)}
-        return {"row_id": batch["row_id"], **prediction} if "row_id" in batch else prediction
+        return {key: batch[key] for key in ("row_id", "labels") if key in batch} | prediction
 
     # Checkpoints
 

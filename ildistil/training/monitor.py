@@ -1,4 +1,4 @@
-"""What a run costs: tokens or examples per second, and peak memory."""
+"""What a run costs, tokens or examples per second and peak memory; and what its validations measured."""
 
 import resource
 import sys
@@ -9,11 +9,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from ildistil.training.evaluation import batch_size
 
-__all__ = ["Throughput", "peak_memory"]
+__all__ = ["Throughput", "Validations", "peak_memory"]
 
 
 class Throughput(Callback):
@@ -55,6 +56,31 @@ class Throughput(Callback):
             rate = float(number) / self._seconds
             pl_module.log(f"train/{unit}_per_second", rate, sync_dist=True, reduce_fx="sum")
         pl_module.log("train/peak_memory_gib", peak_memory(pl_module.device))
+
+
+class Validations(Callback):
+    """Keeps what each validation of a Distiller measured in the run's checkpoints, whatever the loggers do."""
+
+    def __init__(self) -> None:
+        self.measured: list[dict[str, float]] = []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep what was measured."""
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        module: Any = pl_module
+        sets = tuple(f"{name}/" for name in module.metrics)
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(sets)}
+        earlier = [each for each in self.measured if each["step"] < trainer.global_step]  # one may come again
+        self.measured = [*earlier, {"step": trainer.global_step, **found}]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what goes into a checkpoint."""
+        return {"measured": self.measured}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what was measured before."""
+        self.measured = list(state_dict["measured"])
 
 
 def _count(batch: Mapping[str, Any]) -> tuple[str, Tensor | int]:

@@ -1,0 +1,105 @@
+"""How far a study is: in a line while it runs, in a table when it is asked."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from ildistil.study import runs
+from ildistil.study.jobs import Job
+from ildistil.tables import table
+
+__all__ = ["describe", "line"]
+
+
+def line(
+    folder: Path, jobs: Sequence[Job], done: set[str], failed: set[str], running: int, seconds: float | None
+) -> str:
+    """Return how much is done, what is left, and the best so far.
+
+    Args:
+        folder: of the study.
+        jobs: all of them.
+        done: names of those that are finished.
+        failed: names of those that failed.
+        running: how many run here.
+        seconds: that a job took of the study's time; ``None`` while that isn't known.
+    """
+    left = len(jobs) - len(done) - len(failed)
+    parts = [f"{len(done)} of {len(jobs)} done"]
+    if failed:
+        parts.append(f"{len(failed)} failed")
+    if running:
+        parts.append(f"{running} running")
+    if left and seconds is not None:
+        parts.append(f"about {_duration(left * seconds)} left")
+    own = [job for job in jobs if job.name in done and job.name.startswith("runs/")]
+    if best := _best(folder, own):
+        parts.append(best)
+    return "; ".join(parts) + "."
+
+
+def describe(folder: Path) -> str:
+    """Return the state of a study and of each of its runs.
+
+    Args:
+        folder: of the study.
+    """
+    plan = runs.read_plan(folder)
+    jobs = [Job(**each) for each in plan["jobs"]]
+    found = [(job, runs.read_run(folder, job, with_curve=False)) for job in jobs]
+    count = Counter(run.state for _, run in found)
+    head = f"{plan['title']}: {len(found)} in all, " + ", ".join(
+        f"{count[state]} {state}" for state in ("finished", "running", "failed", "waiting") if count[state]
+    )
+    took = [run.cost["seconds"] for _, run in found if run.state == "finished" and "seconds" in run.cost]
+    if took and (left := count["running"] + count["waiting"]):
+        head += f"; about {_duration(left * sum(took) / len(took) / max(1, count['running']))} left"
+    rows = [_row(job, run) for job, run in found]
+    text = f"{head}\n\n{table(('name', 'state', 'metric', 'value', 'time', 'tokens/s', 'memory'), rows)}"
+    for job, run in found:
+        if run.reason:
+            text += f"\n\n{job.name}: {run.reason}\nLog: {folder / job.name / runs.LOG}"
+    finished = [job for job, run in found if run.state == "finished" and job.name.startswith("runs/")]
+    return text + (f"\n\n{best[0].upper()}{best[1:]}." if (best := _best(folder, finished)) else "")
+
+
+def _row(job: Job, run: runs.Run) -> tuple[str, ...]:
+    cost, value = run.cost, run.metrics.get(job.metric or "")
+    memory, speed = cost.get("peak_memory_bytes"), cost.get("tokens_per_second")
+    return (
+        job.name,
+        run.state,
+        job.metric or "",
+        "" if value is None else f"{value:.4f}",
+        _duration(cost["seconds"]) if "seconds" in cost else "",
+        "" if speed is None else f"{speed:,.0f}",
+        "" if memory is None else f"{memory / 2**30:.2f} GiB",
+    )
+
+
+def _best(folder: Path, jobs: Sequence[Job]) -> str:
+    """Return the best run of each task in words; tasks aren't compared."""
+    best: dict[str, tuple[float, Job]] = {}
+    for job in jobs:
+        value = runs.read_status(folder / job.name).get("metrics", {}).get(job.metric or "")
+        if value is not None:
+            task, signed = job.factors.get("task", ""), value if job.mode == "max" else -value
+            if task not in best or signed > best[task][0]:
+                best[task] = signed, job
+    told = [
+        f"{f'{task} ' if task else ''}{job.metric} {value if job.mode == 'max' else -value:.4f} "
+        f"({job.name.removeprefix('runs/')})"
+        for task, (value, job) in best.items()
+    ]
+    return f"best so far: {', '.join(told)}" if told else ""
+
+
+def _duration(seconds: float) -> str:
+    """Return a time in words.
+
+    >>> _duration(59), _duration(600), _duration(9000)
+    ('59 s', '10 min', '2.5 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
