@@ -9,6 +9,8 @@ from ildistil.errors import ConfigError
 
 __all__ = ["Place", "Stage", "Step", "Timeline", "check_names"]
 
+# A progress at which weights that fall to 0 at the end haven't yet.
+_JUST_BEFORE_THE_END = 1 - 2.0**-20
 # Of epochs: what is more is no number of epochs.
 _LONGEST = 10**9
 
@@ -83,7 +85,8 @@ class Timeline:
     def __init__(self, stages: Sequence[Stage], steps: float) -> None:
         self.stages, self.steps = stages, steps
         epochs = sum(stage.epochs for stage in stages)
-        self._lengths: list[float] = [int(steps) * stage.epochs // epochs for stage in stages] or [steps]
+        several = len(stages) > 1
+        self._lengths: list[float] = [int(steps) * s.epochs // epochs for s in stages] if several else [steps]
 
     def place(self, step: int) -> Place:
         """Return where a step is."""
@@ -97,6 +100,13 @@ class Timeline:
         """Return an optimiser step, with its progress and the names of the active terms."""
         place = self.place(number)
         return Step(number, place.progress, self.stages[place.stage].objectives if self.stages else None)
+
+    def yardstick(self, number: int) -> Step:
+        """Return the step by which sets are measured in the stage of a step: just before that stage's end.
+
+        Its weights are the same throughout the stage, so that what is measured is comparable.
+        """
+        return Step(0, _JUST_BEFORE_THE_END, self.step(number).only)
 
     def starts_anew(self, step: int) -> bool:
         """Return whether a stage other than the first starts with a step."""

@@ -73,6 +73,20 @@ def measured(name: str, shared: bool) -> dict[str, float]:
     return {key: float(value) for key, value in run.callback_metrics.items()}
 
 
+def measured_terms(shared: bool) -> dict[str, float]:
+    """The terms of five rows without labels: on one process, or on two with three rows and two."""
+    options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False} if shared else {}
+    terms = [objectives.HiddenMSE(), objectives.AttentionKL(weight=2.0), objectives.LogitsKL()]
+    run, found = trainer(*terms, **options), rows((9, 2, 7, 4, 8))
+    for row in found:
+        del row["labels"]
+    if shared:
+        found = found[:3] if run.global_rank == 0 else found[3:]
+    module = Distiller(tiny.bert(2, seed=1), tiny.bert(4, seed=2))
+    run.validate(module, DataLoader(found, 2), verbose=False)  # type: ignore[arg-type]
+    return {key: float(value) for key, value in run.callback_metrics.items()}
+
+
 def balanced(by: Any, shared: bool) -> dict[str, float]:
     """Sizes after one step: on one process of four rows, or on two of three rows and one."""
     student, teacher = tiny.bert(2, seed=1).double(), tiny.bert(4, seed=2).double()
@@ -116,6 +130,7 @@ def main(folder: str) -> None:
     found: dict[str, Any] = {name: measured(name, shared=True) for name in SETS}
     found |= {by: balanced(by, shared=True) for by in ("magnitude", "gradient")}
     found |= {f"skipped {accumulated}": skipped(accumulated) for accumulated in (1, 2)}
+    found["terms"] = measured_terms(shared=True)
     rank = torch.distributed.get_rank()
     found["stopped"] = stopped()
     torch.save(found, Path(folder) / f"rank{rank}.pt")

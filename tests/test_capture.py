@@ -581,7 +581,7 @@ def test_a_model_that_masks_otherwise_is_refused_in_the_dry_run() -> None:
 
 def test_missing_logits_and_loss_name_the_remedy() -> None:
     base = tiny.bert(2).bert
-    with pytest.raises(CaptureError, match="has no 'logits'. Use a model with a head"):
+    with pytest.raises(ObjectiveError, match="the student makes none.*has no 'logits'. Use a model with a head"):
         Distillation(base, tiny.bert(4), [objectives.LogitsMSE()])(tiny.batch())
     unlabelled = {k: v for k, v in tiny.batch().items() if k != "labels"}
     with pytest.raises(CaptureError, match="Give the batch 'labels'"):

@@ -3,7 +3,8 @@
 Every python block is executed, every ``ildistil`` command is executed (or parsed, where it needs the hub, minutes or a
 second process), every yaml block is parsed by the command line. A block whose first line is ``# name.py`` or
 ``# name.yaml`` is saved under this name first. The folder they run in holds a small random teacher, ``teacher/``, a
-pretrained model, ``base/``, SST-2 in miniature, ``glue/``, and a data set of one's own, ``reviews/``.
+pretrained model, ``base/``, SST-2 in miniature, ``glue/``, a data set of one's own, ``reviews/``, and a folder of text,
+``texts/``.
 """
 
 import inspect
@@ -70,6 +71,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         labelled = (row.replace("\t0", "\tbad").replace("\t1", "\tgood") for row in rows)
         Path(f"reviews/{split}.tsv").write_text("\n".join(["review\tsentiment", *labelled]) + "\n")
     Path("reviews/test.tsv").write_text("review\nthe film is good\nthe plot was poor\n")
+    Path("texts").mkdir()
+    Path("texts/all.txt").write_text(
+        "\n\n".join(" ".join(tiny.WORDS[i % 5 :] * 8) for i in range(60)), encoding="utf-8"
+    )
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     Path("run.yaml").write_text(BASE)
     return tmp_path

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import tiny
-from ddp_numbers import SETS, Rows, balanced, measured, rows, without_labels
+from ddp_numbers import SETS, Rows, balanced, measured, measured_terms, rows, without_labels
 from ildistil import Distiller, objectives
 from ildistil.errors import DataError, NotFiniteError
 from test_distiller import loader, trainer
@@ -54,6 +54,13 @@ def test_the_loss_is_the_mean_over_all_rows_or_tokens(name: str, ranks: list[dic
         assert rank[name].keys() == one.keys()
         for key, value in rank[name].items():
             assert value == pytest.approx(one[key], rel=1e-5), key
+
+
+def test_terms_are_means_over_the_rows_of_all_processes(ranks: list[dict[str, Any]]) -> None:
+    one = measured_terms(shared=False)
+    assert one.keys() == {"val/loss", "val/hidden_mse", "val/attention_kl", "val/logits_kl"}
+    for rank in ranks:
+        assert rank["terms"] == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.parametrize("by", ["magnitude", "gradient"])

@@ -224,6 +224,11 @@ def test_tied_embeddings_stay_tied() -> None:
     assert torch.equal(student.bert.embeddings.word_embeddings.weight, teacher.bert.embeddings.word_embeddings.weight)
 
 
+def test_the_body_of_a_language_model_has_no_pooler() -> None:
+    body = tf.BertForMaskedLM(tf.BertConfig(hidden_size=8, num_attention_heads=2, vocab_size=11)).bert
+    assert not any("pooler" in name for name in init_student(body, layers=[1, 2]).state_dict())
+
+
 def test_shared_and_alternating_layers() -> None:
     small = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 50}
     albert = tf.AlbertForSequenceClassification(tf.AlbertConfig(**small, num_hidden_layers=4, embedding_size=16))

@@ -12,7 +12,7 @@ import ildistil
 ROOT = Path(ildistil.__file__).parent
 # From the ground up, as docs/architecture.md draws them.
 ROOMS = [
-    "errors", "storage", "distributed", "schedules", "stages", "mappings", "tables", "metrics", "functional",
+    "errors", "storage", "shards", "distributed", "schedules", "stages", "mappings", "tables", "metrics", "functional",
     "attention", "kernels", "capture", "students", "objectives", "presets", "data", "teachers", "engine", "training",
     "study", "commands", "cli",
 ]  # fmt: skip

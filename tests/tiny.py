@@ -69,7 +69,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer of the vocabulary's size."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     filler = [f"w{i}" for i in range(VOCABULARY - len(special) - len(WORDS))]
-    words = {word: i for i, word in enumerate([*special, *WORDS, *filler])}
+    words = {word: i for i, word in enumerate([*special, *WORDS, *filler[:-1], "[MASK]"])}
     core = Tokenizer(WordLevel(words, unk_token="[UNK]"))
     core.pre_tokenizer = Whitespace()
     core.post_processor = TemplateProcessing(
@@ -77,7 +77,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
-        model_max_length=128,
+        mask_token="[MASK]", model_max_length=128,
     )  # fmt: skip
 
 

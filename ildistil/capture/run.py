@@ -1,7 +1,7 @@
 """The runs of one model."""
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -137,12 +137,9 @@ class Capture:
         self._recorder.start(wanted, masks, verify, stops)
         try:
             # A checkpointed layer that is left halfway must be recomputed whole: torch doesn't know where it ended.
-            with recording(self._recorder), set_checkpoint_early_stop(False) if stops else nullcontext():
+            early = set_checkpoint_early_stop(False) if stops else nullcontext()
+            with recording(self._recorder), early, model_errors(self._name, inputs):
                 output = run(inputs)
-        except (IldistilError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever a model raises: it is not ours, and the batch may be made up
-            raise self._failed(inputs, error) from error
         finally:
             records = self._recorder.stop()
         return output, records
@@ -187,10 +184,6 @@ class Capture:
             return self.model(**inputs)
         except StopForward:
             return None
-
-    def _failed(self, inputs: Mapping[str, Any], error: Exception) -> ModelRunError:
-        shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in inputs.items()}
-        return ModelRunError(f"The {self._name} failed on a batch of {shapes}: {type(error).__name__}: {error}")
 
     def _may_stop(self, wanted: frozenset[Tap], batch: Mapping[str, Any]) -> bool:
         """Return whether everything wanted is recorded on the way, and nothing needs the model's end."""
@@ -283,6 +276,18 @@ class Capture:
         return replace(
             named["decoder"], hidden=Layers({}, 0, "hidden"), attention=Layers({}, 0, "attention"), stacks=named
         )
+
+
+@contextmanager
+def model_errors(name: str, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Raise as a `ModelRunError` whatever a model raises of itself: it is not ours, and the batch may be made up."""
+    try:
+        yield
+    except (IldistilError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        shapes = {k: tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for k, v in inputs.items()}
+        raise ModelRunError(f"The {name} failed on a batch of {shapes}: {type(error).__name__}: {error}") from error
 
 
 def _is_compiled(model: nn.Module) -> bool:

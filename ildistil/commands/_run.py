@@ -26,9 +26,11 @@ from ildistil.commands._parser import Parser, own_errors
 from ildistil.data.task import task_of
 from ildistil.errors import ConfigError, IldistilError, Stopped
 from ildistil.objectives import Objective
+from ildistil.students.heads import head_parameters
 from ildistil.training import checkpoint_files
 from ildistil.training.checkpoint import Saved
 from ildistil.training.distiller import Distiller
+from ildistil.training.evaluation import measures_terms
 from ildistil.training.monitor import Throughput
 from ildistil.training.progress import ResumeCheckpoint
 
@@ -142,7 +144,10 @@ class Run(LightningCLI):
         parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
-        titles = {"data": "The data: Glue, TextData, or a data module of your own", "trainer": "Lightning's Trainer"}
+        titles = {
+            "data": "The data: Glue, TextData, Corpus, or a data module of your own",
+            "trainer": "Lightning's Trainer",
+        }
         for name, group in (parser.groups or {}).items():
             group.title = titles.get(name, group.title)
 
@@ -197,7 +202,9 @@ class Run(LightningCLI):
         task = task_of(self.datamodule)
         names = task.validation_names if self.config_init.trainer.limit_val_batches != 0 else []
         if names and task.primary_metric is not None and not any(isinstance(c, ModelCheckpoint) for c in given):
-            monitor, mode = f"{names[0]}/{task.primary_metric}", task.primary_mode
+            by_terms = measures_terms(task, self.objectives().values())
+            metric, mode = ("loss", "min") if by_terms else (task.primary_metric, task.primary_mode)
+            monitor = f"{names[0]}/{metric}"
             # A run that goes on keeps its folder of checkpoints, and so what was best; another folder begins anew.
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             warnings.filterwarnings("ignore", message="The dirpath has changed")
@@ -265,6 +272,8 @@ class Run(LightningCLI):
         else:
             return
         print(f"Export it:    ildistil export {best} FOLDER")
+        if self.model.head_untrained or not head_parameters(self.model.student):
+            print("No term trains a head: fine-tune it on a task next: ildistil finetune --model.path FOLDER")
 
 
 @contextmanager

@@ -10,4 +10,4 @@ __all__ = ["main"]
 
 def main(command: str, arguments: Sequence[str]) -> None:
     """Export a student."""
-    call(export, command, arguments, "overwrite")
+    call(export, command, arguments, "overwrite", "keep_head")

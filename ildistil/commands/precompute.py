@@ -15,6 +15,7 @@ from ildistil.data.tokenizing import tokenizer_digest
 from ildistil.engine.checks import named_objectives
 from ildistil.errors import ConfigError
 from ildistil.teachers import StoredTeacher, estimate, precompute
+from ildistil.training.targets import rows_to_store
 
 __all__ = ["main"]
 
@@ -65,7 +66,8 @@ def main(command: str, arguments: Sequence[str]) -> None:
         run.prepare()
     if task.tokenizer is not None:
         stored.check_tokenizer(tokenizer_digest(task.tokenizer))
-    work, device = (stored, terms, run.model.student, task.every_row()), run.trainer.strategy.root_device
+    rows = rows_to_store(run.datamodule, list(terms.values()), run.config.trainer.limit_val_batches != 0)
+    work, device = (stored, terms, run.model.student, rows), run.trainer.strategy.root_device
     if run.config.estimate:
         print(estimate(*work, device=device))
         return

@@ -18,14 +18,15 @@ from ildistil.errors import DataError, MissingFileError, WriteError
 CACHE_VERSION = 3
 
 
-def cache_entry(cache_dir: str | None, **made_of: Any) -> Path:
-    """Return the folder of one entry; its name is a hash of everything that the entry is made of.
+def cache_folder(cache_dir: str | None) -> Path:
+    """Return the folder of the cache: ``cache_dir``, else ``$ILDISTIL_CACHE``, else ``~/.cache/ildistil``."""
+    return expanded(cache_dir or os.environ.get("ILDISTIL_CACHE") or "~/.cache/ildistil")
 
-    The cache is ``cache_dir``, else ``$ILDISTIL_CACHE``, else ``~/.cache/ildistil``.
-    """
-    folder = expanded(cache_dir or os.environ.get("ILDISTIL_CACHE") or "~/.cache/ildistil")
+
+def cache_entry(cache_dir: str | None, **made_of: Any) -> Path:
+    """Return the folder of one entry; its name is a hash of everything that the entry is made of."""
     content = json.dumps({"version": CACHE_VERSION} | made_of, sort_keys=True)
-    return folder / "tokenized" / hashlib.sha256(content.encode()).hexdigest()[:32]
+    return cache_folder(cache_dir) / "tokenized" / hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def store(rows: datasets.Dataset, entry: Path) -> None:

@@ -8,7 +8,7 @@ import datasets
 
 from ildistil.data.files import Source, expanded, file_source, files_near, find_table, reading, similar
 from ildistil.data.labelled import LabelledText
-from ildistil.data.loading import LoadingOptions
+from ildistil.data.options import LoadingOptions
 from ildistil.errors import DataError, MissingFileError
 
 HUB_REPOSITORY = "nyu-mll/glue"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from inspect import getattr_static
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 
 import torch
 from lightning.pytorch.utilities import CombinedLoader
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ildistil.errors import DataError
 from ildistil.metrics import default_metrics
+from ildistil.students.sources import Head
 
 __all__ = ["Task", "every_row", "label_config", "set_names", "task_of"]
 
@@ -30,6 +31,17 @@ class Task(Protocol):
     @property
     def task_name(self) -> str | None:
         """Name of the task for logs and tables. Default: None."""
+
+    @property
+    def labelled(self) -> bool | None:
+        """Whether rows have labels of a task, which the student's predictions are measured by; else the terms are.
+
+        Default: None, by what the batches hold.
+        """
+
+    @property
+    def head(self) -> Head | None:
+        """Kind of head that the labels are for, which fine-tuning puts on a model. Default: None, by the labels."""
 
     @property
     def label_names(self) -> list[str] | None:
@@ -196,6 +208,17 @@ class _Checked:
     @cached_property
     def task_name(self) -> str | None:
         return self._read("task_name", str)
+
+    @cached_property
+    def labelled(self) -> bool | None:
+        return self._read("labelled", bool)
+
+    @cached_property
+    def head(self) -> Head | None:
+        found = self._read("head", str)
+        if found is not None and found not in get_args(Head):
+            raise self._wrong("head", found, f"one of {', '.join(get_args(Head))}")
+        return cast(Head | None, found)
 
     @cached_property
     def label_names(self) -> list[str] | None:

@@ -3,10 +3,10 @@
 from functools import cached_property
 from typing import Any
 
-from ildistil.data.files import Source, file_source, quoted, similar, table_column
-from ildistil.data.labelled import LabelledText
+from ildistil.data.files import Source, file_source, quoted, similar
+from ildistil.data.labelled import LabelledText, labels_column
 from ildistil.data.labels import derive_label_names
-from ildistil.data.loading import LoadingOptions
+from ildistil.data.options import LoadingOptions
 from ildistil.errors import DataError
 from ildistil.metrics import Positive
 
@@ -22,7 +22,8 @@ class TextData(LabelledText):
         test_file: File to test on and to predict for; it may lack the label column.
         text_column: Column of the text.
         text_pair_column: Column of the second text of pairs.
-        label_column: Column of the labels: words, or numbers from 0.
+        label_column: Column of the labels: words, or numbers from 0. None (null in YAML) for rows without labels, which
+            serve objectives that read none; sets are then measured by the terms.
         label_names: The classes in the order of their indices; None takes the train file's labels, sorted.
         regression: The labels are numbers on a scale.
         positive_label: The class that the metrics f1 and average_precision are of; None takes their mean over the
@@ -45,11 +46,15 @@ class TextData(LabelledText):
 
     def __init__(
         self, train_file: str | None = None, validation_file: str | None = None, test_file: str | None = None,
-        text_column: str = "text", text_pair_column: str | None = None, label_column: str = "label",
+        text_column: str = "text", text_pair_column: str | None = None, label_column: str | None = "label",
         label_names: list[str] | None = None, regression: bool = False, positive_label: str | None = None,
         metric_names: list[str] | None = None, primary_metric: str | None = None, name: str = "text", **loading: Any,
     ) -> None:  # fmt: skip
         _check_label_names(label_names, regression)
+        of_labels = {"label_names": label_names, "positive_label": positive_label, "metric_names": metric_names}
+        told = [n for n, v in {**of_labels, "regression": regression or None}.items() if v is not None]
+        if label_column is None and told:
+            raise DataError(f"label_column is None, so there are no labels: leave out {', '.join(told)}.")
         if positive_label is not None and (regression or not isinstance(positive_label, str)):
             raise DataError(f"positive_label is {positive_label!r}; it must be the name of a class, in quotes.")
         usual = ["accuracy", "f1", *(["average_precision"] if positive_label is not None else [])]
@@ -58,7 +63,7 @@ class TextData(LabelledText):
             task_name=name,
             text_columns=[text_column] if text_pair_column is None else [text_column, text_pair_column],
             label_column=label_column,
-            label_names=None if regression else label_names or [],
+            label_names=None if regression or label_column is None else label_names or [],
             metric_names=(["pearson", "spearman"] if regression else usual) if metric_names is None else metric_names,
             primary_metric=primary_metric,
         )
@@ -71,8 +76,12 @@ class TextData(LabelledText):
 
     @property
     def label_names(self) -> list[str] | None:
-        """Names of the classes in the order of their indices; read from the train file unless they were given."""
-        return super().label_names if self.regression or self._label_names else list(self._derived_names)
+        """Names of the classes in the order of their indices; read from the train file unless they were given.
+
+        None in a regression, and without labels.
+        """
+        given = not self.labelled or self.regression or self._label_names
+        return super().label_names if given else list(self._derived_names)
 
     @property
     def positive(self) -> Positive:
@@ -88,8 +97,9 @@ class TextData(LabelledText):
     def _derived_names(self) -> list[str]:
         if self.files["train"] is None:
             raise DataError("Without a train_file the classes are unknown: set label_names, in the model's order.")
+        assert self.label_column is not None, "asked only where there are labels"
         source = file_source(self.files["train"])
-        values = table_column(source.read(), self.label_column, source.where)
+        values = labels_column(source.read(), self.label_column, source.where)
         return derive_label_names(values, f"{source.where}, column {self.label_column!r}")
 
     def sources(self, kind: str) -> dict[str, Source]:

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ildistil.data.files import ROWS_FROM_ZERO
@@ -127,9 +128,23 @@ class Collate:
             rows: A list of rows, or the columns of several, as a `datasets.Dataset` returns for a list of numbers.
         """
         columns = rows if isinstance(rows, Mapping) else {name: [row[name] for row in rows] for name in rows[0]}
-        tokens = {name: columns[name] for name in ("input_ids", "token_type_ids") if name in columns}
-        padded = self.tokenizer.pad(tokens, return_attention_mask=True)
-        # By way of numpy: three times faster than torch, or than pad(return_tensors="pt"), at reading nested lists.
-        batch = {k: torch.from_numpy(np.array(v, dtype=np.int64)) for k, v in padded.items()}
+        left = self.tokenizer.padding_side == "left"
+        padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
+        batch = {name: padded(columns[name], value, left) for name, value in padding.items() if name in columns}
+        batch["attention_mask"] = padded([np.ones(len(row)) for row in columns["input_ids"]], 0, left)
         # Python's floats become float32 here, and its integers int64.
-        return batch | {name: torch.tensor(columns[name]) for name in ("labels", "row_id") if name in columns}
+        others = {name: torch.tensor(columns[name]) for name in ("labels", "row_id") if name in columns}
+        return {name: torch.from_numpy(each) for name, each in batch.items()} | others
+
+
+def padded(rows: Sequence[Sequence[int] | np.ndarray], value: int, left: bool) -> NDArray[np.int64]:
+    """Return rows of whole numbers as one array, each filled up to the longest on its right side, or its left.
+
+    >>> padded([[1, 2], [3]], 0, left=True).tolist()
+    [[1, 2], [0, 3]]
+    """
+    lengths = np.array([len(row) for row in rows])
+    found = np.full((len(rows), lengths.max()), value, dtype=np.int64)
+    real = np.arange(found.shape[1]) < lengths[:, None]
+    found[real[:, ::-1] if left else real] = np.concatenate(rows)
+    return found

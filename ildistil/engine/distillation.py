@@ -182,17 +182,11 @@ class Distillation(nn.Module):
             CaptureError: a model did not give what was wanted of it.
             DataError: the batch is longer than the models' positions.
         """
-        if not self.objectives:
-            raise ObjectiveError(checks.NO_OBJECTIVE)
-        checks.check_batch(batch, self._positions)
+        weights, active = self._active(batch, step)
         begun, self._begun = self._begun and self._step == step, False
-        weights = self.weights_at(step)
-        if not weights:
-            raise ObjectiveError(checks.no_weight(step.progress))
-        active = {name: self.objectives[name] for name in weights}
         if not begun:
             self._begin(active, step)
-        values, counts = self._run(batch, active, verify)
+        values, counts, _ = self._run(batch, active, verify)
         values = self._reach.attach(values, self.parameters())
         if self.training:
             for objective in active.values():
@@ -204,6 +198,37 @@ class Distillation(nn.Module):
         numbers = {name: count.number for name, count in counts.items()}
         balanced = self.balance.weights(values, weights, trained, step.number, measuring, numbers)
         return Terms(values, dict(balanced), counts, self.balance.gradient_shares(balanced))
+
+    @torch.no_grad()
+    def measure(self, batch: Mapping[str, Any], step: Step = Step()) -> tuple[Terms, Activations]:  # noqa: B008
+        """Compute the terms of a batch that nothing is learned from, in the mode that the student is in.
+
+        Neither memory banks nor the measured sizes of balanced terms change; the weights are the plain ones.
+
+        Args:
+            batch: a mapping, as for :meth:`forward`.
+            step: decides which terms take part, with which weights.
+
+        Returns:
+            The terms, and what the student gave for them.
+
+        Raises:
+            IldistilError: see :meth:`forward`.
+        """
+        weights, active = self._active(batch, step)
+        self._begin(active, step)
+        values, counts, student = self._run(batch, active, verify=False)
+        return Terms(values, dict(weights), counts), student
+
+    def _active(self, batch: Mapping[str, Any], step: Step) -> tuple[dict[str, float], dict[str, Objective]]:
+        """Return the weights and objectives that take part in a step, after a look at its batch."""
+        if not self.objectives:
+            raise ObjectiveError(checks.NO_OBJECTIVE)
+        checks.check_batch(batch, self._positions)
+        weights = self.weights_at(step)
+        if not weights:
+            raise ObjectiveError(checks.no_weight(step.progress))
+        return weights, {name: self.objectives[name] for name in weights}
 
     def weights_at(self, step: Step) -> dict[str, float]:
         """Return the weights that are not 0 at a step, by name.
@@ -242,8 +267,8 @@ class Distillation(nn.Module):
 
     def _run(
         self, batch: Mapping[str, Any], active: Mapping[str, Objective], verify: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Count]]:
-        """Run both models, recording what the active terms read, and return their values and counts."""
+    ) -> tuple[dict[str, Tensor], dict[str, Count], Activations]:
+        """Run both models, recording what the active terms read; return their values and counts, and what remains."""
         if self._capture is None or not active.keys() <= self._hooked:
             self.attach()  # for the first time, after detach(), or because somebody raised a weight from 0
         assert self._capture is not None
@@ -270,7 +295,7 @@ class Distillation(nn.Module):
                     f"count() of {name} must return a Count, such as Count(number, 'tokens'); got a "
                     f"{type(counts[name]).__name__}."
                 )
-        return values, counts
+        return values, counts, student
 
     def drop_zero_gradients(self) -> None:
         """Unset the gradients of what the last step's terms don't reach, before the optimiser lets it decay."""
@@ -297,7 +322,7 @@ class Distillation(nn.Module):
         if any(tap.name == "loss" for tap in self._reads("student", used)):
             checks.check_numbers_of_real_rows(batch)
         with without_trace(self), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            values, _ = self._run(batch, used, verify=True)
+            values, *_ = self._run(batch, used, verify=True)
             found, reach = check_terms(values, [p for p in self.parameters() if p.requires_grad])
         self._reach.of = reach  # only now: a run that failed leaves what was known
         return found
@@ -309,7 +334,7 @@ class Distillation(nn.Module):
         """
         active = {name: self.objectives[name] for name in self.weights_at(step)}
         with without_trace(self), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            values, _ = self._run(batch, active, verify=False)
+            values, *_ = self._run(batch, active, verify=False)
             return spoilt_terms(values, [p for p in self.parameters() if p.requires_grad])
 
     def synthetic_batch(self) -> Mapping[str, Any] | None:

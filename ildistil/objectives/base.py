@@ -96,6 +96,11 @@ class Objective(Callback, ABC):
         """Whether the teacher has to answer for this term."""
         return bool(self.taps if self.teacher_taps is None else self.teacher_taps)
 
+    @property
+    def may_train_head(self) -> bool:
+        """Whether the term may reach what makes the student's logits: it reads more of it than layers."""
+        return not self.taps or any(tap not in LOWEST and not _ONE_LAYER.fullmatch(tap) for tap in self.taps)
+
     def build(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Check both models and make the projections; called once, before training.
 

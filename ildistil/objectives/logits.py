@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ildistil import distributed, functional
 from ildistil.capture import Activations, LazyLogits, ModelInfo
-from ildistil.errors import ObjectiveError
+from ildistil.errors import CaptureError, ObjectiveError
 from ildistil.functional.checks import check_number, check_temperature
 from ildistil.functional.logits import Divergence, check_divergence
 from ildistil.kernels import chunked
@@ -43,6 +43,7 @@ class _LogitsObjective(Objective):
 
     def loss(self, student: Activations, teacher: Activations, batch: Mapping[str, Any]) -> Tensor:
         """Return the mean over examples, or over the target tokens of a language model."""
+        _check_head(type(self).__name__, student=student, teacher=teacher)
         if None not in (student.next_token, teacher.next_token) and student.next_token != teacher.next_token:
             raise ObjectiveError(
                 f"{type(self).__name__}: one model predicts the next token, the other doesn't. Give both the same head."
@@ -102,6 +103,20 @@ class _LogitsObjective(Objective):
             return real
         # Position i predicts token i + 1; the padding before a text predicts nothing.
         return torch.cat([real[:, 1:] & student.mask[:, :-1], torch.zeros_like(real[:, :1])], dim=1)
+
+
+def _check_head(name: str, **models: Activations) -> None:
+    """Refuse models that make no logits."""
+    for whose, model in models.items():
+        try:
+            if model.lazy_logits is None:
+                model.logits  # noqa: B018 (what raises)
+        except CaptureError as error:
+            raise ObjectiveError(
+                f"{name} reads logits, and the {whose} makes none. {error} Train one on top of an encoder first: "
+                "'ildistil finetune' on labels, or with a Corpus whose labels are masked or next tokens "
+                "(--model.freeze true leaves the encoder as it is). Or leave this objective out."
+            ) from error
 
 
 class _RowObjective(_LogitsObjective):

@@ -218,12 +218,16 @@ def _check_groups(groups: int, depth: int, layers: list[int]) -> None:
 
 def _built(teacher: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     try:
-        return type(teacher)(config)
+        built = type(teacher)(config)
     except Exception as error:  # whatever the model's own code raises
         raise ModelError(
             f"transformers can't build a {type(teacher).__name__} by this config: {error}. Choose other values in "
             "config=..., or other layers."
         ) from error
+    for name in list(built._modules):
+        if getattr(teacher, name, built) is None:  # such as the pooler, which bodies of language models are without
+            setattr(built, name, None)
+    return built
 
 
 def _resolve(layers: Sequence[int], depth: int) -> list[int]:

@@ -3,13 +3,15 @@
 import difflib
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 import transformers
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ildistil import storage
@@ -205,10 +207,11 @@ def load(
             f"the heads {', '.join(heads)}; the precisions are {', '.join(get_args(Dtype))}."
         )
     try:
-        model, info = getattr(transformers, _AUTO[head]).from_pretrained(
-            path, config=settings, dtype=getattr(torch, dtype), weights_only=True, trust_remote_code=False,
-            ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
+        with _quiet():  # what is missing is looked at below
+            model, info = getattr(transformers, _AUTO[head]).from_pretrained(
+                path, config=settings, dtype=getattr(torch, dtype), weights_only=True, trust_remote_code=False,
+                ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
     except Exception as error:  # whatever the readers of files raise
         raise ModelError(
             f"The weights of the model {path!r} can't be loaded: {error} Save or download them again, and check what "
@@ -233,7 +236,20 @@ def load(
             f"The checkpoint {path!r} has no weights for {', '.join(missing[:4])}: its head would be random. Fine-tune "
             "it on the task first (ildistil finetune), or choose the head it was saved with."
         )
+    if missing:
+        rank_zero_info(f"{path} has no weights for {', '.join(missing[:4])}: they start at random.")
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from reporting what it loads."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
 
 
 def _config(path: str) -> PreTrainedConfig:

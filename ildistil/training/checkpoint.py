@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ildistil.capture import unwrapped
-from ildistil.data.loading import position
+from ildistil.data.position import position, step_size
+from ildistil.data.serving import RowsDataModule
 from ildistil.data.task import task_of
 from ildistil.errors import CheckpointError
 from ildistil.objectives import Objective
 from ildistil.schedules import has_schedules
 from ildistil.stages import Stage
-from ildistil.training.position import settle
+from ildistil.training.position import recount, settle
 
 __all__ = [
     "KEY",
@@ -38,7 +40,7 @@ __all__ = [
 FORMAT = 2
 KEY = "ildistil"
 STUDENT, PROJECTIONS = "distillation.student.", "distillation.projections."
-_TRAINER = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "precision")
+_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm", "precision")
 _PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 # Of a config: what it is called, and who wrote it.
 _NAMES = {"_name_or_path", "transformers_version", "architectures"}
@@ -63,6 +65,7 @@ class Saved:
         settings: what else decides how training goes on, in words: data, steps, learning rate, seed ...
         position: the epoch, and the number of batches seen of it.
         seeds: what the random numbers of every batch are seeded from.
+        head_untrained: whether the student has a head that no term trained.
         sealed: whether its file ends with a checksum.
     """
 
@@ -79,6 +82,7 @@ class Saved:
     settings: dict[str, str] = field(default_factory=dict)
     position: dict[str, int] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)
+    head_untrained: bool = False
     sealed: bool = False
 
     @classmethod
@@ -100,6 +104,7 @@ class Saved:
             settings=module.settings,
             position={} if module._trainer is None else position(module.trainer),
             seeds=list(module.seeds),
+            head_untrained=module.head_untrained,
         )
 
     def write(self, checkpoint: dict[str, Any]) -> None:
@@ -124,7 +129,7 @@ class Saved:
         return cls(**{key: value for key, value in said.items() if key != "format"})
 
     def check_projections(self, own: Mapping[str, Tensor]) -> None:
-        """Refuse a checkpoint whose optimiser state doesn't fit a run.
+        """Refuse a checkpoint whose projections and optimiser state don't fit a run.
 
         Args:
             own: the projections of the run.
@@ -134,8 +139,8 @@ class Saved:
         """
         if self.projections.keys() != own.keys():
             raise CheckpointError(
-                "This checkpoint was made with other projections, so its optimiser state doesn't fit: it has "
-                f"{_owners(self.projections)}, this run {_owners(own)}. Resume with the same objectives, or start a "
+                "This checkpoint was made with other projections, so neither they nor its optimiser state fit: it has "
+                f"{_owners(self.projections)}, this run {_owners(own)}. Go on with the same objectives, or start a "
                 "new run from its student (ildistil export)."
             )
 
@@ -193,13 +198,14 @@ def write(module: Any, checkpoint: dict[str, Any]) -> None:
     Saved.of(module, projections).write(checkpoint)
 
 
-def restore(module: Any, checkpoint: dict[str, Any], *, fits: bool) -> Saved | None:
+def restore(module: Any, checkpoint: dict[str, Any], *, fits: bool, measures: bool = False) -> Saved | None:
     """Take what a Distiller needs of a checkpoint, before Lightning loads the rest.
 
     Args:
         module: the Distiller.
         checkpoint: what was read; it gets the projections that the module has.
         fits: whether a training goes on.
+        measures: whether the terms are measured.
 
     Returns:
         What a training that goes on is to be compared with.
@@ -209,14 +215,19 @@ def restore(module: Any, checkpoint: dict[str, Any], *, fits: bool) -> Saved | N
     """
     saved = Saved.read(checkpoint)
     own = {key: value for key, value in module.state_dict().items() if key.startswith(PROJECTIONS)}
+    if fits or measures:
+        saved.check_projections(own)
     if fits:
         if "optimizer_states" not in checkpoint:
             raise CheckpointError(
                 "This checkpoint holds weights alone (save_weights_only), so that a training can't go on from it. Name "
                 "another; or export its student, and start a new run from that."
             )
-        saved.check_projections(own)
         _keep_best(module.trainer, checkpoint["callbacks"])
+        data = module.trainer.datamodule
+        state = checkpoint.get(type(data).__qualname__)
+        if isinstance(data, RowsDataModule) and state:
+            recount(checkpoint["loops"]["fit_loop"], state["at_once"], data.items_at_once)
         module.window.load_state_dict(saved.window)
         if module.distillation.balance is not None:
             module.distillation.balance.load_state_dict(saved.balance)
@@ -261,9 +272,14 @@ def run_settings(module: Any) -> dict[str, str]:
         "teacher": getattr(module.teacher, "digest", None),
         "float32 products": torch.get_float32_matmul_precision(),
     }
-    told["batches of an epoch"] = trainer.num_training_batches
+    # Not the batches and processes that make up a step: they may be others when a training goes on.
+    batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
+    told |= {
+        "a step": step_size(trainer),
+        "steps of an epoch": math.ceil(batches / accumulated) if math.isfinite(batches) else None,
+    }
     told |= {name.replace("_", " "): value for name, value in vars(optimization).items()}
-    told |= {"processes": trainer.world_size, "seed": os.environ.get("PL_GLOBAL_SEED")}
+    told["seed"] = os.environ.get("PL_GLOBAL_SEED")
     told["steps"] = f"{module.timeline.steps:g}" if scheduled else None  # else no step depends on it
     told["data"] = task_of(trainer.datamodule).fingerprint
     return {name: str(value) for name, value in told.items()}

@@ -14,19 +14,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ildistil.capture import ModelInfo, real_labels, unwrapped
-from ildistil.data.loading import keeps_position
+from ildistil.data.position import keeps_position
 from ildistil.data.task import task_of
 from ildistil.engine import Balance, Distillation, DryRun
-from ildistil.errors import CheckpointError, ConfigError, DataError
+from ildistil.errors import CheckpointError, ConfigError
 from ildistil.objectives import Objective
 from ildistil.schedules import has_schedules
 from ildistil.stages import Stage, Step, Timeline
+from ildistil.students.heads import is_untrained
 from ildistil.teachers import Teacher
 from ildistil.training import checks
 from ildistil.training.accumulation import Window, over_processes
 from ildistil.training.checkpoint import Saved, restore, run_settings, write
 from ildistil.training.checkpoint_files import CheckpointFiles, load
-from ildistil.training.evaluation import Evaluation, batch_size, check_predicted
+from ildistil.training.evaluation import Evaluation, batch_size, check_predicted, measures_terms
 from ildistil.training.finite import FiniteSteps, NonFinite
 from ildistil.training.lifecycle import Lifecycle
 from ildistil.training.optimization import Optimization, Shape
@@ -105,7 +106,7 @@ class Distiller(L.LightningModule):
         self._lifecycle = Lifecycle()
         self.window, self._finite = Window(), FiniteSteps(non_finite)
         self._structural: DryRun | None = None
-        self.seeds, self.settings = [0, 0, 0], dict[str, str]()
+        self.seeds, self.settings, self.head_untrained = [0, 0, 0], dict[str, str](), False
         self._resumed: Saved | None = None
 
     @property
@@ -145,12 +146,15 @@ class Distiller(L.LightningModule):
         self.seeds = self.trainer.strategy.broadcast(seeds_of_run())
         task, info = task_of(self.trainer.datamodule), ModelInfo.of(self.student)  # type: ignore[attr-defined]
         checks.check_task(task, info)
-        self.evaluation = Evaluation(task, info)
-        self.metrics = nn.ModuleDict()
+        by_terms = measures_terms(task, self._objectives)
+        self.evaluation, self.metrics = Evaluation(task, info, by_terms), nn.ModuleDict()
 
     def configure_model(self) -> None:
         """Take the objectives from the Trainer's callbacks; quiet without a Trainer, and repeatable."""
         if not self._is_fitting:
+            if self._measures_terms:
+                self.timeline = Timeline(self.stages[-1:], math.inf)
+                self.distillation.set_objectives(self._objectives)
             return
         self._lifecycle.restore(self)
         self.window, self._finite = Window(), FiniteSteps(self._finite.non_finite)
@@ -166,6 +170,12 @@ class Distiller(L.LightningModule):
     @property
     def _is_fitting(self) -> bool:
         return self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+
+    @property
+    def _measures_terms(self) -> bool:
+        """Whether this is an evaluation, without training, that may need the terms."""
+        evaluates = self._trainer is not None and self.trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING)
+        return evaluates and self.evaluation.may_measure_terms and bool(self._objectives)
 
     @property
     def _objectives(self) -> list[Objective]:
@@ -205,6 +215,7 @@ class Distiller(L.LightningModule):
             found = try_first_batch(self.distillation, self.trainer) or self._structural
         if found is not None and self._structural is not None:
             found = DryRun(found.terms, self._structural.unreached)
+        self.head_untrained = found is not None and is_untrained(unwrapped(self.student), found.unreached)
         rank_zero_info(describe(self.distillation, found, self.stages))
 
     # Training
@@ -279,23 +290,14 @@ class Distiller(L.LightningModule):
     def _evaluate(self, stage: Literal["val", "test"], batch: Mapping[str, Any], dataloader_idx: int) -> None:
         sets = self.trainer.num_val_batches if stage == "val" else self.trainer.num_test_batches
         name = self.evaluation.name(stage, dataloader_idx, len(sets))
-        if "labels" not in batch:
-            raise DataError(
-                f"The {name} set has no labels, so there is nothing to measure. Use 'predict' for unlabelled rows."
-            )
-        batch = real_labels(batch)
-        inputs, labels = self.distillation.student_inputs(batch), batch["labels"]
-        output = self.student(**inputs)
-        if name not in self.metrics:
-            self.metrics[name] = self.evaluation.measures(labels).to(self.device)
+        step = self.timeline.yardstick(max(0, self.global_step - 1))
+        measures, is_new = self.evaluation.measure(self.metrics, name, real_labels(batch), self.distillation, step)
+        if is_new:
             self._metric_attributes = None  # Lightning remembers where metrics are; it has to look again
-        measures: Any = self.metrics[name]
-        weight = self.evaluation.weight(unwrapped(self.student), inputs, labels, output.logits)
-        measures.update(output, self.evaluation.predictions(output.logits, labels), labels, weight)
         # Each by itself: Lightning then computes and resets them at the epoch's end, over all ranks.
-        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "add_dataloader_idx": False}
-        for key, metric in measures.logged():
-            self.log(f"{name}/{key}", metric, prog_bar=stage == "val" and key != "loss", **options)
+        for key, metric in measures.logged().items():
+            shown = stage == "val" and (key != "loss" or measures.terms is not None)
+            self.log(f"{name}/{key}", metric, shown, on_step=False, on_epoch=True, add_dataloader_idx=False)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return row ids, logits and predictions: a class index, a number, or 0 and 1 for each of several labels."""
@@ -312,7 +314,7 @@ class Distiller(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the projections that this run has, and what a training that goes on needs."""
-        self._resumed = restore(self, checkpoint, fits=self._is_fitting)
+        self._resumed = restore(self, checkpoint, fits=self._is_fitting, measures=self._measures_terms)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:

@@ -1,106 +1,64 @@
-"""Measure a student, alone, on the sets of a data module."""
+"""Measure a student on the sets of a data module: what it predicts, or the terms that it is trained by."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 
-from ildistil.capture import ModelInfo
+from ildistil.capture import ModelInfo, unwrapped
 from ildistil.capture.inputs import token_mask, without_labels
+from ildistil.capture.run import model_errors
 from ildistil.capture.trial import Trial, predicts_next_token, undisturbed
 from ildistil.data.task import Task, set_names
-from ildistil.errors import CaptureError, NotFiniteError
+from ildistil.engine import Distillation, Terms
+from ildistil.errors import CaptureError, ConfigError, DataError, NotFiniteError
 from ildistil.metrics import IGNORED, default_metrics
+from ildistil.objectives import Objective
+from ildistil.stages import Step
+from ildistil.training.measures import Predictions, TermMeans
 
-__all__ = ["Evaluation", "Measures", "batch_size", "check_predicted"]
+__all__ = ["Evaluation", "batch_size", "check_predicted", "measures_terms"]
+
+
+def measures_terms(task: Task, objectives: Iterable[Objective]) -> bool:
+    """Return whether sets are measured by the terms of the training: without labels, or a head that a term trains.
+
+    Args:
+        task: what the data module says of itself.
+        objectives: the terms.
+    """
+    used = [objective for objective in objectives if objective.weight != 0]
+    return task.labelled is False or (
+        task.labelled is True and bool(used) and not any(objective.may_train_head for objective in used)
+    )
 
 
 class Measures(nn.Module):
-    """What is measured on one set: the mean loss, the metrics, and how often each class is predicted.
+    """What is measured on one set: predictions, terms, or both."""
 
-    All of it is over all rows, whatever the batches and processes they came in.
-
-    Args:
-        metrics: of the task; ``None`` where nothing is measured but the loss.
-        classes: how many there are; 0 where labels are no classes.
-    """
-
-    def __init__(self, metrics: MetricCollection | None, classes: int) -> None:
+    def __init__(self, predictions: Predictions | None, terms: TermMeans | None) -> None:
         super().__init__()
-        self.loss = _MeanLoss()
-        self.metrics = metrics
-        self.seen = _Seen(classes)
-        self._has_loss = False
+        self.predictions, self.terms = predictions, terms
 
-    def update(self, output: Any, predictions: Tensor, labels: Tensor, weight: Tensor) -> None:
-        """Take in a batch; ``weight`` is how many things its loss is the mean of."""
-        logits, loss = output.logits.detach(), getattr(output, "loss", None)
-        if loss is not None:
-            self._has_loss = True
-            self.loss.update(loss.detach(), weight)
-        if self.metrics is not None:
-            self.metrics.update(predictions, labels, logits=logits)
-        self.seen.update(predictions, labels, logits)
+    def suits(self, terms: Terms | None) -> bool:
+        """Return whether it is of these terms: another stage has others."""
+        return (None if self.terms is None else self.terms.terms.keys()) == (
+            None if terms is None else terms.values.keys()
+        )
 
-    def logged(self) -> Iterator[tuple[str, Metric]]:
-        """Return what is logged of the set, by name."""
-        if self._has_loss:
-            yield "loss", self.loss
-        if self.metrics is not None:
-            yield from self.metrics.items(keep_base=True)
-
-
-class _MeanLoss(Metric):
-    """The mean over all that counts; NaN where nothing does. torchmetrics' own drops NaN, or else the weights."""
-
-    higher_is_better = False
-    full_state_update = False
-    total: Tensor
-    weight: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("total", "weight"):
-            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
-
-    def update(self, mean: Tensor, weight: Tensor) -> None:
-        """Take in the mean of a batch, which is nothing where its weight is 0."""
-        self.total += torch.where(weight > 0, mean.float(), 0) * weight
-        self.weight += weight
-
-    def compute(self) -> Tensor:
-        """Return the mean, a scalar."""
-        return self.total / self.weight
-
-
-class _Seen(Metric):
-    """How many rows were predicted as, and belong to, each class; and how many have logits that are NaN."""
-
-    full_state_update = False
-    predicted: Tensor
-    true: Tensor
-    spoilt: Tensor
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        for name, size in (("predicted", classes), ("true", classes), ("spoilt", 1)):
-            self.add_state(name, torch.zeros(size, dtype=torch.long), dist_reduce_fx="sum")
-
-    def update(self, predictions: Tensor, labels: Tensor, logits: Tensor) -> None:
-        """Count the rows of a batch."""
-        self.spoilt += logits.isnan().flatten(1).any(1).sum()
-        numbers = torch.arange(len(self.predicted), device=labels.device)
-        if len(numbers):
-            self.predicted += ((predictions[:, None] == numbers) & (labels != IGNORED)[:, None]).sum(0)
-            self.true += (labels[:, None] == numbers).sum(0)
-
-    def compute(self) -> tuple[list[int], list[int], int]:
-        """Return the counts of all processes."""
-        return self.predicted.tolist(), self.true.tolist(), int(self.spoilt)
+    def logged(self) -> dict[str, Metric]:
+        """Return what is logged of the set, by name; the loss is that of the terms where these are measured."""
+        terms = [] if self.terms is None else list(self.terms.logged())
+        found = [] if self.predictions is None else list(self.predictions.logged())
+        pairs = terms + [pair for pair in found if not terms or pair[0] != "loss"]
+        if len(named := dict(pairs)) < len(pairs):
+            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            raise ConfigError(f"An objective has the name of a metric, {twice!r}. Name it otherwise.")
+        return named
 
 
 class Evaluation:
@@ -109,13 +67,19 @@ class Evaluation:
     Args:
         task: what the data module says of itself.
         student: its head decides what is measured where the task says nothing of its labels.
+        by_terms: whether the terms are measured, also where there are labels.
     """
 
-    def __init__(self, task: Task, student: ModelInfo) -> None:
-        self._task, self._student = task, student
+    def __init__(self, task: Task, student: ModelInfo, by_terms: bool = False) -> None:
+        self._task, self._student, self.by_terms = task, student, by_terms
         self._validated: set[str] = set()
         self._constant: set[str] = set()
         self._next_token: bool | None = None
+
+    @property
+    def may_measure_terms(self) -> bool:
+        """Whether a set may be measured by the terms; where the data don't say, its batches do."""
+        return self.by_terms or self._task.labelled is None
 
     def name(self, stage: Literal["val", "test"], number: int, count: int) -> str:
         """Return the name of one of ``count`` sets in logs.
@@ -129,13 +93,66 @@ class Evaluation:
             self._validated.add(name)
         return name
 
-    def measures(self, labels: Tensor) -> Measures:
-        """Return new measures of a set with such labels."""
+    def measure(
+        self, sets: nn.ModuleDict, name: str, batch: Mapping[str, Any], distillation: Distillation, step: Step
+    ) -> tuple[Measures, bool]:
+        """Measure a batch of a set.
+
+        Args:
+            sets: what is measured, by the names of the sets; gets what it lacks.
+            name: of the set.
+            batch: with labels, or without.
+            distillation: both models, and the terms.
+            step: decides which terms are measured, with which weights.
+
+        Returns:
+            What is measured of the set, and whether it is new.
+
+        Raises:
+            DataError: there is nothing to measure.
+        """
+        labels, labelled = batch.get("labels"), self._task.labelled
+        if labels is None and labelled:
+            raise DataError(
+                f"The {name} set has no labels, so there is nothing to measure. Use 'predict' for unlabelled rows."
+            )
+        by_terms = self.by_terms or labels is None
+        if by_terms and not distillation.objectives:
+            raise DataError(
+                f"The {name} set has no labels of a task, and there are no objectives whose terms could be measured. "
+                "Give the Trainer the objectives as callbacks, or the rows labels."
+            )
+        terms, student = distillation.measure(batch, step) if by_terms else (None, None)
+        predicts = labels is not None and labelled is not False
+        measures: Any = sets[name] if name in sets else None  # noqa: SIM401 (a ModuleDict has no get)
+        is_new = measures is None or not measures.suits(terms)
+        if is_new:
+            predictions = self._predictions(labels) if predicts and labels is not None else None
+            means = None if terms is None else TermMeans(terms.weights)
+            sets[name] = measures = Measures(predictions, means).to(next(distillation.student.parameters()).device)
+        if measures.terms is not None and terms is not None and student is not None:
+            measures.terms.update(terms, student, labels)
+        if measures.predictions is not None and labels is not None:
+            self._predict(measures.predictions, batch, labels, distillation)
+        return measures, is_new
+
+    def _predict(
+        self, measures: Predictions, batch: Mapping[str, Any], labels: Tensor, distillation: Distillation
+    ) -> None:
+        """Run the student alone, and compare what it predicts with the labels."""
+        inputs = distillation.student_inputs(batch)
+        with model_errors("student", inputs):
+            output = distillation.student(**inputs)
+        weight = self.weight(unwrapped(distillation.student), inputs, labels, output.logits)
+        measures.update(output, self.predictions(output.logits, labels), labels, weight)
+
+    def _predictions(self, labels: Tensor) -> Predictions:
+        """Return new measures of predictions for a set with such labels."""
         made, classes = self._task.metrics(), self._student.labels or 0
         multi_label = self.is_multi_label(labels)
         if made is None and self._task.num_labels is None:
             made = default_metrics(self._student.labels, self._is_regression, multi_label)
-        return Measures(made, classes if classes > 1 and labels.ndim == 1 and not labels.is_floating_point() else 0)
+        return Predictions(made, classes if classes > 1 and labels.ndim == 1 and not labels.is_floating_point() else 0)
 
     @property
     def _is_regression(self) -> bool:
@@ -192,9 +209,10 @@ class Evaluation:
         Raises:
             NotFiniteError: logits are NaN.
         """
-        for name, each in measures.items():
-            assert isinstance(each, Measures)
-            if not each.seen.update_called:
+        for name, measured in measures.items():
+            assert isinstance(measured, Measures)
+            each = measured.predictions
+            if each is None or not each.seen.update_called:
                 continue
             predicted, true, spoilt = each.seen.compute()
             each.seen.reset()

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ildistil import storage
 from ildistil.errors import CheckpointError, IldistilError, NotFiniteError
+from ildistil.students.heads import head_parameters
 from ildistil.students.layers import changed_config
 from ildistil.students.tokenizers import check_words, load_tokenizer
 from ildistil.training.checkpoint import STUDENT, Saved
@@ -32,14 +34,24 @@ def load_student(checkpoint: str | Path) -> PreTrainedModel:
     return _rebuild(*_read(checkpoint), checkpoint)
 
 
-def export(checkpoint: str, output: str, tokenizer: str | None = None, overwrite: bool = False) -> None:
+def export(
+    checkpoint: str,
+    output: str,
+    tokenizer: str | None = None,
+    overwrite: bool = False,
+    keep_head: bool = False,
+) -> None:
     """Write the student of a checkpoint as a plain transformers folder, with tokenizer, label names and model card.
+
+    A head that no term of the run trained is left out: whoever loads the folder for a task is then told that its head
+    is new.
 
     Args:
         checkpoint: the .ckpt file.
         output: the folder to write.
         tokenizer: name or folder of the tokenizer; by default the one the run used.
         overwrite: replace the files of a folder that has some already.
+        keep_head: keep a head that no term trained, such as the teacher's over states that were trained to be its own.
     """
     target = Path(output)
     if target.is_file():
@@ -47,7 +59,13 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None, overwrite
     if target.exists() and any(target.iterdir()) and not overwrite:
         raise CheckpointError(f"The folder {output!r} is not empty. Name another one, or add --overwrite=true.")
     content, saved = _read(checkpoint)
-    student = _rebuild(content, saved, checkpoint)
+    student: PreTrainedModel = _rebuild(content, saved, checkpoint)
+    if saved.head_untrained and not keep_head:
+        student = student.base_model
+        rank_zero_info(
+            f"The student's head is left out, since no term trained it: {output} holds the encoder, "
+            f"a {type(student).__name__}. Fine-tune it next: ildistil finetune --model.path {output}"
+        )
     source = tokenizer or saved.tokenizer
     if source is None:
         raise CheckpointError(
@@ -127,6 +145,10 @@ def _card(student: PreTrainedModel, saved: Saved, steps: int) -> str:
     distilled = any(not spec.startswith("TaskLoss(") for spec in saved.objectives.values())
     title = "Distilled student" if distilled else "Fine-tuned model"
     parts = [_FRONT_MATTER, f"# {title}\n\n{type(student).__name__}, {size}."]
+    if saved.head_untrained:
+        kept = head_parameters(student)
+        what = "Its head was trained by no objective" if kept else "It has no head, since no objective trained one"
+        parts.append(f"{what}: fine-tune it on a task before use, for instance by `ildistil finetune`.")
     if saved.teacher:
         parts.append(f"Teacher: `{saved.teacher}`.")
     if getattr(config, "init_layers", None):

@@ -67,9 +67,8 @@ class Lifecycle(Callback):
         self._waiting = []
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Restore at the end of a training."""
-        if stage == "fit":
-            self.restore(pl_module)
+        """Restore at the end of a training, or of an evaluation that measured its terms."""
+        self.restore(pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Restore after a failure, where Lightning skips ``teardown``."""

@@ -6,6 +6,7 @@ from ildistil.capture import ModelInfo, Tap, unwrapped
 from ildistil.engine import Distillation, DryRun
 from ildistil.schedules import Schedule
 from ildistil.stages import Stage
+from ildistil.students.heads import is_untrained
 from ildistil.tables import table
 
 __all__ = ["describe"]
@@ -90,6 +91,10 @@ def _notes(distillation: Distillation, dry_run: DryRun | None) -> list[str]:
     if dry_run is not None and dry_run.unreached:
         count = sum(p.numel() for p in dry_run.unreached)
         notes.append(f"{_millions(count)} student parameters are reached by no term, and stay as they are")
+        if is_untrained(student, dry_run.unreached):
+            notes.append(
+                "no term trains the student's head: it is exported without, to be fine-tuned next (ildistil finetune)"
+            )
     config = getattr(student, "config", None)
     dropout = getattr(config, "attention_probs_dropout_prob", None) or getattr(config, "attention_dropout", None)
     on_cpu = all(p.device.type == "cpu" for p in student.parameters())

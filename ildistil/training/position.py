@@ -7,7 +7,7 @@ the counter's own increment. From some of these it goes on an epoch too far, or 
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["settle"]
+__all__ = ["recount", "settle"]
 
 _COUNTS = ("ready", "started", "processed", "completed")
 
@@ -41,3 +41,25 @@ def settle(loops: Mapping[str, Any], steps: int) -> None:
     validation["is_last_batch"] = False
     # Lightning adds one where it begins within an epoch.
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] = max(0, steps - within)
+
+
+def recount(loops: Mapping[str, Any], was: int, now: int) -> None:
+    """Rewrite the counters of a settled ``fit_loop`` for batches of another size, or on other processes.
+
+    A batch that is over in part only begins anew.
+
+    Args:
+        loops: what a checkpoint holds; changed in place.
+        was: rows that all processes together took at once.
+        now: rows that they take now.
+    """
+    if was == now:
+        return
+    batches = loops["epoch_loop.batch_progress"]
+    over = batches["current"]["ready"]
+    here = over * was // now
+    before = round((batches["total"]["ready"] - over) * was / now)
+    for counts, ready in ((batches["total"], before + here), (batches["current"], here)):
+        counts |= dict.fromkeys(_COUNTS, ready)
+        if here:  # as in `settle`
+            counts["completed"] -= 1

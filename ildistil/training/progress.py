@@ -162,7 +162,7 @@ class ResumeCheckpoint(Checkpoint):
             _link(self.last, self.last.with_name("previous.ckpt"))
         files, failures = trainer.strategy.checkpoint_io, list[WriteError]()
         with files.collecting(failures) if isinstance(files, CheckpointFiles) else nullcontext():
-            trainer.save_checkpoint(self.last)
+            trainer.save_checkpoint(self.last, weights_only=False)
         if distributed.all_reduce_max(len(failures), trainer.strategy.root_device):
             error = failures[0] if failures else WriteError(f"Another process could not write {self.last}.")
             if self.on_write_error == "stop":

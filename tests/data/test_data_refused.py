@@ -200,7 +200,18 @@ def test_two_folders_of_one_task(tmp_path: Path) -> None:
 
 def test_a_column_without_a_name(write: Any) -> None:
     with pytest.raises(DataError, match="has no column None"):
-        prepared(train_file=write("train.csv", GOOD), label_column=None)
+        prepared(train_file=write("train.csv", GOOD), text_column=None)
+
+
+def test_a_file_without_the_column_of_labels_names_the_way_without(write: Any) -> None:
+    with pytest.raises(DataError, match=r"has no column 'lable'.* set label_column to None \(null in YAML\)"):
+        prepared(train_file=write("train.csv", GOOD), label_column="lable")
+
+
+@pytest.mark.parametrize("told", [{"label_names": ["a", "b"]}, {"regression": True}, {"metric_names": ["accuracy"]}])
+def test_labels_are_described_and_there_are_none(told: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match=f"there are no labels: leave out {next(iter(told))}"):
+        TextData("train.csv", label_column=None, **told)
 
 
 def test_one_column_in_two_places() -> None:
@@ -270,6 +281,7 @@ def test_the_tokenizer_of_another_model_is_taken_when_that_one_runs(write: Any, 
             state=SimpleNamespace(fn="fit"),
             lightning_module=module,
             distributed_sampler_kwargs=None,
+            accumulate_grad_batches=1,
             fit_loop=L.Trainer(logger=False, accelerator="cpu").fit_loop,
         )
         data.prepare_data()

@@ -240,6 +240,7 @@ def test_every_row_of_our_modules(tmp_path: Any, options: dict[str, Any]) -> Non
         data.setup("fit")
         data.trainer = SimpleNamespace(  # type: ignore[assignment]
             distributed_sampler_kwargs={"num_replicas": 2, "rank": rank},
+            accumulate_grad_batches=1,
             overfit_batches=0,
             fit_loop=L.Trainer(logger=False, accelerator="cpu").fit_loop,
         )

@@ -233,6 +233,7 @@ def test_a_tokenizer_is_a_folder_an_object_or_the_models(write: Any, tmp_path: P
         state=SimpleNamespace(fn="fit"),
         lightning_module=SimpleNamespace(tokenizer_source=folder),
         distributed_sampler_kwargs=None,
+        accumulate_grad_batches=1,
         fit_loop=L.Trainer(logger=False, accelerator="cpu").fit_loop,
     )
     data.trainer = trainer
