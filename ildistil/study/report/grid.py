@@ -104,6 +104,11 @@ class Grid:
     block: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def varies(self) -> bool:
+        """Whether there are several columns."""
+        return self.axes.columns is not None and len(self.columns) > 1
+
+    @property
     def views(self) -> tuple[str, ...]:
         """The average over tasks, where there is one, and the tasks."""
         kinds = {(metric.higher, metric.scale, metric.unit) for metric in self.metrics.values()}

@@ -15,7 +15,7 @@ __all__ = ["answers", "cost", "curves", "sensitivity", "summary"]
 
 
 def summary(runs: Sequence[Run], axes: Axes, found: Sequence[Grid]) -> list[str]:
-    """Say what was run, how much of it is there, and what the axes are taken for."""
+    """Return what was run, how much of it is there, and what the axes are taken for."""
     metrics = {task: metric.name for grid in found for task, metric in grid.metrics.items()}
     have = sum(value_of(run, metrics[run.factors.get(axes.task, "none") if axes.task else ""]) is not None for run in runs)
     states = Counter(run.state for run in runs)
@@ -51,12 +51,12 @@ def summary(runs: Sequence[Run], axes: Axes, found: Sequence[Grid]) -> list[str]
     return told
 
 
-def answers(grid: Grid, view: str, family: Family) -> list[str]:
-    """Say what came out, effect and interval first."""
+def answers(grid: Grid, view: str, family: Family, sensitive: Mapping[str, statistics.Sensitivity | str]) -> list[str]:
+    """Return what came out, effect and interval first."""
     if not any(grid.scores(row, column, view) for row in grid.rows for column in grid.columns):
         return ["No run has a value yet, so that nothing can be compared."]
     told = [_best_of(grid, view, column, family) for column in grid.columns]
-    return [*told, *sensitivity(grid, view)]
+    return [*told, *sensitivity(grid, view, sensitive)]
 
 
 def _best_of(grid: Grid, view: str, column: str, family: Family) -> str:
@@ -82,7 +82,6 @@ def _best_of(grid: Grid, view: str, column: str, family: Family) -> str:
 
 
 def _difference(found: Difference, digits: int, unit: str, second: str) -> str:
-    start = f"{found.first} less {found.second}, which {'is' if second else ''} second".replace("  ", " ")
     start = f"Against the second, {second}: {found.first} less {found.second}"
     if found.value is None or isinstance(found.interval, str):
         value = "no difference" if found.value is None else f"{found.value:+.{digits}f} {unit}"
@@ -94,14 +93,12 @@ def _difference(found: Difference, digits: int, unit: str, second: str) -> str:
     return f"{text}{f': {meaning}' if meaning else ''}."
 
 
-def sensitivity(grid: Grid, view: str) -> list[str]:
-    """Say how much the columns decide, and for which row least and most."""
-    if len(grid.columns) < 2 or grid.axes.columns is None:
+def sensitivity(grid: Grid, view: str, given: Mapping[str, statistics.Sensitivity | str]) -> list[str]:
+    """Return how much the columns decide, and for which row least and most."""
+    if not given:
         return []
-    name, metric = spoken(grid.axes.columns), grid.metric(view)
-    from ildistil.study.report.analysis import sensitivities
-
-    found = {row: each for row, each in sensitivities(grid, view).items() if not isinstance(each, str)}
+    name, metric = spoken(grid.axes.columns or ""), grid.metric(view)
+    found = {row: each for row, each in given.items() if not isinstance(each, str)}
     if not found:
         return [f"How much the {name} decides can't be told: no {spoken(grid.axes.rows or 'row')} has two seeds of each."]
     order = sorted(found, key=lambda row: found[row].range.value)
@@ -109,19 +106,34 @@ def sensitivity(grid: Grid, view: str) -> list[str]:
 
     def told(row: str) -> str:
         each = found[row]
-        return f"{row} ({_estimate(each.range, metric.digits, metric.unit)}, n = {sum(each.seeds.values())})"
+        return f"{row} ({_estimate(each.range, metric.digits, metric.unit, "")}, n = {sum(each.seeds.values())})"
 
     if len(order) == 1:
-        return [f"The {name} decides about {told(least)}, best less worst of {len(grid.columns)}."]
+        return [f"The {name} decides for {told(least)}, best less worst of {len(grid.columns)}."]
     text = f"The {name} decides least for {told(least)}, most for {told(most)}: best less worst of {len(grid.columns)}"
     if not isinstance(difference := compare_sensitivities(grid, view, most, least), str):
         text += f"; they differ by {_estimate(difference.range, metric.digits, metric.unit)}, {_p(difference.p)}, unadjusted"
     return [f"{text}."]
 
 
+def verdicts(grid: Grid, views: Sequence[str], families: Mapping[str, Family]) -> list[str]:
+    """Return how many of the comparisons of each view differ, are open, or can't be told."""
+    told = []
+    for view in views:
+        counts = Counter(each.verdict for each in families[view].differences)
+        words = {
+            "differ": "differ after adjustment", "open": "are open", "cannot reach 0.05":
+            "cannot reach 0.05 with so few pairs, whatever the differences", "not tested": "could not be tested",
+        }  # fmt: skip
+        each = _listed([f"{counts[verdict]} {meaning}" for verdict, meaning in words.items() if counts[verdict]])
+        where = f"{view}: of" if len(views) > 1 else "Of"
+        told.append(f"{where} {plural(len(families[view].differences), 'comparison')} {each}.")
+    return told
+
+
 def ranking(grid: Grid, found: Mapping[str, statistics.Ranking | str],
             tests: Mapping[str, statistics.Friedman | str]) -> list[str]:  # fmt: skip
-    """Say whether the tasks agree on the ranks, for each column."""
+    """Return whether the tasks agree on the ranks, for each column."""
     told = []
     for column, each in found.items():
         where = f"{spoken(grid.axes.columns)} {column}: " if grid.axes.columns else ""
@@ -133,7 +145,7 @@ def ranking(grid: Grid, found: Mapping[str, statistics.Ranking | str],
 
 
 def cost(grid: Grid) -> list[str]:
-    """Say which rows take most and least time, and how many teacher runs were saved."""
+    """Return which rows take most and least time, and how many teacher runs were saved."""
     runs = [run for cell in grid.cells.values() for run in cell.values() if run.state == "finished"]
     told = []
     seconds = {
@@ -164,7 +176,7 @@ def cost(grid: Grid) -> list[str]:
 
 
 def curves(grid: Grid) -> list[str]:
-    """Say whether training was still gaining when it ended."""
+    """Return whether training was still gaining when it ended."""
     told = []
     for task in grid.tasks:
         metric, gains = grid.metric(task), {}
@@ -199,9 +211,9 @@ def _reached(scores: Mapping[str, float], digits: int) -> str:
     return f"{mean.value:.{digits}f} (95 % interval {mean.low:.{digits}f} to {mean.high:.{digits}f}, n = {len(values)})"
 
 
-def _estimate(estimate: statistics.Estimate, digits: int, unit: str) -> str:
-    low, high = (f"{each:+.{digits}f}" for each in (estimate.low, estimate.high))
-    return f"{estimate.value:+.{digits}f} {unit} (95 % interval {low} to {high})"
+def _estimate(estimate: statistics.Estimate, digits: int, unit: str, sign: str = "+") -> str:
+    value, low, high = (f"{each:{sign}.{digits}f}" for each in (estimate.value, estimate.low, estimate.high))
+    return f"{value} {unit} (95 % interval {low} to {high})"
 
 
 def _duration(seconds: float) -> str:
