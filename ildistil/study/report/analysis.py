@@ -1,18 +1,29 @@
 """Internal: what is asked of a grid of runs, answered by `ildistil.study.statistics`."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, permutations
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ildistil.errors import ConfigError, DataError
 from ildistil.study import statistics
 from ildistil.study.report.grid import AVERAGE, Grid
 from ildistil.study.report.predictions import Rows, read_rows
 
-__all__ = ["ALPHA", "Difference", "Family", "compare_all", "friedmans", "mean_of", "rankings", "sensitivities"]
+__all__ = [
+    "ALPHA",
+    "Difference",
+    "Family",
+    "compare_all",
+    "compare_sensitivities",
+    "friedmans",
+    "mean_of",
+    "rankings",
+    "sensitivities",
+]
 
 #: Error rate of a family of comparisons.
 ALPHA = 0.05
@@ -55,6 +66,14 @@ class Difference:
             return f"cannot reach {ALPHA:g}"
         return "differ" if self.adjusted.p <= ALPHA else "open"
 
+    def reversed(self) -> "Difference":
+        """Return second less first."""
+        turned = self.interval
+        if isinstance(turned, statistics.Estimate):
+            turned = statistics.Estimate(-turned.value, -turned.high, -turned.low, turned.level)
+        value = None if self.value is None else -self.value
+        return replace(self, first=self.second, second=self.first, value=value, interval=turned)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -71,9 +90,16 @@ class Family:
     tested: int
 
     def between(self, column: str, one: str, other: str) -> Difference | None:
-        """Return the comparison of two rows, in the order in which it was made."""
-        found = (d for d in self.differences if d.column == column and {d.first, d.second} == {one, other})
-        return next(found, None)
+        """Return the comparison of two rows, the first less the second; `None` if they were not compared."""
+        for each in self.differences:
+            if each.column == column and {each.first, each.second} == {one, other}:
+                return each if each.first == one else each.reversed()
+        return None
+
+
+def seed_name(seed: str) -> str:
+    """Return a seed's name for a sentence."""
+    return f"seed {seed}" if seed else "the run"
 
 
 def attempt(compute: Callable[[], T]) -> T | str:
@@ -103,8 +129,10 @@ def compare_all(grid: Grid, view: str, baseline: str | None = None, draws: int =
     found = [_compare(grid, view, column, *pair, rows, draws) for column in grid.columns for pair in pairs]
     tested = {str(i): (d.p, d.smallest) for i, d in enumerate(found) if d.p is not None}
     if tested:
-        adjusted = statistics.holm({k: p for k, (p, _) in tested.items()}, {k: least for k, (_, least) in tested.items()})
-        found = [_with(d, adjusted.get(str(i))) for i, d in enumerate(found)]
+        adjusted = statistics.holm(
+            {k: p for k, (p, _) in tested.items()}, {k: least for k, (_, least) in tested.items()}
+        )
+        found = [replace(d, adjusted=adjusted.get(str(i))) for i, d in enumerate(found)]
     return Family(tuple(found), _how(grid, view, rows), len(tested))
 
 
@@ -123,8 +151,8 @@ def _how(grid: Grid, view: str, rows: Rows | str) -> str:
         )
     if view == AVERAGE:
         return (
-            "Paired over seeds. Intervals are Student's, of the mean difference of the seeds that have all tasks; p is of "
-            f"sign flips over pairs of task and seed, of no difference on any of the {len(grid.tasks)} tasks"
+            "Paired over seeds. Intervals are Student's, of the mean difference of the seeds that have all tasks; p is "
+            f"of sign flips over pairs of task and seed, of no difference on any of the {len(grid.tasks)} tasks"
         )
     return f"Paired over seeds alone ({rows}). Intervals are Student's, p is of sign flips"
 
@@ -132,15 +160,17 @@ def _how(grid: Grid, view: str, rows: Rows | str) -> str:
 def _compare(grid: Grid, view: str, column: str, first: str, second: str, rows: Rows | str, draws: int) -> Difference:
     ones, others = (grid.scores(row, column, view) for row in (first, second))
     seeds = [seed for seed in ones if seed in others]
-    odd = [f"{seed or 'the run'} of {row}" for row, mine, its in ((first, ones, others), (second, others, ones))
-           for seed in mine if seed not in its]  # fmt: skip
+    sides = ((first, ones, others), (second, others, ones))
+    odd = [f"{seed_name(seed)} of {row}" for row, mine, its in sides for seed in mine if seed not in its]
     differences = [ones[seed] - others[seed] for seed in seeds]
     n = f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'}"
     value = float(np.mean(differences)) if differences else None
     if len(seeds) < 2:
         return Difference(column, first, second, value, "fewer than two seeds of both", n, left_out=tuple(odd))
     if isinstance(rows, Rows):
-        of = [{s: rows.predictions[grid.cells[row, column, view][s].name] for s in seeds} for row in (first, second)]
+        of: list[dict[Hashable, NDArray[np.float64]]] = [
+            {s: rows.predictions[grid.cells[row, column, view][s].name] for s in seeds} for row in (first, second)
+        ]
         joint = attempt(lambda: statistics.compare(of[0], of[1], rows.labels, rows.metric, draws=draws))
         if not isinstance(joint, str):
             n = f"{n}, {joint.rows:,} rows"
@@ -155,19 +185,26 @@ def _compare(grid: Grid, view: str, column: str, first: str, second: str, rows: 
     return Difference(column, first, second, value, interval, n, test.p, test.smallest, left_out=tuple(odd))
 
 
-def _with(found: Difference, adjusted: statistics.Adjusted | None) -> Difference:
-    return Difference(**{**vars(found), "adjusted": adjusted})
-
-
 def sensitivities(grid: Grid, view: str) -> dict[str, statistics.Sensitivity | str]:
     """Return how much the columns decide, for each row, or why that can't be told."""
     return {row: attempt(lambda: statistics.sensitivity(_over_columns(grid, row, view))) for row in grid.rows}  # noqa: B023
 
 
-def compare_sensitivities(grid: Grid, view: str, first: str, second: str) -> statistics.SensitivityDifference | str:
-    """Compare how much the columns decide for two rows."""
-    of = [_over_columns(grid, row, view) for row in (first, second)]
-    return attempt(lambda: statistics.compare_sensitivity(of[0], of[1]))
+def compare_sensitivities(
+    grid: Grid, view: str
+) -> dict[tuple[str, str], tuple[statistics.SensitivityDifference, statistics.Adjusted]]:
+    """Compare how much the columns decide for all pairs of rows, as one family."""
+    runs = {row: _over_columns(grid, row, view) for row in grid.rows}
+    found: dict[tuple[str, str], statistics.SensitivityDifference] = {}
+    for pair in permutations(grid.rows, 2):
+        result = attempt(lambda: statistics.compare_sensitivity(runs[pair[0]], runs[pair[1]]))  # noqa: B023
+        if not isinstance(result, str) and result.range.value >= 0:
+            found[pair] = result
+    once = {pair: each for pair, each in found.items() if pair[::-1] not in found or pair < pair[::-1]}
+    if not once:
+        return {}
+    adjusted = statistics.holm({str(number): each.p for number, each in enumerate(once.values())})
+    return {pair: (each, adjusted[str(number)]) for number, (pair, each) in enumerate(once.items())}
 
 
 def _over_columns(grid: Grid, row: str, view: str) -> dict[str, list[float]]:
@@ -180,7 +217,9 @@ def rankings(grid: Grid) -> dict[str, statistics.Ranking | str]:
     higher = grid.metric(grid.tasks[0]).higher
     found: dict[str, statistics.Ranking | str] = {}
     for column in grid.columns:
-        runs = {row: {task: grid.scores(row, column, task) for task in grid.tasks} for row in grid.rows}
+        runs: dict[str, dict[str, Mapping[Hashable, float]]] = {
+            row: {task: {**grid.scores(row, column, task)} for task in grid.tasks} for row in grid.rows
+        }
         present = {row: tasks for row, tasks in runs.items() if any(tasks.values())}
         found[column] = attempt(lambda: statistics.ranks(present, higher))  # noqa: B023
     return found

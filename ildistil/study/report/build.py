@@ -1,6 +1,7 @@
 """Internal: from runs to the document."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ildistil.errors import DataError
 from ildistil.study.report import analysis, figures, tables, words
@@ -44,10 +45,9 @@ def build(
     answers: list[tuple[str, Sequence[str]]] = []
     leading: list[Figure] = []
     sections: list[Section] = []
-    for number, grid in enumerate(found):
+    for grid in found:
         heading = ", ".join(f"{spoken(name)} {level}" for name, level in grid.block.items())
-        prefix = f"block{number + 1}-" if len(found) > 1 else ""
-        part = _Part(grid, heading, prefix, baseline, draws)
+        part = _Part(grid, heading, baseline, draws)
         answers += part.answers()
         leading += part.leading()
         sections += part.sections()
@@ -55,14 +55,20 @@ def build(
     absent = tables.missing(runs, names, axes.task)
     said = "" if absent else "Every run of the study is finished and has a value."
     sections.append(Section("Missing runs", [said] if said else [], tables=[absent] if absent else []))
+    count = iter(range(1, 1_000_000))
+    leading = [replace(each, name=f"{next(count):02d}-{each.name}") for each in leading]
+    sections = [
+        replace(part, figures=[replace(each, name=f"{next(count):02d}-{each.name}") for each in part.figures])
+        for part in sections
+    ]
     return Document(title, words.summary(runs, axes, found), answers, leading, sections)
 
 
 class _Part:
     """What is said of one grid."""
 
-    def __init__(self, grid: Grid, heading: str, prefix: str, baseline: str | None, draws: int) -> None:
-        self.grid, self.heading, self.prefix = grid, heading, prefix
+    def __init__(self, grid: Grid, heading: str, baseline: str | None, draws: int) -> None:
+        self.grid, self.heading = grid, heading
         self.families = {view: analysis.compare_all(grid, view, baseline, draws) for view in grid.views}
         self.sensitive = {view: analysis.sensitivities(grid, view) for view in grid.views} if grid.varies else {}
 
@@ -72,7 +78,7 @@ class _Part:
         return self.grid.views[:1] if len(self.grid.views) > len(self.grid.tasks) else self.grid.tasks
 
     def answers(self) -> list[tuple[str, Sequence[str]]]:
-        told = []
+        told: list[tuple[str, Sequence[str]]] = []
         for view in self.main:
             heading = ", ".join(each for each in (self.heading, view if len(self.main) > 1 else "") if each)
             sensitive = self.sensitive.get(view, {})
@@ -108,7 +114,11 @@ class _Part:
             tables.differences(grid, view, family, folded=view not in self.main)
             for view, family in self.families.items()
         ]
-        return Section("Differences", words.verdicts(grid, self.main, self.families), tables=shown)
+        return Section(
+            "Differences",
+            [words.verdict(self.families[view]) for view in self.main[:1]] if len(self.main) == 1 else [],
+            tables=shown,
+        )
 
     def _ranks(self) -> Section:
         grid = self.grid
@@ -124,7 +134,9 @@ class _Part:
             )
             for column, each in found.items() if not isinstance(each, str)
         ]  # fmt: skip
-        return Section("Ranks", words.ranking(grid, found, analysis.friedmans(grid)), drawn, [tables.ranks(grid, found)])
+        return Section(
+            "Ranks", words.ranking(grid, found, analysis.friedmans(grid)), drawn, [tables.ranks(grid, found)]
+        )
 
     def _sensitivity(self) -> Section:
         grid, drawn = self.grid, []
@@ -135,8 +147,9 @@ class _Part:
             known = {row: each.range for row, each in self.sensitive[view].items() if not isinstance(each, str)}
             unit = f"range over {plural(len(grid.columns), name)} ({grid.metric(view).unit})"
             runs = sum(sum(e.seeds.values()) for e in self.sensitive[view].values() if not isinstance(e, str))
-            caption = f"{view or 'Range'}: best less worst {name}, with its 95 % interval; n = {plural(runs, 'run')}"
-            drawn += [figures.intervals(f"sensitivity-{view or 'all'}", caption[:1].upper() + caption[1:], unit, known)] if known else []
+            caption = f"{grid.where(view) or 'All runs'}: best less worst {name}, with its 95 % interval; n = {plural(runs, 'run')}"
+            if known:
+                drawn.append(figures.intervals(f"sensitivity-{view or 'all'}", caption, unit, known))
         return Section(f"Sensitivity to the {name}", figures=drawn, tables=[tables.sensitivity(grid, self.sensitive)])
 
     def _curves(self) -> Section:
@@ -164,6 +177,4 @@ class _Part:
         return Section(title, part.sentences, [self._named(figure) for figure in part.figures], part.tables)
 
     def _named(self, figure: Figure) -> Figure:
-        return Figure(self.prefix + figure.name, f"{self.heading}{': ' if self.heading else ''}{figure.caption}",
-                      figure.draw, figure.height)  # fmt: skip
-
+        return replace(figure, caption=f"{self.heading}: {figure.caption}") if self.heading else figure

@@ -32,12 +32,14 @@ class Table:
         caption: what it shows.
         header: of each column.
         rows: cells; the first of each names the row.
+        note: how it was made.
         folded: whether a page shows it on demand.
     """
 
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    note: str = ""
     folded: bool = False
 
 

@@ -4,14 +4,14 @@ import io
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
 from ildistil.study import statistics
 from ildistil.study.report.document import Figure
-from ildistil.study.report.grid import AVERAGE, Grid, Metric, plural, spoken
+from ildistil.study.report.grid import Grid, Metric, plural, spoken
 from ildistil.study.report.grid import combinations as combinations_of
 
 __all__ = ["available", "cost", "curves", "inline", "intervals", "png", "scores", "svg"]
@@ -20,7 +20,7 @@ __all__ = ["available", "cost", "curves", "inline", "intervals", "png", "scores"
 _COLOURS = ("#2d7fc1", "#d9702b", "#2f9c72", "#a463c7", "#b8901f", "#d3547f", "#6b8794", "#8a6d4f")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _INK, _QUIET = "#1a1b1e", "#7f858c"  # a page replaces them by its own
-_WIDTH = 4.6
+_WIDTH = 4.1
 _STYLE = {
     "font.size": 9, "axes.edgecolor": _QUIET, "axes.linewidth": 0.8, "text.color": _INK, "axes.labelcolor": _INK,
     "xtick.color": _QUIET, "ytick.color": _QUIET, "xtick.labelcolor": _INK, "ytick.labelcolor": _INK,
@@ -43,10 +43,12 @@ def available() -> bool:
 def scores(grid: Grid, view: str) -> Figure:
     """Draw means with their intervals, and each seed, rows from top to bottom."""
     metric, series = grid.metric(view), len(grid.columns)
-    where = f"Mean over the {len(grid.tasks)} tasks" if view == AVERAGE else view or "Scores"
+    where = grid.where(view) or "Scores"
     of = f" by {spoken(grid.axes.columns)}" if grid.axes.columns else ""
-    caption = f"{where}{of}: {metric.label}; mean over seeds with its 95 % interval, and each seed as a faint mark"
-    return Figure(f"scores-{view or 'all'}", caption, partial(_scores, grid, view), 1.3 + 0.17 * len(grid.rows) * (series + 1))
+    caption = f"{where}{of}: {metric.label}; mean over seeds with its 95 % interval, and each seed as a stroke"
+    return Figure(
+        f"scores-{view or 'all'}", caption, partial(_scores, grid, view), 1.3 + 0.17 * len(grid.rows) * (series + 1)
+    )
 
 
 def _scores(grid: Grid, view: str, axes: Any) -> None:
@@ -58,8 +60,12 @@ def _scores(grid: Grid, view: str, axes: Any) -> None:
             if values:
                 height = place + (number - (count - 1) / 2) * 0.75 / count
                 half = _half(values)
-                axes.plot(values, [height] * len(values), ls="", ms=3, alpha=0.4, mew=0, **_look(number))
-                axes.errorbar(np.mean(values), height, xerr=half, ms=5, mew=0, lw=1.4, ls="", label=label, **_look(number))
+                axes.plot(
+                    values, [height] * len(values), ls="", marker="|", ms=8, alpha=0.55, color=_look(number)["color"]
+                )
+                axes.errorbar(
+                    np.mean(values), height, xerr=half, ms=5, mew=0, lw=1.4, ls="", label=label, **_look(number)
+                )
                 label = None
     _rows(axes, grid.rows)
     axes.set_xlabel(metric.label)
@@ -84,8 +90,8 @@ def curves(grid: Grid) -> list[Figure]:
     return [
         Figure(
             f"curve-{task or 'all'}-{column or 'all'}",
-            f"{', '.join(each for each in (task, column) if each) or 'Learning curves'}: mean over seeds; shaded, from the "
-            "lowest to the highest seed",
+            f"{', '.join(each for each in (task, column) if each) or 'All runs'}: mean over seeds; shaded, lowest to "
+            "highest seed",
             partial(_curves, grid, task, column), 3.1 + 0.1 * len(grid.rows),
         )
         for task in grid.tasks
@@ -132,9 +138,9 @@ def cost(grid: Grid, view: str) -> Figure | None:
     def draw(axes: Any) -> None:
         for row, column, minutes, value in points:
             number, shape = grid.rows.index(row), grid.columns.index(column)
-            first = next(p for p in points if p[0] == row)
-            axes.plot(minutes, value, ls="", ms=6, mew=0, marker=_MARKERS[shape % len(_MARKERS)], alpha=0.85,
-                      color=_COLOURS[number % len(_COLOURS)], label=row if first[1] == column and row else None)  # fmt: skip
+            first = column == next(p[1] for p in points if p[0] == row)
+            axes.plot(minutes, value, ls="", ms=6, mew=0, alpha=0.85, label=row if first and row else None,
+                      marker=_MARKERS[shape % len(_MARKERS)], color=_COLOURS[number % len(_COLOURS)])  # fmt: skip
         axes.set(xlabel="time of a run (minutes)", ylabel=metric.label)
         axes.set_xlim(left=0)
         _legend(axes, len({p[0] for p in points}))
@@ -146,6 +152,7 @@ def cost(grid: Grid, view: str) -> Figure | None:
     return Figure("cost", caption, draw, 3.2 + 0.1 * len(grid.rows))
 
 
+@lru_cache(maxsize=256)
 def svg(figure: Figure) -> str:
     """Return a figure as SVG."""
     data = io.BytesIO()
@@ -161,13 +168,15 @@ def png(figure: Figure) -> bytes:
 
 
 def inline(text: str, name: str, caption: str) -> str:
-    """Return SVG for a page: no declarations, ids of its own, and colours that follow the page's.
+    r"""Return SVG for a page: no declarations, ids of its own, and colours that follow the page's.
 
-    >>> inline('<?xml?>\\n<svg xmlns="n" width="9pt" height="5pt" viewBox="0 0 9 5"><path id="a"/></svg>', "f", "It")
+    >>> inline('<?xml?>\n<svg xmlns="n" width="9pt" height="5pt" viewBox="0 0 9 5"><path id="a"/></svg>', "f", "It")
     '<svg viewBox="0 0 9 5" role="img" aria-label="It"><path id="f-a"/></svg>'
     """
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", text[: text.index(">")]) + text[text.index(">") :]
+    text = (
+        re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", text[: text.index(">")]) + text[text.index(">") :]
+    )
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text).replace("xlink:href", "href")
     text = text.replace(_INK, "currentColor").replace(_QUIET, "var(--quiet)")

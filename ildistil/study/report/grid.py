@@ -14,7 +14,7 @@ from ildistil.study.runs import Run
 __all__ = ["AVERAGE", "Axes", "Grid", "Metric", "find_axes", "grids", "plural", "spoken"]
 
 #: Stands for the mean over all tasks.
-AVERAGE = "average"
+AVERAGE = "average "  # no task's name ends so
 _ROLES = {
     "objective": ("objective", "objectives", "preset", "method"),
     "initialisation": ("initialisation", "initialization", "init"),
@@ -114,6 +114,10 @@ class Grid:
         kinds = {(metric.higher, metric.scale, metric.unit) for metric in self.metrics.values()}
         return (AVERAGE, *self.tasks) if len(self.tasks) > 1 and len(kinds) == 1 else self.tasks
 
+    def where(self, view: str) -> str:
+        """Return a view's name for a caption; that of the only task, where it has none, is empty."""
+        return f"Mean over the {len(self.tasks)} tasks" if view == AVERAGE else view
+
     def metric(self, view: str) -> Metric:
         """Return the metric of a view; that of the average is called by the name that all tasks share, or "score"."""
         if view in self.metrics:
@@ -125,7 +129,9 @@ class Grid:
         """Return seed to score of the runs that have one; in the average, of the seeds that have all tasks."""
         if view == AVERAGE:
             each = [self.scores(row, column, task) for task in self.tasks]
-            return {seed: sum(one[seed] for one in each) / len(each) for seed in each[0] if all(seed in o for o in each)}
+            return {
+                seed: sum(one[seed] for one in each) / len(each) for seed in each[0] if all(seed in o for o in each)
+            }
         metric = metric or self.metrics[view]
         found = {seed: value_of(run, metric.name) for seed, run in self.planned(row, column, view).items()}
         return {seed: value * metric.scale for seed, value in found.items() if value is not None}
@@ -223,13 +229,12 @@ def _grid(runs: Sequence[Run], axes: Axes, units: Mapping[str, Metric], levels: 
         cell = sorted_out.setdefault((_level(run, axes.rows), _level(run, axes.columns), _level(run, axes.task)), {})
         best = ", ".join(f"{spoken(name)} {_level(run, name)}" for name in axes.best_over)
         seed = "/".join(_level(run, name) for name in axes.seeds)
-        if other := cell.setdefault(best, {}).setdefault(seed, run):
-            if other is not run:
-                raise DataError(f"The runs {other.name!r} and {run.name!r} have the same factors. Remove one of them.")
+        if (other := cell.setdefault(best, {}).setdefault(seed, run)) is not run:
+            raise DataError(f"The runs {other.name!r} and {run.name!r} have the same factors. Remove one of them.")
     cells, chosen = {}, {}
     for key, choices in sorted_out.items():
         metric = units[key[2]]
-        chosen[key] = max(choices, key=lambda level: _worth(choices[level].values(), metric))  # noqa: B023
+        chosen[key] = max(choices, key=lambda level: _worth(choices[level].values(), metric))
         cells[key] = choices[chosen[key]]
     tasks = tuple(task for task in units if any(key[2] == task for key in cells))
     return Grid(

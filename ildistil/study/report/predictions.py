@@ -47,14 +47,14 @@ def read_rows(runs: Sequence[Run], metric: Metric) -> Rows | str:
     runs = [run for run in runs if value_of(run, metric.name) is not None]
     if metric.name not in _READINGS:
         return f"{metric.name} is not computed from predictions"
+    if all(run.predictions is None for run in runs):
+        return "there are no predictions"
     read: dict[str, dict[str, tuple[str, str]]] = {}
     names: tuple[str, ...] = ()
     for run in runs:
-        if run.predictions is None or not run.predictions.is_file():
-            return f"there are no predictions of {run.name}"
-        found = _read(run.predictions)
+        found = _read(run.predictions) if run.predictions is not None and run.predictions.is_file() else None
         if found is None:
-            return f"the predictions of {run.name} can't be read, or have no labels"
+            return f"the predictions of {run.name} aren't there, or have no labels"
         names, read[run.name] = found
     if not read:
         return "no run has a value"

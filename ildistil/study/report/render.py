@@ -72,9 +72,9 @@ def _page(document: Document, kind: str, formats: Sequence[str]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=kind == "html",
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-        **({"variable_start_string": "<<", "variable_end_string": ">>"} if kind == "tex" else {}),
+        variable_start_string="<<" if kind == "tex" else "{{", variable_end_string=">>" if kind == "tex" else "}}",
     )  # fmt: skip
-    environment.filters |= {"tex": _tex, "md": _md, "inline": _inline, "file": _file_name, "slug": _slug}
+    environment.filters |= {"tex": _tex, "md": _md, "inline": _inline, "file": _file_name}
     pictures = next((each for each in ("png", "svg") if each in formats), None)
     return environment.get_template(f"report.{kind}.jinja").render(document=document, pictures=pictures)
 
@@ -88,6 +88,7 @@ def _inline(figure: Figure) -> Markup:
 
 
 def _slug(text: str) -> str:
+    """Return a name that files and anchors may have."""
     return re.sub(r"[^\w]+", "-", text, flags=re.ASCII).strip("-").lower() or "all"
 
 
@@ -101,5 +102,5 @@ def _tex(text: Any) -> str:
 
 def _md(text: Any) -> str:
     """Escape what Markdown and the HTML in it would read."""
-    text = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", str(text).replace("\n", " "))
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    escaped = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", str(text).replace("\n", " "))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

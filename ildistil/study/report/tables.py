@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ildistil.study.report.analysis import Family, mean_of
+from ildistil.study.report.analysis import ALPHA, Family, mean_of
 from ildistil.study.report.document import Cell, Table
 from ildistil.study.report.grid import AVERAGE, Grid, Metric, plural, spoken, value_of
 from ildistil.study.runs import Run
@@ -40,10 +40,10 @@ def scores(grid: Grid, view: str, metric: Metric | None = None) -> Table:
         for column in grid.columns:
             value = means[row, column]
             cell = _score(grid, row, column, view, shown, metric)
-            marked = value is not None and value == best.get(column)
+            marked = value is not None and column in best and _alike(value, best[column], shown)
             cells.append(Cell(cell.text, cell.small, cell.value, "best") if marked else cell)
         body.append(cells)
-    where = f"Mean over the {len(grid.tasks)} tasks" if view == AVERAGE else view or "Scores"
+    where = grid.where(view) or "Scores"
     return Table(f"{where}: {shown.label}", [_axis(grid.axes.rows), *_headers(grid)], body, folded=metric is not None)
 
 
@@ -87,18 +87,17 @@ def differences(grid: Grid, view: str, family: Family, folded: bool = False) -> 
             Cell(each.n, f"(without {', '.join(each.left_out)})" if each.left_out else ""), *test, Cell(each.verdict),
         ])  # fmt: skip
     header = [f"{_axis(grid.axes.rows)}, first − second", *([_axis(grid.axes.columns)] if grid.axes.columns else [])]
-    where = f"Mean over the {len(grid.tasks)} tasks" if view == AVERAGE else view or "Differences"
-    caption = (
-        f"{where}: difference in {metric.unit} with its 95 % interval. {family.how}. "
-        f"Adjusted by Holm over the {plural(family.tested, 'comparison')} of this table"
-    )
-    return Table(caption, [*header, "difference", "n", "p", "p, adjusted", "at 0.05"], body, folded)
+    where = grid.where(view) or "Differences"
+    caption = f"{where}: difference in {metric.unit} with its 95 % interval"
+    adjusted = f"p is adjusted by Holm over the {plural(family.tested, 'comparison')} of this table"
+    note = f"{family.how}; {adjusted}" if family.tested else family.how
+    return Table(caption, [*header, "difference", "n", "p", "p, adjusted", f"at {ALPHA:g}"], body, note, folded)
 
 
 def sensitivity(grid: Grid, found: Mapping[str, Mapping[str, Sensitivity | str]]) -> Table:
     """Make the table of ranges over the columns, of views by row."""
     metric = grid.metric(next(iter(found)))
-    views = [f"mean of {len(grid.tasks)} tasks" if view == AVERAGE else view or "range" for view in found]
+    views = [grid.where(view).lower() if view == AVERAGE else view or "range" for view in found]
     body = []
     for row in grid.rows:
         cells = [Cell(row)]
@@ -108,7 +107,9 @@ def sensitivity(grid: Grid, found: Mapping[str, Mapping[str, Sensitivity | str]]
                 cells.append(Cell("missing", f"({each.rstrip('.')})", mark="missing"))
                 continue
             n = f"n = {sum(each.seeds.values())}"
-            cells.append(Cell(f"{each.range.value:.{digits}f}", f"{_interval(each.range, digits)}, {n}", each.range.value))
+            cells.append(
+                Cell(f"{each.range.value:.{digits}f}", f"{_interval(each.range, digits)}, {n}", each.range.value)
+            )
         body.append(cells)
     name = plural(len(grid.columns), grid.axes.columns or "column")
     caption = (
@@ -125,7 +126,9 @@ def ranks(grid: Grid, found: Mapping[str, Ranking | str]) -> Table:
         cells = [Cell(row)]
         for each in found.values():
             if isinstance(each, str) or row not in each.ranks:
-                cells.append(Cell("missing", f"({each.rstrip('.')})" if isinstance(each, str) else "(0)", mark="missing"))
+                cells.append(
+                    Cell("missing", f"({each.rstrip('.')})" if isinstance(each, str) else "(0)", mark="missing")
+                )
                 continue
             place, best = each.ranks[row], min(estimate.value for estimate in each.ranks.values())
             small = f"{_interval(place, 1)}, n = {len(each.tasks)}"
@@ -138,7 +141,8 @@ def ranks(grid: Grid, found: Mapping[str, Ranking | str]) -> Table:
 def costs(grid: Grid) -> Table | None:
     """Make the table of what a run costs, by row; ``None`` where nothing is known."""
     runs = {
-        row: [r for (first, _, _), cell in grid.cells.items() if first == row for r in cell.values()] for row in grid.rows
+        row: [r for (first, _, _), cell in grid.cells.items() if first == row for r in cell.values()]
+        for row in grid.rows
     }
     found = {name for each in runs.values() for run in each for name in run.cost}
     names = [*(name for name in COSTS if name in found), *sorted(found - set(COSTS))]
@@ -157,7 +161,9 @@ def costs(grid: Grid) -> Table | None:
                 cells.append(Cell("missing", "(0)", mark="missing"))
         body.append(cells)
     header = [COSTS[name][2] if name in COSTS else f"{spoken(name)} (as logged)" for name in names]
-    return Table("Cost of a run: mean ± standard deviation over its finished runs (n)", [_axis(grid.axes.rows), *header], body)
+    return Table(
+        "Cost of a run: mean ± standard deviation over its finished runs (n)", [_axis(grid.axes.rows), *header], body
+    )
 
 
 def missing(runs: Sequence[Run], metric_of: Mapping[str, str], task: str | None) -> Table | None:
@@ -168,7 +174,16 @@ def missing(runs: Sequence[Run], metric_of: Mapping[str, str], task: str | None)
         if value_of(run, metric) is None:
             factors = ", ".join(f"{spoken(name)} {level}" for name, level in run.factors.items())
             body.append([Cell(run.name), Cell(factors), Cell(why_missing(run, metric)), Cell(run.reason or "")])
-    return Table("Runs without a value, which no mean contains", ["run", "factors", "state", "last lines"], body) if body else None
+    return (
+        Table("Runs without a value, which no mean contains", ["run", "factors", "state", "last lines"], body)
+        if body
+        else None
+    )
+
+
+def _alike(one: float, other: float, metric: Metric) -> bool:
+    """Return whether two means are shown as the same number."""
+    return f"{one:.{metric.digits}f}" == f"{other:.{metric.digits}f}"
 
 
 def _headers(grid: Grid) -> list[str]:
@@ -185,4 +200,8 @@ def _interval(estimate: Estimate, digits: int, signed: bool = False) -> str:
 
 
 def _p(value: float | None) -> Cell:
-    return Cell("none", mark="missing") if value is None else Cell("< 0.0001" if value < 1e-4 else f"{value:.2g}", "", value)
+    return (
+        Cell("none", mark="missing")
+        if value is None
+        else Cell("< 0.0001" if value < 1e-4 else f"{value:.2g}", "", value)
+    )

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ildistil.study import statistics
-from ildistil.study.report.analysis import Difference, Family, compare_sensitivities, mean_of
-from ildistil.study.report.grid import AVERAGE, Axes, Grid, plural, spoken, value_of
+from ildistil.study.report.analysis import ALPHA, Difference, Family, compare_sensitivities, mean_of
+from ildistil.study.report.grid import AVERAGE, Axes, Grid, Metric, plural, spoken, value_of
 from ildistil.study.report.tables import COSTS
 from ildistil.study.runs import Run
 
@@ -17,14 +17,18 @@ __all__ = ["answers", "cost", "curves", "sensitivity", "summary"]
 def summary(runs: Sequence[Run], axes: Axes, found: Sequence[Grid]) -> list[str]:
     """Return what was run, how much of it is there, and what the axes are taken for."""
     metrics = {task: metric.name for grid in found for task, metric in grid.metrics.items()}
-    have = sum(value_of(run, metrics[run.factors.get(axes.task, "none") if axes.task else ""]) is not None for run in runs)
+    have = sum(
+        value_of(run, metrics[run.factors.get(axes.task, "none") if axes.task else ""]) is not None for run in runs
+    )
     states = Counter(run.state for run in runs)
     odd = [f"{states[state]} {state}" for state in ("failed", "running", "waiting") if states[state]]
     if without := states["finished"] - have:
         odd.append(f"{without} finished without a finite value")
     named = [name for name in (axes.rows, axes.columns, axes.task, *axes.seeds, *axes.blocks, *axes.best_over) if name]
     sizes = [plural(len({run.factors.get(name, "none") for run in runs}), name) for name in named]
-    told = [f"{have} of {plural(len(runs), 'run')} have a value{f' ({_listed(odd)})' if odd else ''}: {' × '.join(sizes)}."]
+    told = [
+        f"{have} of {plural(len(runs), 'run')} have a value{f' ({_listed(odd)})' if odd else ''}: {' × '.join(sizes)}."
+    ]
     if len(set(metrics.values())) == 1:
         told.append(f"Measured: {found[0].metric(found[0].tasks[0]).label}, on the validation set.")
     else:
@@ -56,41 +60,55 @@ def answers(grid: Grid, view: str, family: Family, sensitive: Mapping[str, stati
     if not any(grid.scores(row, column, view) for row in grid.rows for column in grid.columns):
         return ["No run has a value yet, so that nothing can be compared."]
     told = [_best_of(grid, view, column, family) for column in grid.columns]
+    if len(grid.rows) > 1:
+        told.insert(0, _headline(grid, view, family))
     return [*told, *sensitivity(grid, view, sensitive)]
 
 
+def _headline(grid: Grid, view: str, family: Family) -> str:
+    """Return which rows come first in how many columns, and how many comparisons hold."""
+    firsts = Counter(order[0] for column in grid.columns if (order := _ordered(grid, column, view)))
+    named = [f"{row} with {plural(count, grid.axes.columns or '')}" if grid.varies else row
+             for row, count in firsts.most_common()]  # fmt: skip
+    by = grid.metric(view).label if view == AVERAGE or len(grid.tasks) == 1 else f"{grid.metric(view).label} on {view}"
+    return f"First of {_sorts(grid)}, by {by}: {_listed(named)}. {verdict(family)}"
+
+
+def _ordered(grid: Grid, column: str, view: str) -> list[str]:
+    """Return the rows that have a value, the best first."""
+    sign = -1 if grid.metric(view).higher else 1
+    means = {row: mean for row in grid.rows if (mean := mean_of(grid.scores(row, column, view))) is not None}
+    return sorted(means, key=lambda row: sign * means[row])
+
+
 def _best_of(grid: Grid, view: str, column: str, family: Family) -> str:
-    metric = grid.metric(view)
-    known = {row: scores for row in grid.rows if (scores := grid.scores(row, column, view))}
-    order = sorted(known, key=lambda row: (-1 if metric.higher else 1) * float(np.mean(list(known[row].values()))))
-    where = f"With {spoken(grid.axes.columns)} {column}" if grid.axes.columns else f"Of {_sorts(grid)}"
+    metric, order = grid.metric(view), _ordered(grid, column, view)
+    where = f"{spoken(grid.axes.columns)} {column}: " if grid.axes.columns else ""
     if not order:
-        return f"{where}: no {spoken(grid.axes.rows or 'run')} has a value."
-    best = order[0]
-    reached = _reached(known[best], metric.digits)
-    label = metric.label if view == AVERAGE or len(grid.tasks) == 1 else f"{metric.label} on {view}"
+        return _upper(f"{where}no run has a value.")
+    reached = _reached(grid.scores(order[0], column, view), metric.digits)
     if len(order) == 1:
-        missing = f"; no other {spoken(grid.axes.rows or 'run')} has a value there" if len(grid.rows) > 1 else ""
-        return f"{where}, {best or 'the run'} reaches {reached}, {label}{missing}."
-    second = order[1]
-    extreme = "highest" if metric.higher else "lowest"
-    text = f"{where}, {best} has the {extreme} mean, {reached}, {label}. "
-    found = family.between(column, best, second)
+        other = f"; no other {spoken(grid.axes.rows or 'run')} has a value" if len(grid.rows) > 1 else ""
+        return _upper(f"{where}{order[0] or 'the run'} reaches {reached}{other}.")
+    found = family.between(column, order[0], order[1])
     if found is None:
-        return f"{text}Second is {second}, {_reached(known[second], metric.digits)}; they are not in the comparisons asked for."
-    return f"{text}{_difference(found, metric.digits, metric.unit, second)}"
+        second = _reached(grid.scores(order[1], column, view), metric.digits)
+        return _upper(
+            f"{where}{order[0]} is first with {reached}, {order[1]} second with {second}; they weren't compared."
+        )
+    return _upper(f"{where}{order[0]} is first with {reached}. {_difference(found, metric)}")
 
 
-def _difference(found: Difference, digits: int, unit: str, second: str) -> str:
-    start = f"Against the second, {second}: {found.first} less {found.second}"
+def _difference(found: Difference, metric: Metric) -> str:
+    start = f"{found.first} less {found.second}, the second"
     if found.value is None or isinstance(found.interval, str):
-        value = "no difference" if found.value is None else f"{found.value:+.{digits}f} {unit}"
-        return f"{start} {value}, {found.n}: no interval and no test ({found.interval})."
-    text = f"{start} {_estimate(found.interval, digits, unit)}; {found.n}"
+        value = "no difference" if found.value is None else f"{found.value:+.{metric.digits}f} {metric.unit}"
+        return f"{start}: {value}, {found.n}; no interval and no test, {found.interval}."
+    text = f"{start}: {_estimate(found.interval, metric)}; {found.n}"
     if found.adjusted is not None:
-        text += f"; {found.adjusted.describe()}"
-    meaning = {"differ": "the two differ", "open": "which of the two is better is open"}.get(found.verdict, "")
-    return f"{text}{f': {meaning}' if meaning else ''}."
+        text += f"; {found.adjusted.describe(ALPHA)}"
+    meaning = {"differ": ". The two differ", "open": ". Which of the two is better stays open"}
+    return f"{text}{meaning.get(found.verdict, '')}."
 
 
 def sensitivity(grid: Grid, view: str, given: Mapping[str, statistics.Sensitivity | str]) -> list[str]:
@@ -100,35 +118,36 @@ def sensitivity(grid: Grid, view: str, given: Mapping[str, statistics.Sensitivit
     name, metric = spoken(grid.axes.columns or ""), grid.metric(view)
     found = {row: each for row, each in given.items() if not isinstance(each, str)}
     if not found:
-        return [f"How much the {name} decides can't be told: no {spoken(grid.axes.rows or 'row')} has two seeds of each."]
+        return [
+            f"How much the {name} decides can't be told: no {spoken(grid.axes.rows or 'row')} has two seeds of each."
+        ]
     order = sorted(found, key=lambda row: found[row].range.value)
     least, most = order[0], order[-1]
 
     def told(row: str) -> str:
         each = found[row]
-        return f"{row} ({_estimate(each.range, metric.digits, metric.unit, "")}, n = {sum(each.seeds.values())})"
+        return f"{row} ({_estimate(each.range, metric, '')}, n = {sum(each.seeds.values())})"
 
     if len(order) == 1:
-        return [f"The {name} decides for {told(least)}, best less worst of {len(grid.columns)}."]
-    text = f"The {name} decides least for {told(least)}, most for {told(most)}: best less worst of {len(grid.columns)}"
-    if not isinstance(difference := compare_sensitivities(grid, view, most, least), str):
-        text += f"; they differ by {_estimate(difference.range, metric.digits, metric.unit)}, {_p(difference.p)}, unadjusted"
+        return [f"Best less worst of {plural(len(grid.columns), name)}: {told(least)}."]
+    text = f"Best less worst of {plural(len(grid.columns), name)}: least for {told(least)}, most for {told(most)}"
+    pairs = compare_sensitivities(grid, view)
+    if between := pairs.get((most, least)):
+        text += f"; difference {_estimate(between[0].range, metric)}, {between[1].describe(ALPHA)}"
     return [f"{text}."]
 
 
-def verdicts(grid: Grid, views: Sequence[str], families: Mapping[str, Family]) -> list[str]:
-    """Return how many of the comparisons of each view differ, are open, or can't be told."""
-    told = []
-    for view in views:
-        counts = Counter(each.verdict for each in families[view].differences)
-        words = {
-            "differ": "differ after adjustment", "open": "are open", "cannot reach 0.05":
-            "cannot reach 0.05 with so few pairs, whatever the differences", "not tested": "could not be tested",
-        }  # fmt: skip
-        each = _listed([f"{counts[verdict]} {meaning}" for verdict, meaning in words.items() if counts[verdict]])
-        where = f"{view}: of" if len(views) > 1 else "Of"
-        told.append(f"{where} {plural(len(families[view].differences), 'comparison')} {each}.")
-    return told
+def verdict(family: Family) -> str:
+    """Return how many of the comparisons differ, are open, or can't be told."""
+    counts = Counter(each.verdict for each in family.differences)
+    words = {
+        "differ": f"differ at {ALPHA:g} after adjustment",
+        "open": "stay open",
+        f"cannot reach {ALPHA:g}": f"cannot reach {ALPHA:g} with so few pairs, whatever the differences",
+        "not tested": "could not be tested, for want of pairs",
+    }
+    each = _listed([f"{counts[kind]} {meaning}" for kind, meaning in words.items() if counts[kind]])
+    return f"Of {plural(len(family.differences), 'comparison')}, {each}."
 
 
 def ranking(grid: Grid, found: Mapping[str, statistics.Ranking | str],
@@ -138,8 +157,14 @@ def ranking(grid: Grid, found: Mapping[str, statistics.Ranking | str],
     for column, each in found.items():
         where = f"{spoken(grid.axes.columns)} {column}: " if grid.axes.columns else ""
         test = tests[column]
-        words = test.describe() if not isinstance(test, str) else f"whether tasks agree isn't tested ({test.rstrip('.')})"
-        left = f"; left out, as not all have them: {', '.join(each.left_out)}" if not isinstance(each, str) and each.left_out else ""
+        words = (
+            test.describe() if not isinstance(test, str) else f"whether tasks agree isn't tested ({test.rstrip('.')})"
+        )
+        left = (
+            f"; left out, as not all have them (row, task, seed): {', '.join(each.left_out)}"
+            if not isinstance(each, str) and each.left_out
+            else ""
+        )
         told.append(f"{_upper(where + words)}{left}.")
     return told
 
@@ -168,10 +193,15 @@ def cost(grid: Grid) -> list[str]:
              if "teacher_runs_saved" in run.cost]  # fmt: skip
     if saved and (everything := sum(map(sum, saved))):
         total = sum(kept for _, kept in saved)
-        told.append(f"{total:,.0f} of {everything:,.0f} teacher runs ({100 * total / everything:.0f} %) were read from stored targets.")
+        told.append(
+            f"{total:,.0f} of {everything:,.0f} teacher runs ({100 * total / everything:.0f} %) were read from stored "
+            "targets."
+        )
     known = {name for run in runs for name in run.cost}
     if shared := sorted(known - set(COSTS)):
-        told.append(f"What several runs may share stands with each of them, and isn't summed: {', '.join(map(spoken, shared))}.")
+        told.append(
+            f"What several runs may share stands with each of them, and isn't summed: {', '.join(map(spoken, shared))}."
+        )
     return told
 
 
@@ -196,8 +226,8 @@ def curves(grid: Grid) -> list[str]:
         steepest = max(gains, key=lambda name: (1 if metric.higher else -1) * float(np.mean(gains[name])))
         on = f"{task}: between" if task else "Between"
         told.append(
-            f"{on} the last two validations the metric changed by {np.mean(everything):+.{metric.digits}f} {metric.unit} "
-            f"on average (n = {len(everything)}); it gained most with {steepest or 'the run'}, "
+            f"{on} the last two validations the metric changed by {np.mean(everything):+.{metric.digits}f} "
+            f"{metric.unit} on average (n = {len(everything)}); it gained most with {steepest or 'the run'}, "
             f"{np.mean(gains[steepest]):+.{metric.digits}f} (n = {len(gains[steepest])})."
         )
     return told
@@ -211,9 +241,9 @@ def _reached(scores: Mapping[str, float], digits: int) -> str:
     return f"{mean.value:.{digits}f} (95 % interval {mean.low:.{digits}f} to {mean.high:.{digits}f}, n = {len(values)})"
 
 
-def _estimate(estimate: statistics.Estimate, digits: int, unit: str, sign: str = "+") -> str:
-    value, low, high = (f"{each:{sign}.{digits}f}" for each in (estimate.value, estimate.low, estimate.high))
-    return f"{value} {unit} (95 % interval {low} to {high})"
+def _estimate(estimate: statistics.Estimate, metric: Metric, sign: str = "+") -> str:
+    value, low, high = (f"{each:{sign}.{metric.digits}f}" for each in (estimate.value, estimate.low, estimate.high))
+    return f"{value} {metric.unit} (95 % interval {low} to {high})"
 
 
 def _duration(seconds: float) -> str:
