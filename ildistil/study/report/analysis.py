@@ -217,11 +217,9 @@ def rankings(grid: Grid) -> dict[str, statistics.Ranking | str]:
     higher = grid.metric(grid.tasks[0]).higher
     found: dict[str, statistics.Ranking | str] = {}
     for column in grid.columns:
-        runs: dict[str, dict[str, Mapping[Hashable, float]]] = {
-            row: {task: {**grid.scores(row, column, task)} for task in grid.tasks} for row in grid.rows
-        }
+        runs = {row: {task: grid.scores(row, column, task) for task in grid.tasks} for row in grid.rows}
         present = {row: tasks for row, tasks in runs.items() if any(tasks.values())}
-        found[column] = attempt(lambda: statistics.ranks(present, higher))  # noqa: B023
+        found[column] = attempt(lambda: statistics.ranks(present, higher))  # type: ignore[arg-type] # noqa: B023
     return found
 
 

@@ -144,12 +144,13 @@ class _Part:
             return Section("Sensitivity")
         name = spoken(grid.axes.columns or "")
         for view in self.main:
-            known = {row: each.range for row, each in self.sensitive[view].items() if not isinstance(each, str)}
+            known = {row: each for row, each in self.sensitive[view].items() if not isinstance(each, str)}
+            n = plural(sum(sum(each.seeds.values()) for each in known.values()), "run")
+            caption = f"{grid.where(view) or 'All runs'}: best less worst {name}, with its 95 % interval; n = {n}"
             unit = f"range over {plural(len(grid.columns), name)} ({grid.metric(view).unit})"
-            runs = sum(sum(e.seeds.values()) for e in self.sensitive[view].values() if not isinstance(e, str))
-            caption = f"{grid.where(view) or 'All runs'}: best less worst {name}, with its 95 % interval; n = {plural(runs, 'run')}"
             if known:
-                drawn.append(figures.intervals(f"sensitivity-{view or 'all'}", caption, unit, known))
+                ranges = {row: each.range for row, each in known.items()}
+                drawn.append(figures.intervals(f"sensitivity-{view or 'all'}", caption, unit, ranges))
         return Section(f"Sensitivity to the {name}", figures=drawn, tables=[tables.sensitivity(grid, self.sensitive)])
 
     def _curves(self) -> Section:

@@ -3,7 +3,6 @@
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +89,6 @@ class _Scaled:
         return np.asarray(self.scale * self.metric(predictions, labels, counts))
 
 
-@lru_cache(maxsize=4096)
 def _read(path: Path) -> tuple[tuple[str, ...], dict[str, tuple[str, str]]] | None:
     """Return the classes, none of a regression, and row to prediction and label."""
     try:

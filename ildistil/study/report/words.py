@@ -27,7 +27,7 @@ def summary(runs: Sequence[Run], axes: Axes, found: Sequence[Grid]) -> list[str]
     named = [name for name in (axes.rows, axes.columns, axes.task, *axes.seeds, *axes.blocks, *axes.best_over) if name]
     sizes = [plural(len({run.factors.get(name, "none") for run in runs}), name) for name in named]
     told = [
-        f"{have} of {plural(len(runs), 'run')} have a value{f' ({_listed(odd)})' if odd else ''}: {' × '.join(sizes)}."
+        f"{have} of {plural(len(runs), 'run')} with a value{f' ({_listed(odd)})' if odd else ''}: {' × '.join(sizes)}."
     ]
     if len(set(metrics.values())) == 1:
         told.append(f"Measured: {found[0].metric(found[0].tasks[0]).label}, on the validation set.")
