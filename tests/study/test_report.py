@@ -107,7 +107,7 @@ def test_differences_are_paired_over_seeds_and_tested_by_sign_flips() -> None:
 def test_too_few_seeds_cannot_reach_the_level_and_the_words_say_so() -> None:
     runs = [run for run in study() if run.factors["task"] == "qnli"]
     document = made(runs)
-    assert "6 comparisons of so few pairs give no p below 1, so 0.05 cannot be reached" in words(document)
+    assert "p = 1, adjusted for 6 comparisons (Holm); so few pairs give no p below 1." in words(document)
     assert "6 cannot reach 0.05 with so few pairs" in words(document)
     assert "significant" not in words(document)
 

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,8 @@ def scores(grid: Grid, view: str) -> Figure:
     metric, series = grid.metric(view), len(grid.columns)
     where = grid.where(view) or "Scores"
     of = f" by {spoken(grid.axes.columns)}" if grid.axes.columns else ""
-    caption = f"{where}{of}: {metric.label}; mean over seeds with its 95 % interval, and each seed as a stroke"
+    n = plural(sum(len(grid.scores(row, c, view)) for row in grid.rows for c in grid.columns), "value")
+    caption = f"{where}{of}: {metric.label}; mean with its 95 % interval, and each seed as a stroke; n = {n}"
     return Figure(
         f"scores-{view or 'all'}", caption, partial(_scores, grid, view), 1.3 + 0.17 * len(grid.rows) * (series + 1)
     )
@@ -87,31 +89,26 @@ def intervals(name: str, caption: str, unit: str, found: Mapping[str, statistics
 
 def curves(grid: Grid) -> list[Figure]:
     """Draw what was measured over the steps, a figure for each task and column."""
-    return [
-        Figure(
-            f"curve-{task or 'all'}-{column or 'all'}",
-            f"{', '.join(each for each in (task, column) if each) or 'All runs'}: mean over seeds; shaded, lowest to "
-            "highest seed",
-            partial(_curves, grid, task, column), 3.1 + 0.1 * len(grid.rows),
-        )
-        for task in grid.tasks
-        for column in grid.columns
-        if any(_points(grid, row, column, task, grid.metric(task)) for row in grid.rows)
-    ]  # fmt: skip
+    found = []
+    for task, column in product(grid.tasks, grid.columns):
+        points = {row: _points(grid, row, column, task, grid.metric(task)) for row in grid.rows}
+        if count := sum(max(map(len, each.values()), default=0) for each in points.values()):
+            where = ", ".join(each for each in (task, column) if each) or "All runs"
+            caption = f"{where}: mean over seeds; shaded, lowest to highest seed; n = {plural(count, 'run')}"
+            draw = partial(_curves, points, grid.metric(task))
+            found.append(Figure(f"curve-{task}-{column}", caption, draw, 3.1 + 0.1 * len(grid.rows)))
+    return found
 
 
-def _curves(grid: Grid, task: str, column: str, axes: Any) -> None:
-    metric = grid.metric(task)
-    for number, row in enumerate(grid.rows):
-        points = _points(grid, row, column, task, metric)
+def _curves(curves: Mapping[str, Mapping[float, Sequence[float]]], metric: Metric, axes: Any) -> None:
+    for number, (row, points) in enumerate(curves.items()):
         if points:
             steps = sorted(points)
             low, mean, high = ([f(points[step]) for step in steps] for f in (min, np.mean, max))
             axes.fill_between(steps, low, high, alpha=0.15, lw=0, color=_COLOURS[number % len(_COLOURS)])
             axes.plot(steps, mean, lw=1.3, ms=3.5, mew=0, label=row or None, **_look(number))
     axes.set(xlabel="optimiser steps", ylabel=metric.label)
-    if any(grid.rows):
-        _legend(axes, len(grid.rows))
+    _legend(axes, sum(map(bool, curves)))
 
 
 def _points(grid: Grid, row: str, column: str, task: str, metric: Metric) -> dict[float, list[float]]:
@@ -216,5 +213,6 @@ def _rows(axes: Any, names: Sequence[str]) -> None:
 
 def _legend(axes: Any, count: int) -> None:
     """Draw a legend below the axes, which hides nothing there."""
-    if count:
-        axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, handlelength=1.4)
+    handles, labels = axes.get_legend_handles_labels()
+    if count and labels:
+        axes.figure.legend(handles, labels, loc="outside lower left", ncols=2, handlelength=1.4)

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from ildistil import storage
 from ildistil.errors import ConfigError, writing
 from ildistil.study.report import figures
-from ildistil.study.report.document import Document, Figure
+from ildistil.study.report.document import Document, Figure, Table
 from ildistil.study.runs import Run, write_csv
 
 __all__ = ["FORMATS", "write"]
@@ -74,7 +74,7 @@ def _page(document: Document, kind: str, formats: Sequence[str]) -> str:
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         variable_start_string="<<" if kind == "tex" else "{{", variable_end_string=">>" if kind == "tex" else "}}",
     )  # fmt: skip
-    environment.filters |= {"tex": _tex, "md": _md, "inline": _inline, "file": _file_name}
+    environment.filters |= {"tex": _tex, "md": _md, "inline": _inline, "file": _file_name, "columns": _columns}
     pictures = next((each for each in ("png", "svg") if each in formats), None)
     return environment.get_template(f"report.{kind}.jinja").render(document=document, pictures=pictures)
 
@@ -98,6 +98,12 @@ def _file_name(figure: Figure) -> str:
 
 def _tex(text: Any) -> str:
     return "".join(_TEX.get(letter, letter) for letter in str(text).replace("\n", " "))
+
+
+def _columns(table: Table) -> str:
+    """Return the columns of a LaTeX table; long texts are broken into lines."""
+    lengths = [max(len(cell.text) + len(cell.small) for cell in column) for column in zip(*table.rows, strict=True)]
+    return "".join("l" if length < 50 else r"p{5cm}" for length in lengths)
 
 
 def _md(text: Any) -> str:

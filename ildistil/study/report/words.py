@@ -83,20 +83,18 @@ def _ordered(grid: Grid, column: str, view: str) -> list[str]:
 
 def _best_of(grid: Grid, view: str, column: str, family: Family) -> str:
     metric, order = grid.metric(view), _ordered(grid, column, view)
-    where = f"{spoken(grid.axes.columns)} {column}: " if grid.axes.columns else ""
+    where = f"{_upper(spoken(grid.axes.columns))} {column}: " if grid.axes.columns else ""
     if not order:
-        return _upper(f"{where}no run has a value.")
+        return f"{where}no run has a value."
     reached = _reached(grid.scores(order[0], column, view), metric.digits)
     if len(order) == 1:
         other = f"; no other {spoken(grid.axes.rows or 'run')} has a value" if len(grid.rows) > 1 else ""
-        return _upper(f"{where}{order[0] or 'the run'} reaches {reached}{other}.")
+        return f"{where}{order[0] or 'the run'} reaches {reached}{other}."
     found = family.between(column, order[0], order[1])
     if found is None:
         second = _reached(grid.scores(order[1], column, view), metric.digits)
-        return _upper(
-            f"{where}{order[0]} is first with {reached}, {order[1]} second with {second}; they weren't compared."
-        )
-    return _upper(f"{where}{order[0]} is first with {reached}. {_difference(found, metric)}")
+        return f"{where}{order[0]} is first with {reached}, {order[1]} second with {second}; they weren't compared."
+    return f"{where}{order[0]} is first with {reached}. {_difference(found, metric)}"
 
 
 def _difference(found: Difference, metric: Metric) -> str:
@@ -106,7 +104,10 @@ def _difference(found: Difference, metric: Metric) -> str:
         return f"{start}: {value}, {found.n}; no interval and no test, {found.interval}."
     text = f"{start}: {_estimate(found.interval, metric)}; {found.n}"
     if found.adjusted is not None:
-        text += f"; {found.adjusted.describe(ALPHA)}"
+        whole = found.adjusted.describe(ALPHA).split(";")[0]
+        text += f"; {whole if found.adjusted.family > 1 else whole.split(',')[0]}"
+        if found.adjusted.smallest > ALPHA:
+            text += f"; so few pairs give no p below {found.adjusted.smallest:.3g}"
     meaning = {"differ": ". The two differ", "open": ". Which of the two is better stays open"}
     return f"{text}{meaning.get(found.verdict, '')}."
 
@@ -143,8 +144,8 @@ def verdict(family: Family) -> str:
     words = {
         "differ": f"differ at {ALPHA:g} after adjustment",
         "open": "stay open",
-        f"cannot reach {ALPHA:g}": f"cannot reach {ALPHA:g} with so few pairs, whatever the differences",
-        "not tested": "could not be tested, for want of pairs",
+        f"cannot reach {ALPHA:g}": f"cannot reach {ALPHA:g} with so few pairs",
+        "not tested": "could not be tested for want of pairs",
     }
     each = _listed([f"{counts[kind]} {meaning}" for kind, meaning in words.items() if counts[kind]])
     return f"Of {plural(len(family.differences), 'comparison')}, {each}."
