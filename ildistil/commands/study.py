@@ -1,4 +1,4 @@
-"""Run many distillations and compare them: 'study run STUDY.yaml', 'study status FOLDER'."""
+"""Run many distillations and compare them: 'study run STUDY.yaml', 'study status FOLDER', 'study report FOLDER'."""
 
 import argparse
 import json
@@ -36,12 +36,31 @@ def main(command: str, arguments: Sequence[str]) -> None:
     run.add_argument("--retry-failed", action="store_true", help="run again what failed before")
     status = verbs.add_parser("status", help="show how far a study is")
     status.add_argument("folder", help="the study's folder")
+    _add_report(verbs.add_parser("report", help="write tables, figures and what follows from them, of a study"))
     given = parser.parse_args(list(arguments))
     if given.verb == "status":
         print(progress.describe(Path(given.folder)))
         return
+    if given.verb == "report":
+        options = {name: value for name, value in vars(given).items() if name != "verb"}
+        files = import_module("ildistil.commands._report").report(**options)
+        print("\n".join(map(str, files)))
+        return
     if not run_study(Path(given.file), given.jobs, given.retry_failed):
         raise SystemExit(1)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="the study's folder, or a CSV file with a line for each run")
+    parser.add_argument("--output", type=Path, help="folder to write; by default 'report' in the study's")
+    formats = ["html", "md", "tex", "csv", "svg", "png"]
+    parser.add_argument("--formats", nargs="+", choices=formats, default=formats, help="what to write; all by default")
+    parser.add_argument("--title", help="title of the report; by default the study's")
+    parser.add_argument("--metric", help="metric that is compared on all tasks; by default each task's own")
+    parser.add_argument("--rows", help="factor that is compared; by default the objective")
+    parser.add_argument("--columns", help="factor beside it; by default the initialisation")
+    parser.add_argument("--best-over", nargs="+", default=[], help="factors of which each cell takes its best level")
+    parser.add_argument("--baseline", help="level that all others are compared with, instead of all with each other")
 
 
 def run_study(file: Path, jobs: int, retry_failed: bool = False) -> bool:
