@@ -42,7 +42,7 @@ def report(
     """
     is_table = source.suffix == ".csv"
     runs = read_csv(source) if is_table else read_runs(source)
-    plan = {"title": source.resolve().stem, "jobs": []} if is_table else read_plan(source)
+    plan: dict[str, Any] = {"title": source.resolve().stem, "jobs": []} if is_table else read_plan(source)
     metrics = _metrics(plan["jobs"]) if metric is None else {"": metric}
     document = build(runs, title or plan["title"], metrics, rows, columns, best_over, baseline)
     folder = output or (source.with_name(f"{source.stem}-report") if is_table else source / "report")
