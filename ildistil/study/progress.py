@@ -39,7 +39,7 @@ def line(
 
 
 def describe(folder: Path) -> str:
-    """Return the state of a study and of each of its runs.
+    """Return the state of a study, and of each run that has begun.
 
     Args:
         folder: of the study.
@@ -54,8 +54,10 @@ def describe(folder: Path) -> str:
     took = [run.cost["seconds"] for _, run in found if run.state == "finished" and "seconds" in run.cost]
     if took and (left := count["running"] + count["waiting"]):
         head += f"; about {_duration(left * sum(took) / len(took) / max(1, count['running']))} left"
-    rows = [_row(job, run) for job, run in found]
-    text = f"{head}\n\n{table(('name', 'state', 'metric', 'value', 'time', 'tokens/s', 'memory'), rows)}"
+    rows = [_row(job, run) for job, run in found if run.state != "waiting"]
+    text = head
+    if rows:
+        text += f"\n\n{table(('name', 'state', 'metric', 'value', 'time', 'tokens/s', 'memory'), rows)}"
     for job, run in found:
         if run.reason:
             text += f"\n\n{job.name}: {run.reason}\nLog: {folder / job.name / runs.LOG}"
