@@ -176,7 +176,8 @@ def test_a_mark_before_blank_lines_is_no_document(blank: str, name: str, write: 
     packed = [pack(TextFiles(path), Packing(make_tokenizer(), 10)) for path in (marked, plain)]
     assert [ids_of(each.train) for each in packed] == [ids_of(packed[1].train)] * 2
     counts = [json.loads((each.folder / "index" / "index.json").read_text())["counts"] for each in packed]
-    assert counts == [counts[1]] * 2 and counts[1]["documents"] == 3
+    assert counts == [counts[1]] * 2
+    assert counts[1]["documents"] == 3
 
 
 @given(st.lists(st.sampled_from(["a", " ", "\n", "\n\n", "\t", "\r", "b c"]), max_size=30), st.integers(1, 9))
