@@ -225,8 +225,13 @@ def test_tied_embeddings_stay_tied() -> None:
 
 
 def test_the_body_of_a_language_model_has_no_pooler() -> None:
-    body = tf.BertForMaskedLM(tf.BertConfig(hidden_size=8, num_attention_heads=2, vocab_size=11)).bert
+    body, other = (
+        tf.BertForMaskedLM(tf.BertConfig(hidden_size=8, num_attention_heads=2, vocab_size=11)).bert for _ in range(2)
+    )
     assert not any("pooler" in name for name in init_student(body, layers=[1, 2]).state_dict())
+    student = init_student(body, layers=[1, 2], source=other)
+    assert student.state_dict().keys() == init_student(body, layers=[1, 2]).state_dict().keys()
+    assert torch.equal(student.encoder.layer[0].output.dense.weight, other.encoder.layer[0].output.dense.weight)
 
 
 def test_shared_and_alternating_layers() -> None:

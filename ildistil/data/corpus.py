@@ -46,8 +46,8 @@ class Corpus(RowsDataModule):
         text_column: Column of the text in JSON lines, Parquet files and data sets.
         packed: Rows of ``max_length`` tokens that run across documents, with separators between these; else a text a
             row, cut to ``max_length``.
-        labels: What the labels are: "masked" tokens, of which the model sees masks; "next", the tokens themselves, for
-            a causal language model; or "none".
+        labels: What the labels are: "masked" tokens, of which the model sees masks; "next", the tokens themselves
+            (but for one that follows padding), for a causal language model; or "none".
         mask_probability: Share of a row's tokens that are to be predicted.
         whole_words: Mask whole words.
         processes: Processes that pack; None is one for each core.
@@ -266,7 +266,9 @@ class CorpusCollate:
         batch = Collate(self.tokenizer)(rows)
         real = batch["attention_mask"].bool()
         if self.labels == "next":
-            batch["labels"] = batch["input_ids"].masked_fill(~real, IGNORED)
+            # A token after padding would be predicted from padding.
+            after_real = torch.nn.functional.pad(real, (1, -1), value=True)
+            batch["labels"] = batch["input_ids"].masked_fill(~(real & after_real), IGNORED)
         if self.masking is not None:
             left = self.tokenizer.padding_side == "left"
             starts = None

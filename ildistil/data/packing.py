@@ -32,7 +32,7 @@ from ildistil.shards.rows import SPLITS, Rows, index_counts, is_indexed, is_of, 
 __all__ = ["HubText", "Packed", "Packing", "Rows", "TextFiles", "open_packed", "pack"]
 
 # Part of every key; to be raised when the same input would be packed in another way.
-FORMAT = 1
+FORMAT = 2
 _PROBE_DOCUMENTS, _PROBE_CHARACTERS, _PROBE_WORDS = 50, 1000, 6
 _WAIT = 1.0  # seconds
 

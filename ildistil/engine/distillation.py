@@ -216,7 +216,7 @@ class Distillation(nn.Module):
             IldistilError: see :meth:`forward`.
         """
         weights, active = self._active(batch, step)
-        self._begin(active, step)
+        self._begin(active, step, learns=False)
         values, counts, student = self._run(batch, active, verify=False)
         return Terms(values, dict(weights), counts), student
 
@@ -243,9 +243,11 @@ class Distillation(nn.Module):
         weights = {name: objective.weight_at(step.progress) for name, objective in chosen.items()}
         return {name: weight for name, weight in weights.items() if weight > 0}
 
-    def _begin(self, active: Mapping[str, Objective], step: Step) -> None:
+    def _begin(self, active: Mapping[str, Objective], step: Step, learns: bool = True) -> None:
         for objective in active.values():
             objective.begin(step)
+            if learns:
+                objective.learn(step)
         self._step = step
 
     @property
@@ -318,7 +320,7 @@ class Distillation(nn.Module):
         checks.check_batch(batch, self._positions)
         used = self._used
         for objective in used.values():
-            objective.begin(Step(self._step.number or 0))  # the step they are in: nothing is drawn or learned anew
+            objective.begin(Step(self._step.number or 0))  # the step they are in: nothing is drawn anew
         if any(tap.name == "loss" for tap in self._reads("student", used)):
             checks.check_numbers_of_real_rows(batch)
         with without_trace(self), torch.enable_grad(), torch.compiler.set_stance("force_eager"):

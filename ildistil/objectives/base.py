@@ -142,6 +142,9 @@ class Objective(Callback, ABC):
     def begin(self, step: Step) -> None:
         """Prepare for a batch of an optimiser step, such as by drawing layers for the step; repeatable."""
 
+    def learn(self, step: Step) -> None:
+        """Learn, as a training step begins, what :meth:`remember` kept of the one before; repeatable."""
+
     def count(self, student: Activations, batch: Mapping[str, Any]) -> Count:
         """Return what :meth:`loss` is a mean of: the examples with a token, unless a subclass says otherwise.
 

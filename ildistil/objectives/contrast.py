@@ -142,6 +142,7 @@ class CLSContrast(_Contrast):
         self._classes = torch.empty(0, dtype=torch.long)
         self._log_normalizers = torch.empty(0)  # of both directions; until there is something to estimate them from
         self._step: int | None = None
+        self._learned_before: int | None = None  # number of a step
         self._now: list[Tensor] = []
         self._waiting: list[list[Tensor]] = []
 
@@ -161,15 +162,19 @@ class CLSContrast(_Contrast):
             self._forget()
 
     def begin(self, step: Step) -> None:
-        """Learn what was met in the step before; within a step it stays, whatever is accumulated."""
+        """Note the step, by which texts are drawn."""
         super().begin(step)
         if step.number is None:
             raise ObjectiveError(
                 f"{self.name} draws texts anew at every step. Say which it is: distill(batch, Step(number))."
             )
-        if step.number != self._step:
-            self._learn()
         self._step = step.number
+
+    def learn(self, step: Step) -> None:
+        """Learn what was met in the step before; within a step the bank stays, whatever is accumulated."""
+        if step.number != self._learned_before:
+            self._learn()
+        self._learned_before = step.number
         if self.estimator == "nce" and not len(self._log_normalizers):
             self._estimate()
 

@@ -22,6 +22,7 @@ ENDINGS = (".txt", ".jsonl", ".parquet")
 Document: TypeAlias = list[str]
 
 _BLOCK = 1 << 20
+_MARK = "\ufeff".encode()  # some editors begin a file with it
 _RECORDS = 256
 # White space of ASCII alone: what else Unicode calls so is text.
 _BLANK_LINE = re.compile(rb"\n[ \t\r\f\v]*\n\s*")
@@ -58,7 +59,7 @@ def scan(path: Path) -> tuple[str, bool]:
         while block := file.read(_BLOCK):
             digest.update(block)
             if look and not separated:
-                text = tail + block if tail else block.lstrip()
+                text = tail + block if tail else block.removeprefix(_MARK).lstrip()
                 found = _BLANK_LINE.search(text)
                 separated = found is not None and found.end() < len(text)
                 tail = text[max(0, len(text.rstrip()) - 1) :]
@@ -164,7 +165,8 @@ def _parquet(part: Part) -> Iterator[Document]:
 def _lines(part: Part) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a part, each with the byte it starts at."""
     with part.path.open("rb", buffering=_BLOCK) as file:
-        at = file.seek(part.start)
+        begins_with_mark = part.start == 0 and file.read(len(_MARK)) == _MARK
+        at = file.seek(len(_MARK) if begins_with_mark else part.start)
         while at < part.stop and (raw := file.readline()):
             yield at, raw
             at += len(raw)
@@ -174,11 +176,10 @@ def _decoded(raw: bytes, path: Path, at: int) -> str:
     if b"\0" in raw:
         raise DataError(f"{path} is not text: byte {at + raw.index(0)} is zero. Name files of text in UTF-8.")
     try:
-        text = raw.decode()
+        return raw.decode()
     except UnicodeDecodeError as error:
         where = f"{error.reason} at byte {at + error.start}"
         raise DataError(f"{path} is not UTF-8 ({where}). Save it as UTF-8.") from error
-    return text.removeprefix("\ufeff") if at == 0 else text  # some editors begin a file with this mark
 
 
 def row_name(where: object, number: int) -> str:

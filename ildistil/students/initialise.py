@@ -123,7 +123,7 @@ def _merged(teacher: PreTrainedModel, source: PreTrainedModel) -> PreTrainedMode
                 )
             weights[own] = value
     with torch.random.fork_rng(devices=[]):
-        merged = type(teacher)(changed_config(teacher.config, {}))
+        merged = _built(teacher, changed_config(teacher.config, {}))
     merged.load_state_dict(weights)
     return merged.to(teacher.device)
 

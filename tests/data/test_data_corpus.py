@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from corpora import tokenizer, write_corpus
@@ -98,8 +99,29 @@ def test_padding_is_on_the_tokenizers_side(make: Make) -> None:
         mask = batch["attention_mask"]
         ends = mask[:, -1] if side == "left" else mask[:, 0]
         assert ends.all()
-        assert ((mask == 0) == (batch["labels"] == -100)).all()
+        after_padding = (mask[:, 1:] == 1) & (mask[:, :-1] == 0)  # what would be predicted from padding
+        assert (after_padding.sum(1) == (mask == 0).any(1) * (side == "left")).all()
+        unpredicted = torch.cat([mask[:, :1] == 0, (mask[:, 1:] == 0) | after_padding], dim=1)
+        assert (unpredicted == (batch["labels"] == -100)).all()
         assert (batch["input_ids"][mask == 0] == 0).all()
+
+
+def test_next_tokens_do_not_depend_on_the_side_of_padding(make: Make) -> None:
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=len(tokenizer()), n_positions=64)
+    ).eval()
+    sums: dict[str, float] = {}
+    for side in ("left", "right"):
+        found = 0.0
+        for batch in epoch(make(labels="next", packed=False, tokenizer=tokenizer(padding_side=side))):
+            positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            inputs = {key: value for key, value in batch.items() if key != "row_id"}
+            with torch.no_grad():
+                loss = model(**inputs, position_ids=positions).loss
+            found += float(loss * (batch["labels"][:, 1:] != -100).sum())
+        sums[side] = found
+    assert sums["left"] == pytest.approx(sums["right"], rel=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"whole_words": True}, {"packed": False}, {"limit_train": 50},

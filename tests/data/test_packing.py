@@ -164,6 +164,22 @@ def test_marks_and_breaks_of_other_systems(write: Any, tmp_path: Path) -> None:
     assert ids_of(pack(TextFiles(tmp_path / "a.txt"), packing).train) == ids_of(pack(TextFiles(plain), packing).train)
 
 
+@pytest.mark.parametrize("blank", ["\n", "\r\n", " \n\t\n"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_mark_before_blank_lines_is_no_document(blank: str, name: str, write: Any, tmp_path: Path) -> None:
+    lines = ["good film", "the cat", "fine"]
+    lines = lines if name == "a.txt" else [json.dumps({"text": line}) for line in lines]
+    plain = Path(write(name, "\n".join(lines)))
+    marked = tmp_path / f"marked{plain.suffix}"
+    marked.write_bytes(b"\xef\xbb\xbf" + blank.encode() + plain.read_bytes())
+    assert documents.scan(marked)[1] == documents.scan(plain)[1]
+    packed = [pack(TextFiles(path), Packing(make_tokenizer(), 10)) for path in (marked, plain)]
+    assert [ids_of(each.train) for each in packed] == [ids_of(packed[1].train)] * 2
+    counts = [json.loads((each.folder / "index" / "index.json").read_text())["counts"] for each in packed]
+    assert counts == [counts[1]] * 2
+    assert counts[1]["documents"] == 3
+
+
 @given(st.lists(st.sampled_from(["a", " ", "\n", "\n\n", "\t", "\r", "b c"]), max_size=30), st.integers(1, 9))
 def test_blank_lines_separate_documents_only_between_others(pieces: list[str], block: int) -> None:
     import tempfile

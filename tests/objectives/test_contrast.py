@@ -53,13 +53,16 @@ def mean_by_loops(seed: int = 0) -> list[float]:
 def test_the_constant_is_that_of_the_first_step_and_kept() -> None:
     term = contrast()
     term.begin(Step(0))
+    term.learn(Step(0))
     assert len(term.state_dict()["log_normalizers"]) == 0
     meet(term, torch.arange(7))
     term.begin(Step(1))
+    term.learn(Step(1))
     first = term.state_dict()["log_normalizers"]
     assert first.exp().tolist() == pytest.approx(mean_by_loops(), rel=1e-6)
     meet(term, torch.arange(7), seed=1)
     term.begin(Step(2))
+    term.learn(Step(2))
     assert torch.equal(term.state_dict()["log_normalizers"], first)
 
 
@@ -67,9 +70,11 @@ def test_of_one_class_nothing_is_estimated_until_there_is_another() -> None:
     term = contrast()
     for step, rows in enumerate(([0, 3], [5], [1])):
         term.begin(Step(step))
+        term.learn(Step(step))
         assert len(term.state_dict()["log_normalizers"]) == 0
         meet(term, torch.tensor(rows))
     term.begin(Step(3))
+    term.learn(Step(3))
     assert torch.isfinite(term.state_dict()["log_normalizers"]).all()
 
 
@@ -77,10 +82,12 @@ def test_batches_of_a_step_and_processes_estimate_the_same(monkeypatch: pytest.M
     whole = contrast()
     meet(whole, torch.arange(7))
     whole.begin(Step(1))
+    whole.learn(Step(1))
     parts = contrast()
     for rows in ([4, 1], [0, 2, 3], [6, 5]):
         meet(parts, torch.tensor(rows))
     parts.begin(Step(1))
+    parts.learn(Step(1))
     wanted = whole.state_dict()["log_normalizers"]
     torch.testing.assert_close(parts.state_dict()["log_normalizers"], wanted)
     lockstep = Lockstep(2)
@@ -89,6 +96,7 @@ def test_batches_of_a_step_and_processes_estimate_the_same(monkeypatch: pytest.M
     lockstep.run(lambda rank: meet(terms[rank], torch.arange(7)[rank::2]))
     for term in terms:
         term.begin(Step(1))
+        term.learn(Step(1))
     first, second = (term.state_dict()["log_normalizers"] for term in terms)
     assert torch.equal(first, second)
     torch.testing.assert_close(first, wanted)
@@ -142,3 +150,25 @@ def test_an_anchor_without_negatives_has_no_loss() -> None:
     assert (gradient[2] == 0).all()
     none = functional.nce(s, t, t[:0], allowed[:, :0], T, torch.tensor(0.2))
     assert none.tolist() == [0.0] * 7
+
+
+@pytest.mark.parametrize("estimator", ["info_nce", "nce"])
+@pytest.mark.parametrize("number", [0, 1, 9])
+def test_a_measurement_within_a_step_changes_nothing(estimator: str, number: int) -> None:
+    """Sets may be measured between the accumulated batches of a step."""
+    kept = []
+    for measures in (False, True):
+        term = objectives.CLSContrast(negatives=2, size=6, estimator=estimator)  # type: ignore[arg-type]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            distill = Distillation(tiny.bert(2), tiny.bert(4, seed=1), [term]).train()
+        values = []
+        for step in (0, 0, 1, 1, 2, 2):
+            batch = tiny.batch(seed=len(values)) | {"row_id": torch.arange(3) + 3 * len(values)}
+            values.append(distill(batch, Step(step)).total.detach())
+            if measures:
+                distill.measure(tiny.batch(seed=99), Step(number))
+        kept.append((torch.stack(values), {k: v for k, v in term.state_dict().items() if isinstance(v, Tensor)}))
+    (values, bank), (other_values, other_bank) = kept
+    assert torch.equal(values, other_values)
+    assert all(torch.equal(bank[name], other_bank[name]) for name in bank)
