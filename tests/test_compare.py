@@ -110,13 +110,13 @@ def test_metrics_are_those_of_the_task(name: str) -> None:
 
 def test_a_metric_without_a_counted_form_is_resampled_from_its_logits() -> None:
     model, draw = answers(100, 2), np.random.default_rng(1)
-    found = measured([model], lambda: AveragePrecision([1]), 0.95, 600).of(0)
+    found = measured([model], lambda: AveragePrecision([1]), 0.95, 300).of(0)
     drawn = []
-    for _ in range(600):
+    for _ in range(300):
         rows = torch.from_numpy(draw.integers(0, 100, 100))
         drawn.append(float(AveragePrecision([1])(None, model.labels[rows], model.logits[rows])))
     low, high = np.quantile(drawn, [0.025, 0.975])
-    assert max(abs(found.low - low), abs(found.high - high)) < 0.2 * (high - low)
+    assert max(abs(found.low - low), abs(found.high - high)) < 0.25 * (high - low)
 
 
 @pytest.mark.parametrize("classes", [2, 5])
