@@ -341,7 +341,9 @@ def test_a_regression(tmp_path: Path) -> None:
     assert against.mcnemar is None
     assert isinstance(against.agreement, statistics.Estimate)
     count, shown = against.lost
-    off = [abs(float(flip.student) - float(flip.label)) - abs(float(flip.teacher) - float(flip.label)) for flip in shown]
+    off = [
+        abs(float(flip.student) - float(flip.label)) - abs(float(flip.teacher) - float(flip.label)) for flip in shown
+    ]
     assert off == pytest.approx(sorted(off, reverse=True), abs=0.2)  # as shown, with three digits
     assert 0 < count < 100
     assert "further off" in as_text(document(report))
