@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -445,6 +446,30 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert page.startswith("# teacher and student\n")
     tables = [line for line in page.splitlines() if line.startswith("|")]
     assert len(tables) > 15
+
+
+def test_the_data_of_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {"model": {"student": {"layers": [1]}}, "data": {"class_path": "Glue", "init_args": {"task": "sst2"}}}
+    Path("run.yaml").write_text(json.dumps(parts | {"seed_everything": 3}))
+    cli.main(["compare", "teacher", "--config=run.yaml", "--data.path=glue", "--seconds=0", "--accelerator=cpu"])
+    assert "sst2, val: 50 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("targets", [False, True])
+def test_a_training_ends_with_the_short_form(targets: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    models = "--model.teacher pretrained --model.teacher.path ./teacher --model.student.layers [1]"
+    words = f"fit {models} --data Glue --data.task sst2 --data.path glue"
+    terms = '{"logits": {"class_path": "LogitsKL"}}'
+    trainer = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    stored = ["--model.targets=stored"] if targets else []
+    cli.main([*words.split(), f"--objectives={terms}", *trainer, *stored, "--run", f"run-{targets}"])
+    printed = capsys.readouterr().out
+    said, labels = by_hand("teacher")
+    score = float(re.findall(r"val/accuracy = ([\d.]+)", printed)[0])
+    kept = 100 * score / (said == labels).mean()
+    wanted = f"The student keeps {kept:.1f} % of the teacher's accuracy, "
+    assert (wanted in printed) == (not targets)
+    assert ("The student" in printed) == (not targets)
 
 
 def test_pages_escape_what_rows_hold() -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from functools import partial
 from statistics import median
 from typing import Any
@@ -14,6 +15,7 @@ from ildistil.capture import ModelInfo, Tap
 from ildistil.capture.inputs import real_labels
 from ildistil.commands._run import Run
 from ildistil.data.task import task_of
+from ildistil.errors import IldistilError
 from ildistil.study.comparison import kept_in_words
 from ildistil.teachers import Teacher
 
@@ -37,7 +39,9 @@ def beside_teacher(run: Run) -> str | None:
     may_run = teacher is not None and teacher.runs and teacher.info.labels == task.num_labels
     if score is None or teacher is None or not may_run or run.trainer.world_size > 1:
         return None
-    reached, faster = _measured(run, teacher) or (0.0, None)
+    reached, faster = 0.0, None
+    with suppress(IldistilError), closing(teacher):  # nothing of it may end a training that went well
+        reached, faster = _measured(run, teacher) or (0.0, None)
     if not reached > 0:
         return None
     size = ModelInfo.of(module.student).parameters / teacher.info.parameters
@@ -81,7 +85,6 @@ def _measured(run: Run, teacher: Teacher) -> tuple[float, float | None] | None:
         taken += seconds
         if number == _TIMED and taken / number * len(batches) > _MOST_SECONDS:
             return None
-    teacher.close()
     return float(metrics[task.primary_metric].compute()), median(ratios[1:]) if len(ratios) > 1 else None
 
 

@@ -17,7 +17,7 @@ from ildistil.study.comparison import as_text, compare_models, document, write_j
 
 __all__ = ["main"]
 
-_USAGE = "ildistil compare TEACHER [STUDENT ...] --data Glue --data.task TASK [options]"
+_USAGE = "ildistil compare TEACHER [STUDENT ...] [--config FILE] [--data Glue --data.task TASK] [options]"
 _OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "set": (str | None, None, "Name of the set, such as test; by default the first validation set."),
     "flips": (NonNegativeInt, 3, "Rows to show that student and teacher differ on, of each kind."),
@@ -30,12 +30,19 @@ _OPTIONS: dict[str, tuple[Any, Any, str]] = {
 }
 
 
+class _DataOfConfig(ConfigFile):
+    """The option ``--config``, of which only the data are taken."""
+
+    parts = frozenset({"data"})
+
+
 def main(command: str, arguments: Sequence[str]) -> None:
     """Compare, print the report, and write it."""
     with lightning_errors(), own_errors():
         parser = Parser(prog=f"ildistil {command}", usage=_USAGE, description=__doc__)
         parser.add_argument("models", nargs="*", type=str, help="Folders or hub names of models, the teacher first.")
-        parser.add_argument("-c", "--config", action=ConfigFile, metavar="FILE", help="A YAML file with options.")
+        help = "The YAML file of a run, such as its config.yaml, of which the data are taken."
+        parser.add_argument("-c", "--config", action=_DataOfConfig, metavar="FILE", help=help)
         for name, (kind, default, help) in _OPTIONS.items():
             parser.add_argument(f"--{name}", type=kind, default=default, metavar=name.upper(), help=help)
         parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
