@@ -199,7 +199,7 @@ def _overlap(task: Task, texts: Texts | None) -> tuple[int, int] | None:
 
 def _settings(device: torch.device, dtype: Dtype, draws: int, level: float) -> Settings:
     return Settings(
-        device="cpu" if device.type == "cpu" else f"{device.type} ({torch.cuda.get_device_name(device)})",
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         dtype=dtype,
         threads=torch.get_num_threads(),
         draws=draws,

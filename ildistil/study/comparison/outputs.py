@@ -16,7 +16,7 @@ from ildistil.capture.inputs import model_inputs, real_labels
 from ildistil.capture.run import model_errors
 from ildistil.data.task import Task, set_names, task_of
 from ildistil.data.tokenizing import tokenizer_digest
-from ildistil.errors import DataError, MissingFileError, ModelError, NotFiniteError
+from ildistil.errors import DataError, ModelError, NotFiniteError
 from ildistil.metrics import IGNORED
 from ildistil.students.tokenizers import load_tokenizer
 
@@ -110,8 +110,8 @@ def _check_tokenizer(task: Task, path: str, model: PreTrainedModel) -> None:
         )
     try:
         own = load_tokenizer(path)
-    except MissingFileError:
-        return  # the data's is all there is
+    except DataError:
+        return  # it has none: the data's is all there is
     if tokenizer_digest(own) != tokenizer_digest(used):
         raise DataError(
             f"The data is read with another tokenizer ({used.name_or_path!r}) than the model's own ({path!r}), which "
