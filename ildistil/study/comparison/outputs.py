@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ildistil.capture import ModelInfo
 from ildistil.capture.inputs import model_inputs, real_labels
 from ildistil.capture.run import model_errors
-from ildistil.data.task import Task, set_names, task_of
+from ildistil.data.task import Task, task_of
 from ildistil.data.tokenizing import tokenizer_digest
 from ildistil.errors import DataError, ModelError, NotFiniteError
 from ildistil.metrics import IGNORED
@@ -164,8 +164,7 @@ def outputs(reading: Reading, device: torch.device, sample: int) -> Outputs:
     real = torch.ones_like(joined.ids, dtype=torch.bool)
     if not joined.labels.is_floating_point():
         real = joined.labels != IGNORED
-    order = joined.ids[real].argsort()
-    order = joined.ids.argsort()
+    order = joined.ids.argsort(stable=True)
     order = order[real[order]]
     return Outputs(joined.ids[order], joined.logits[order], joined.labels[order], list(kept.values()))
 
@@ -188,5 +187,16 @@ def _single_rows(ids: Tensor, inputs: Mapping[str, Any]) -> Iterator[tuple[int, 
 
 
 def first_set(task: Task) -> str:
-    """Return the name of the set that is measured where none is named."""
-    return set_names(task.validation_names or task.test_names, 1)[0]
+    """Return the name of the set that is measured where none is named.
+
+    Raises:
+        DataError: There is none.
+
+    >>> from ildistil.data import Glue
+    >>> first_set(task_of(Glue("mnli")))
+    'val'
+    """
+    names = task.validation_names or task.test_names
+    if not names:
+        raise DataError("The data has no validation set and no test set, so there is nothing to compare models on.")
+    return names[0]
