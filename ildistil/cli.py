@@ -24,6 +24,7 @@ COMMANDS = {
     "validate": ("evaluate", "measure a student on the validation set"),
     "test": ("evaluate", "measure a student on the test set"),
     "predict": ("predict", "write a student's predictions to a file"),
+    "compare": ("compare", "compare exported students with their teacher: quality, differences, cost"),
     "export": ("export", "write the student of a checkpoint as a plain transformers folder"),
     "presets": ("presets", "list the named configurations for 'fit --preset NAME': TinyBERT, MiniLM, PKD ..."),
 }

@@ -15,7 +15,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 PUBLIC = [
     "ildistil", "ildistil.objectives", "ildistil.mappings", "ildistil.schedules", "ildistil.functional",
     "ildistil.kernels", "ildistil.capture", "ildistil.distributed", "ildistil.students", "ildistil.teachers",
-    "ildistil.data", "ildistil.presets", "ildistil.training", "ildistil.study.statistics", "ildistil.errors",
+    "ildistil.data", "ildistil.presets", "ildistil.training", "ildistil.study.statistics",
+    "ildistil.study.comparison", "ildistil.errors",
 ]  # fmt: skip
 
 

@@ -192,7 +192,7 @@ def test_memory_does_not_grow_with_draws(monkeypatch: pytest.MonkeyPatch) -> Non
     first, second = (by_seed(rng(seed).normal(size=(3, 1000))) for seed in (0, 1))
     peaks, found = [], []
     for at_once, draws in ((50_000, 500), (50_000, 5000), (1_000_000, 5000)):
-        monkeypatch.setattr(sys.modules[statistics.compare.__module__], "_AT_ONCE", at_once)
+        monkeypatch.setattr(sys.modules[statistics.resampled.__module__], "_AT_ONCE", at_once)
         tracemalloc.start()
         found.append(statistics.compare(first, second, draws=draws))
         peaks.append(tracemalloc.get_traced_memory()[1])

@@ -1,10 +1,11 @@
 """Configuration files: read strictly, and never mixed where one says a thing anew."""
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
@@ -21,18 +22,24 @@ _BESIDE_A_CLASS = {"class_path", "init_args", "dict_kwargs"}
 class ConfigFile(ActionConfigFile):
     """The option ``--config``: a YAML file that replaces what earlier ones say."""
 
+    #: The parts that a command takes of the file, and passes over the others; None for all of them.
+    parts: ClassVar[frozenset[str] | None] = None
+
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Check a file and apply it.
 
         Raises:
             ConfigError: There is no such file, or it is no YAML, has a key twice, or a value for a part.
         """
-        given = read(values)
+        given, passed = read(values), values
+        if self.parts is not None:
+            given = {name: value for name, value in given.items() if name in self.parts}
+            passed = json.dumps(given)
         _forget(given, cfg)
         folders = () if values.startswith("{") else (Path(values).expanduser().absolute().parent,)
         allow(dotted(given), *folders, Path.cwd())
         with parser.reading("" if values.startswith("{") else values, given):
-            super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
+            super().__call__(parser, cfg, passed, option_string)  # type: ignore[no-untyped-call]
         for part in parser.groups:
             if not isinstance(cfg.get(part), Namespace) and cfg.get(part) != parser.get_defaults().get(part):
                 raise ConfigError(f"{values}: {part!r} is {cfg[part]!r}. It holds values by their names.")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ildistil.capture import ModelInfo
+from ildistil.commands._beside import beside_teacher
 from ildistil.commands._distilling import DistillingRun
 from ildistil.engine.checks import named_objectives
 from ildistil.objectives import Objective
@@ -29,6 +30,8 @@ def main(command: str, arguments: Sequence[str]) -> None:
     check_models(objectives.values(), run.model)
     run.start(run.trainer.fit)
     run.report_best()
+    if (compared := beside_teacher(run)) is not None:
+        print(compared)
 
 
 def check_models(objectives: Iterable[Objective], module: Distiller) -> None:

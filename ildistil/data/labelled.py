@@ -10,6 +10,7 @@ from ildistil.data.files import ROWS_FROM_ZERO, Source, Table, quoted, similar, 
 from ildistil.data.labels import all_hidden, encode_classes, encode_numbers
 from ildistil.data.loading import TokenizedDataModule
 from ildistil.data.options import LoadingOptions
+from ildistil.data.task import Texts
 from ildistil.data.tokenizing import tokenize
 from ildistil.errors import DataError
 from ildistil.metrics import OF_CLASSES, OF_NUMBERS, Positive, metric_collection
@@ -91,6 +92,12 @@ class LabelledText(TokenizedDataModule):
             return None
         return metric_collection(self.metric_names, self.num_labels, self.positive)
 
+    def texts(self, kind: str) -> list[Texts]:
+        """Return the texts of the rows of each source of a kind, as their files have them."""
+        return [
+            list(zip(*self._texts(source.read(), source.where), strict=True)) for source in self.sources(kind).values()
+        ]
+
     def made_of(self, kind: str) -> dict[str, Any]:
         """Return columns and label names, and whether labels may be hidden."""
         labels = {"label_column": self.label_column, "label_names": self.label_names, "hidden": kind == "test"}
@@ -99,8 +106,12 @@ class LabelledText(TokenizedDataModule):
     def tokenized(self, kind: str, source: Source) -> datasets.Dataset:
         """Return the rows of a source, checked and tokenised, with their labels unless these are hidden."""
         table, where = source.read(), source.where
-        texts = [_checked_texts(table_column(table, name, where), name, where) for name in self.text_columns]
+        texts = self._texts(table, where)
         return tokenize(texts, self._labels(table, kind, where), self.tokenizer, self.max_length, where)
+
+    def _texts(self, table: Table, where: str) -> list[list[str]]:
+        """Return each column of texts."""
+        return [_checked_texts(table_column(table, name, where), name, where) for name in self.text_columns]
 
     def _labels(self, table: Table, kind: str, where: str) -> list[int] | list[float] | None:
         """Return the labels as the model learns them; None for a test set that has none or keeps them secret."""

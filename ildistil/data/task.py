@@ -15,9 +15,11 @@ from ildistil.errors import DataError
 from ildistil.metrics import default_metrics
 from ildistil.students.sources import Head
 
-__all__ = ["Task", "every_row", "label_config", "set_names", "task_of"]
+__all__ = ["Task", "Texts", "every_row", "label_config", "set_names", "task_of"]
 
 Batches = Iterable[Mapping[str, Any]]
+#: Texts of a set's rows, one or two a row, in the order of their ids.
+Texts = Sequence[tuple[str, ...]]
 T = TypeVar("T")
 
 
@@ -103,6 +105,12 @@ class Task(Protocol):
 
         A teacher's targets are stored from them. They can be gone through repeatedly, and are best of rows of similar
         length. Default: those that the function `every_row` makes of the training loader.
+        """
+
+    def texts(self, kind: Literal["train", "validation", "test"]) -> Sequence[Texts] | None:
+        """Return the texts of the rows of each set of a kind, in the order of ``row_id``, to be shown and compared.
+
+        Default: None, unknown.
         """
 
 
@@ -303,6 +311,13 @@ class _Checked:
         if not isinstance(batches, Iterable) or isinstance(batches, Iterator):
             raise self._wrong("every_row", make, "a method whose batches can be gone through repeatedly")
         return batches
+
+    def texts(self, kind: Literal["train", "validation", "test"]) -> Sequence[Texts] | None:
+        make = _member(self._data, "texts")
+        found: Any = make(kind) if callable(make) else make
+        if found is not None and not isinstance(found, Sequence):
+            raise self._wrong("texts", make, "a method that returns the texts of each set of a kind")
+        return found
 
     def _read(self, name: str, kind: type[T]) -> T | None:
         value = _member(self._data, name)

@@ -4,6 +4,7 @@ from ildistil.study.statistics.compare import Comparison, compare
 from ildistil.study.statistics.counted import F1, CountedMetric, accuracy, matthews, mean, pearson, resampled, spearman
 from ildistil.study.statistics.family import Adjusted, holm
 from ildistil.study.statistics.friedman import Friedman, friedman
+from ildistil.study.statistics.models import McNemar, OverRows, mcnemar, over_rows
 from ildistil.study.statistics.paired_tests import PairedTest, sign_flip, smallest_p, wilcoxon
 from ildistil.study.statistics.pairs import Pairs, pair
 from ildistil.study.statistics.ranks import Ranking, ranks
@@ -22,6 +23,8 @@ __all__ = [
     "CountedMetric",
     "Estimate",
     "Friedman",
+    "McNemar",
+    "OverRows",
     "PairedTest",
     "Pairs",
     "Proportion",
@@ -35,7 +38,9 @@ __all__ = [
     "friedman",
     "holm",
     "matthews",
+    "mcnemar",
     "mean",
+    "over_rows",
     "pair",
     "pearson",
     "proportion",

@@ -1,6 +1,6 @@
 """Two systems on the same seeds and the same rows: the difference, and how far seeds and rows leave it open."""
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,15 +9,13 @@ from numpy.typing import ArrayLike, NDArray
 from ildistil.errors import DataError
 from ildistil.study.statistics import wording
 from ildistil.study.statistics.checks import at_least, check_draws, check_level, vector
-from ildistil.study.statistics.counted import CountedMetric, mean
+from ildistil.study.statistics.counted import CountedMetric, mean, resamples
 from ildistil.study.statistics.pairs import Pairs, pair
 from ildistil.study.statistics.summary import Estimate
 
 __all__ = ["Comparison", "compare"]
 
 Floats = NDArray[np.float64]
-#: Row counts that are held at once, 8 bytes each.
-_AT_ONCE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def compare(
     systems = np.concatenate([pairs.first, pairs.second])
     whole = _defined(metric(systems, target, np.ones((1, rows))))[0]
     rng = np.random.default_rng(seed)
-    values = np.concatenate([_defined(metric(systems, target, counts)) for counts in _resamples(rng, draws, rows)])
+    values = np.concatenate([_defined(metric(systems, target, counts)) for counts in resamples(rng, draws, rows)])
     differences, drawn = whole[:seeds] - whole[seeds:], values[:, :seeds] - values[:, seeds:]
     over_rows, inner = drawn.mean(1), _variance_of_rows(drawn)
     spread = (seeds - 1) * differences.var(ddof=1) / rng.chisquare(seeds - 1, draws)
@@ -149,14 +147,6 @@ def _rows_of(pairs: Pairs) -> tuple[int, int]:
     seeds, rows = pairs.first.shape
     at_least(rows, "rows", 2)
     return seeds, rows
-
-
-def _resamples(rng: np.random.Generator, draws: int, rows: int) -> Iterator[Floats]:
-    """Yield how often each row is drawn, ``(some draws, rows)``, so many at once as memory is meant for."""
-    for start in range(0, draws, step := max(1, _AT_ONCE // rows)):
-        some = min(step, draws - start)
-        drawn = rng.integers(0, rows, (some, rows)) + np.arange(some)[:, None] * rows
-        yield np.bincount(drawn.ravel(), minlength=some * rows).reshape(some, rows).astype(np.float64)
 
 
 def _defined(values: Floats) -> Floats:

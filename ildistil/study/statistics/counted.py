@@ -3,7 +3,7 @@
 A resample is given by how often each row is in it, so that sums over its rows are one matrix product.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 __all__ = ["F1", "CountedMetric", "accuracy", "matthews", "mean", "pearson", "resampled", "spearman"]
 
 Floats = NDArray[np.float64]
+#: Row counts that are held at once, 8 bytes each.
+_AT_ONCE = 1_000_000
 
 
 class CountedMetric(Protocol):
@@ -145,6 +147,14 @@ def resampled(metric: Callable[[Floats, Floats], float]) -> CountedMetric:
         return np.array([[metric(run[rows], labels[rows]) for run in predictions] for rows in drawn])
 
     return counted
+
+
+def resamples(rng: np.random.Generator, draws: int, rows: int) -> Iterator[Floats]:
+    """Yield how often each row is drawn, ``(some draws, rows)``, so many at once as memory is meant for."""
+    for start in range(0, draws, step := max(1, _AT_ONCE // rows)):
+        some = min(step, draws - start)
+        drawn = rng.integers(0, rows, (some, rows)) + np.arange(some)[:, None] * rows
+        yield np.bincount(drawn.ravel(), minlength=some * rows).reshape(some, rows).astype(np.float64)
 
 
 def _counted_ranks(values: Floats, counts: Floats) -> Floats:
