@@ -243,7 +243,7 @@ def test_every_command_has_a_help(command: str, capsys: pytest.CaptureFixture[st
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"usage: ildistil {command}")
-    assert ("Lightning's Trainer:" in shown) == (command not in ("export", "presets", "quickstart"))
+    assert ("Lightning's Trainer:" in shown) == (command not in ("compare", "export", "presets", "quickstart"))
     assert ("--objectives" in shown) == (command in ("fit", "validate", "test", "predict", "precompute"))
 
 
