@@ -243,7 +243,8 @@ def test_every_command_has_a_help(command: str, capsys: pytest.CaptureFixture[st
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert shown.startswith(f"usage: ildistil {command}")
-    assert ("Lightning's Trainer:" in shown) == (command not in ("export", "presets", "quickstart", "study"))
+    without = ("compare", "export", "presets", "quickstart", "study")
+    assert ("Lightning's Trainer:" in shown) == (command not in without)
     assert ("--objectives" in shown) == (command in ("fit", "validate", "test", "predict", "precompute"))
 
 
