@@ -53,8 +53,8 @@ def _check_tokens(head: str | None, next_token: bool | None) -> None:
     if head == "causal-lm" and next_token is False:
         raise DataError(
             "The labels are the next tokens, and the student's loss compares its logits at a position with the token "
-            "at that position: it would learn to copy. Decoders taken from an encoder-decoder (BartForCausalLM ...) are "
-            "such models. Take a causal language model (GPT-2, Llama ...), or labels: masked."
+            "at that position: it would learn to copy. Decoders taken from an encoder-decoder (BartForCausalLM ...) "
+            "are such models. Take a causal language model (GPT-2, Llama ...), or labels: masked."
         )
     if head == "masked-lm" and next_token is True:
         raise DataError(
