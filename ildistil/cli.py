@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"ildistil {command}: stopped by Ctrl-C", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # whoever reads what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except PermissionError as error:
         print(f"ildistil {command}: error: {error.filename} can't be used: {error.strerror}.", file=sys.stderr)
         raise SystemExit(2) from None

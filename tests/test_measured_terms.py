@@ -11,7 +11,17 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig, BertForMaskedLM, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BartForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 
 import tiny
 from ildistil import Distiller, Stage, init_student, mappings, objectives, schedules
@@ -30,6 +40,7 @@ class Texts(L.LightningDataModule):
 
     labelled = False
     primary_metric = "loss"
+    head: str | None = None
 
     def __init__(self, size: int = 3, *, masked: bool = False, labelled: bool = False) -> None:
         super().__init__()
@@ -251,3 +262,20 @@ def test_soft_labels_of_tokens_need_both_heads(headless: str) -> None:
         ObjectiveError, match=f"reads logits, and the {headless}, a BertModel, has no head.*ildistil finetune"
     ):
         trainer(objectives.LogitsKL()).fit(Distiller(*models), Texts(masked=True))
+
+
+@pytest.mark.parametrize("head", ["causal-lm", "masked-lm"])
+def test_labels_of_tokens_at_other_positions_are_refused(head: str) -> None:
+    """A decoder taken from an encoder-decoder doesn't shift its labels, a causal model does."""
+    size = {"vocab_size": tiny.VOCABULARY, "pad_token_id": 0, "decoder_start_token_id": 2}
+    bart = BartConfig(d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16, **size)
+    gpt2 = GPT2Config(vocab_size=tiny.VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=32)
+    student = BartForCausalLM(bart) if head == "causal-lm" else GPT2LMHeadModel(gpt2)
+    data = Texts(masked=True)
+    data.head = head
+    if head == "causal-lm":
+        for row in data.rows:
+            row["labels"] = torch.where(row["attention_mask"] == 1, row["input_ids"], -100)
+    message = "it would learn to copy" if head == "causal-lm" else "Take labels: next"
+    with pytest.raises(DataError, match=message):
+        trainer(objectives.TaskLoss(), num_sanity_val_steps=0).fit(Distiller(student), data)

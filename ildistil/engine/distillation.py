@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Self, get_args
 
 import torch
@@ -324,10 +325,10 @@ class Distillation(nn.Module):
         if any(tap.name == "loss" for tap in self._reads("student", used)):
             checks.check_numbers_of_real_rows(batch)
         with without_trace(self), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            values, *_ = self._run(batch, used, verify=True)
+            values, _, student = self._run(batch, used, verify=True)
             found, reach = check_terms(values, [p for p in self.parameters() if p.requires_grad])
         self._reach.of = reach  # only now: a run that failed leaves what was known
-        return found
+        return replace(found, next_token=student.next_token)
 
     def spoilt_terms(self, batch: Mapping[str, Any], step: Step) -> list[str]:
         """Run the batch of a step once more, without a trace, and return the terms that spoil its gradient.

@@ -22,10 +22,17 @@ class TermCheck:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a dry run found: each term, and the parameters no term reaches."""
+    """What a dry run found.
+
+    Attributes:
+        terms: value and gradient of each.
+        unreached: the parameters that no term reaches.
+        next_token: whether the student's logits at a position predict the token after it; ``None`` if it isn't known.
+    """
 
     terms: dict[str, TermCheck]
     unreached: list[nn.Parameter] = field(repr=False, default_factory=list)
+    next_token: bool | None = None
 
 
 @contextmanager

@@ -51,9 +51,8 @@ def describe(folder: Path) -> str:
     head = f"{plan['title']}: {len(found)} in all, " + ", ".join(
         f"{count[state]} {state}" for state in ("finished", "running", "failed", "waiting") if count[state]
     )
-    took = [run.cost["seconds"] for _, run in found if run.state == "finished" and "seconds" in run.cost]
-    if took and (left := count["running"] + count["waiting"]):
-        head += f"; about {_duration(left * sum(took) / len(took) / max(1, count['running']))} left"
+    if (left := _seconds_left(found)) is not None:
+        head += f"; about {_duration(left)} left"
     rows = [_row(job, run) for job, run in found if run.state != "waiting"]
     text = head
     if rows:
@@ -63,6 +62,22 @@ def describe(folder: Path) -> str:
             text += f"\n\n{job.name}: {run.reason}\nLog: {folder / job.name / runs.LOG}"
     finished = [job for job, run in found if run.state == "finished" and job.name.startswith("runs/")]
     return text + (f"\n\n{best[0].upper()}{best[1:]}." if (best := _best(folder, finished)) else "")
+
+
+def _seconds_left(found: Sequence[tuple[Job, runs.Run]]) -> float | None:
+    """Return how long the rest takes, by what jobs of each kind took; ``None`` where that isn't known."""
+    took: dict[str, list[float]] = {}
+    left: Counter[str] = Counter()
+    for job, run in found:
+        kind = job.name.split("/")[0]
+        if run.state == "finished" and "seconds" in run.cost:
+            took.setdefault(kind, []).append(run.cost["seconds"])
+        left[kind] += run.state in ("running", "waiting")
+    rest = {kind: count for kind, count in left.items() if count}
+    if not rest or rest.keys() - took.keys():
+        return None
+    at_once = max(1, sum(run.state == "running" for _, run in found))
+    return sum(count * sum(took[kind]) / len(took[kind]) for kind, count in rest.items()) / at_once
 
 
 def _row(job: Job, run: runs.Run) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
+from ildistil.data.task import task_of
 from ildistil.engine import Distillation, DryRun
-from ildistil.errors import ModelRunError, TargetsError
+from ildistil.errors import DataError, ModelRunError, TargetsError
 
 _ONE_BY_ONE = (SequentialSampler, RandomSampler, DistributedSampler)
 
@@ -37,11 +38,29 @@ def try_first_batch(distillation: Distillation, trainer: L.Trainer) -> DryRun | 
     """
     batch = _first_batch(trainer)
     try:
-        return None if batch is None else distillation.dry_run(batch)
+        found = None if batch is None else distillation.dry_run(batch)
     except TargetsError:
         # They are the data set's first rows, not the loader's: a sampler may leave them out. If the loader's own rows
         # are missing too, the first step says so.
         return None
+    if found is not None:
+        _check_tokens(task_of(trainer.datamodule).head, found.next_token)  # type: ignore[attr-defined]
+    return found
+
+
+def _check_tokens(head: str | None, next_token: bool | None) -> None:
+    """Refuse labels of tokens that the student's loss takes for those of other positions."""
+    if head == "causal-lm" and next_token is False:
+        raise DataError(
+            "The labels are the next tokens, and the student's loss compares its logits at a position with the token "
+            "at that position: it would learn to copy. Decoders taken from an encoder-decoder (BartForCausalLM ...) "
+            "are such models. Take a causal language model (GPT-2, Llama ...), or labels: masked."
+        )
+    if head == "masked-lm" and next_token is True:
+        raise DataError(
+            "The labels are masked tokens, and the student's loss compares its logits at a position with the token "
+            "after it. Take labels: next for a causal language model."
+        )
 
 
 def _first_batch(trainer: L.Trainer) -> Any | None:
