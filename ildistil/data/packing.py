@@ -32,7 +32,7 @@ from ildistil.shards.rows import SPLITS, Rows, index_counts, is_indexed, is_of, 
 __all__ = ["HubText", "Packed", "Packing", "Rows", "TextFiles", "open_packed", "pack"]
 
 # Part of every key; to be raised when the same input would be packed in another way.
-FORMAT = 1
+FORMAT = 2
 _PROBE_DOCUMENTS, _PROBE_CHARACTERS, _PROBE_WORDS = 50, 1000, 6
 _WAIT = 1.0  # seconds
 
@@ -217,7 +217,7 @@ def _check_space(folder: Path, plan: Plan, recipe: Recipe, finished: int) -> Non
         lengths = np.array([len(ids) for ids, _ in encoder(texts)] or [0])
         rows = lengths.sum() / recipe.body if recipe.separator is not None else np.count_nonzero(lengths)
         bodies = lengths if recipe.separator is not None else np.minimum(lengths, recipe.body)
-        row_bytes += float((bodies.sum() + special * rows) * token_bytes + 12 * rows)
+        row_bytes += float((bodies.sum() + special * rows) * token_bytes + 20 * rows)
     share = max(0, 1 - finished / plan.number)
     need = int(1.1 * plan.size * share * row_bytes / max(1, read_bytes))
     place = next(p for p in folder.parents if p.is_dir())
