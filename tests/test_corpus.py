@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "data"))
 from ddp_corpus import ROWS_OF_A_STEP, fit
 
 from corpora import write_corpus
-from ildistil.errors import CheckpointError
+from ildistil.errors import CheckpointError, DataError
 
 STEPS = 9  # of an epoch; the last is not whole
 Seen = list[tuple[int, int, list[Any]]]
@@ -118,6 +118,8 @@ def test_another_size_of_a_step_is_named_and_refused_unless_accepted(folder: Pat
     seen, _, _ = fit(halved, rows=6, path=path, accept=True)
     whole = [row for _, _, rows in fit(folder / f"{tmp_path.name}-whole", rows=6)[0] for row in rows]
     assert [row for _, _, rows in seen for row in rows] == whole[24:]
-    for changes in ({"labels": "masked", "mask_probability": 0.3}, {"whole_words": True}, {"labels": "next"}):
+    for changes in ({"labels": "masked", "mask_probability": 0.3}, {"whole_words": True}):
         with pytest.raises(CheckpointError, match="data: Corpus .* in the checkpoint, Corpus .* now"):
             fit(halved, path=path, **changes)
+    with pytest.raises(DataError, match="labels are for a causal-lm head, and the student, a BertForMaskedLM"):
+        fit(halved, path=path, labels="next")

@@ -148,7 +148,8 @@ def pack(
             if not is_indexed(folder, intact):  # as it may be by now, where another process was waited for
                 _make(folder, plan, recipe, set(intact), processes, digest)
     _check_counts(folder, packing, source)
-    storage.write_text(address, folder.name)
+    if not address.is_file() or address.read_text(encoding="utf-8") != folder.name:  # the cache may be read-only
+        storage.write_text(address, folder.name)
     return _open(folder, packing)
 
 

@@ -742,3 +742,27 @@ def test_tokenizers_that_cannot_make_rows(write: Any) -> None:
     assert len(pack(source, Packing(bare, 16, packed=False)).train) == 1
     with pytest.raises(ConfigError, match="processes is 0"):
         pack(source, Packing(make_tokenizer(), 16), processes=0)
+
+
+def test_a_packed_corpus_is_found_without_writing(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, packing = TextFiles(write("a.txt", text_of(documents_of(30)))), Packing(make_tokenizer(), 16)
+    found = pack(source, packing)
+
+    def refuse(*_: object) -> None:
+        raise WriteError("read-only")
+
+    monkeypatch.setattr(packing_module.storage, "write_text", refuse)
+    assert pack(source, packing).folder == found.folder
+
+
+def test_the_same_relative_names_in_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, word in (("one", PLAIN[0]), ("two", PLAIN[1])):
+        (tmp_path / name / "texts").mkdir(parents=True)
+        (tmp_path / name / "texts" / "a.txt").write_text(f"{word}\n")
+        os.utime(tmp_path / name / "texts" / "a.txt", (1, 1))
+    sources_now = [TextFiles("texts"), HubText("texts")]
+    told = []
+    for name in ("one", "two"):
+        monkeypatch.chdir(tmp_path / name)
+        told += [each.address() for each in sources_now]
+    assert len({*told}) == 4
