@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "data"))
 from ddp_corpus import ROWS_OF_A_STEP, fit
 
 from corpora import write_corpus
-from ildistil.errors import CheckpointError
+from ildistil.errors import CheckpointError, DataError
 
 STEPS = 9  # of an epoch; the last is not whole
 Seen = list[tuple[int, int, list[Any]]]
@@ -128,6 +128,8 @@ def test_another_size_of_a_step_is_named_and_refused_unless_accepted(folder: Pat
     seen, _, trainer = fit(halved, path=path, accept=True, **budget)
     assert {row[0] for epoch, _, rows in seen for row in rows if epoch == 0} == set(range(43))
     assert trainer.current_epoch == 2
-    for changes in ({"labels": "masked", "mask_probability": 0.3}, {"whole_words": True}, {"labels": "next"}):
+    for changes in ({"labels": "masked", "mask_probability": 0.3}, {"whole_words": True}):
         with pytest.raises(CheckpointError, match="data: Corpus .* in the checkpoint, Corpus .* now"):
             fit(halved, path=path, **changes)
+    with pytest.raises(DataError, match="labels are for a causal-lm head, and the student, a BertForMaskedLM"):
+        fit(halved, path=path, labels="next")

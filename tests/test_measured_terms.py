@@ -14,20 +14,20 @@ from torch.utils.data import DataLoader
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BartConfig,
     BartForCausalLM,
     BertConfig,
     BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
     PreTrainedModel,
 )
 
 import tiny
 from ildistil import Distiller, Stage, init_student, mappings, objectives, schedules
 from ildistil.data import TextData
-from ildistil.errors import CheckpointError, ConfigError, DataError, ObjectiveError
+from ildistil.errors import CaptureError, CheckpointError, ConfigError, DataError, ModelError, ObjectiveError
 from ildistil.objectives import Objective
+from ildistil.students import load
 from ildistil.teachers import StoredTeacher
 from ildistil.training import export
 from test_distiller import pair, trainer
@@ -264,18 +264,60 @@ def test_soft_labels_of_tokens_need_both_heads(headless: str) -> None:
         trainer(objectives.LogitsKL()).fit(Distiller(*models), Texts(masked=True))
 
 
-@pytest.mark.parametrize("head", ["causal-lm", "masked-lm"])
-def test_labels_of_tokens_at_other_positions_are_refused(head: str) -> None:
-    """A decoder taken from an encoder-decoder doesn't shift its labels, a causal model does."""
+def test_labels_of_tokens_at_other_positions_are_refused() -> None:
+    """A decoder taken from an encoder-decoder doesn't shift its labels."""
     size = {"vocab_size": tiny.VOCABULARY, "pad_token_id": 0, "decoder_start_token_id": 2}
     bart = BartConfig(d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16, **size)
-    gpt2 = GPT2Config(vocab_size=tiny.VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=32)
-    student = BartForCausalLM(bart) if head == "causal-lm" else GPT2LMHeadModel(gpt2)
     data = Texts(masked=True)
-    data.head = head
-    if head == "causal-lm":
-        for row in data.rows:
-            row["labels"] = torch.where(row["attention_mask"] == 1, row["input_ids"], -100)
-    message = "it would learn to copy" if head == "causal-lm" else "Take labels: next"
-    with pytest.raises(DataError, match=message):
-        trainer(objectives.TaskLoss(), num_sanity_val_steps=0).fit(Distiller(student), data)
+    data.head = "causal-lm"
+    for row in data.rows:
+        row["labels"] = torch.where(row["attention_mask"] == 1, row["input_ids"], -100)
+    with pytest.raises(DataError, match="it would learn to copy"):
+        trainer(objectives.TaskLoss(), num_sanity_val_steps=0).fit(Distiller(BartForCausalLM(bart)), data)
+
+
+def test_a_student_without_a_head_is_measured_by_the_terms_alone() -> None:
+    student, teacher = masked_lm(2, 1).bert, masked_lm(4, 2).bert
+    data = Texts(labelled=True)
+    found = validated(Distiller(student, teacher), data, last())
+    assert found.keys() == {"val/loss", "val/hidden_mse"}
+    assert found["val/loss"] == pytest.approx(hidden_by_hand(student, teacher, data.rows))
+    data.labelled = None  # type: ignore[assignment]
+    assert validated(Distiller(student, teacher), data, last()) == found
+    with pytest.raises(ModelError, match="has no head that predicts"):
+        trainer().predict(Distiller(student, teacher), data.train_dataloader())
+
+
+def test_labels_for_another_head_than_the_students() -> None:
+    data = Texts(masked=True)
+    data.head = "causal-lm"
+    for term in (objectives.TaskLoss(), objectives.LogitsKL()):
+        with pytest.raises(DataError, match="causal-lm head, and the student, a BertForMaskedLM, has a masked-lm"):
+            trainer(term).fit(Distiller(masked_lm(2), masked_lm(4)), data)
+    trainer(last()).fit(Distiller(masked_lm(2), masked_lm(4)), data)  # no term reads them
+
+
+def test_a_loss_of_labels_that_are_not_there() -> None:
+    with pytest.raises(CaptureError, match="labels: masked or next of a Corpus.*leave out the term"):
+        trainer(objectives.TaskLoss()).fit(Distiller(*pair()), Texts())
+
+
+def test_an_encoder_whose_tokens_see_the_next_ones_gets_no_causal_head(tmp_path: Path) -> None:
+    masked_lm().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="is an encoder: each of its tokens sees the next one.*is_decoder: true"):
+        load(str(tmp_path), "causal-lm")
+    model = load(str(tmp_path), "causal-lm", config={"is_decoder": True}).eval()
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])
+    logits = model(input_ids=ids).logits
+    assert torch.equal(logits[0, :3], logits[1, :3])
+
+
+def test_a_tokenizer_with_more_tokens_than_the_models(tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("text\nw1 w2\nw3\n", encoding="utf-8")
+    tiny.save_teacher(tmp_path / "teacher", layers=4)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher")
+    tokenizer.add_tokens(["added", *(f"added{i}" for i in range(tiny.VOCABULARY - len(tokenizer)))])
+    file = str(tmp_path / "texts.csv")
+    data = TextData(file, file, label_column=None, tokenizer=tokenizer, cache_dir=str(tmp_path), max_length=16)
+    with pytest.raises(DataError, match=f"up to number {tiny.VOCABULARY} .*the models know {tiny.VOCABULARY}, from 0"):
+        trainer(last()).fit(Distiller(*pair()), data)

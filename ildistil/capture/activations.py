@@ -189,7 +189,8 @@ def _from_output(output: Any, name: str) -> Tensor:
         value = output
     if not isinstance(value, Tensor):
         remedy = (
-            "Give the batch 'labels' and use a model with a head that computes a loss"
+            "Give the batch 'labels' (labels: masked or next of a Corpus, the column of a table) and use a model with "
+            "a head that computes a loss, or leave out the term that reads it"
             if name == "loss"
             else "Use a model with a head, such as AutoModelForSequenceClassification"
         )

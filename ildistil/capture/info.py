@@ -5,11 +5,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
 from ildistil.capture.layers import coder_layers, coders, find_layers, layered_config, unwrapped
 from ildistil.errors import CaptureError
+
+_HEADS = {
+    "sequence-classification": transformers.AutoModelForSequenceClassification,
+    "masked-lm": transformers.AutoModelForMaskedLM,
+    "causal-lm": transformers.AutoModelForCausalLM,
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class ModelInfo:
         parameters: number of parameters.
         source: name or folder that it was loaded from.
         is_body: whether it is known to have no head: transformers' bare model of its kind.
+        head: what is on top, as `ildistil.students.load` names it; ``None`` where that isn't known.
     """
 
     name: str
@@ -52,6 +60,7 @@ class ModelInfo:
     parameters: int = 0
     source: str | None = None
     is_body: bool = False
+    head: str | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelInfo":
@@ -95,6 +104,7 @@ class ModelInfo:
             parameters=_count_parameters(model),
             source=getattr(model, "name_or_path", None) or None,
             is_body=is_body(model),
+            head=_head(model),
         )
         info = _with_attention(info, layered)
         return replace(info, stacks=_stack_info(model, info))
@@ -111,7 +121,17 @@ class ModelInfo:
 
 def is_body(model: nn.Module) -> bool:
     """Return whether a model is transformers' bare one of its kind, without a head."""
-    found: Any = AutoModel._model_mapping.get(type(getattr(model, "config", None)), ())
+    return _is_one_of(AutoModel, model)
+
+
+def _head(model: nn.Module) -> str | None:
+    """Return the kind of head of a model of transformers that has one kind alone."""
+    found = [head for head, auto in _HEADS.items() if _is_one_of(auto, model)]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_one_of(auto: Any, model: nn.Module) -> bool:
+    found: Any = auto._model_mapping.get(type(getattr(model, "config", None)), ())
     return type(model) in (found if isinstance(found, tuple) else (found,))
 
 

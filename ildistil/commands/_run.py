@@ -203,7 +203,7 @@ class Run(LightningCLI):
         task = task_of(self.datamodule)
         names = task.validation_names if self.config_init.trainer.limit_val_batches != 0 else []
         if names and task.primary_metric is not None and not any(isinstance(c, ModelCheckpoint) for c in given):
-            by_terms = measures_terms(task, self.objectives().values())
+            by_terms = measures_terms(task, self.objectives().values(), ModelInfo.of(self.model.student))
             metric, mode = ("loss", "min") if by_terms else (task.primary_metric, task.primary_mode)
             monitor = f"{names[0]}/{metric}"
             # A run that goes on keeps its folder of checkpoints, and so what was best; another folder begins anew.

@@ -13,6 +13,7 @@ import transformers
 import yaml
 from transformers import AutoConfig, PreTrainedModel
 
+from ildistil.capture import ModelInfo
 from ildistil.commands._distilling import DistillingRun, PreparingRun
 from ildistil.commands._folder import whole_config
 from ildistil.commands._run import Run, lightning_errors
@@ -153,7 +154,7 @@ class Configurations:
 
 def _facts(task: Task, run: Run) -> Facts:
     metrics = [str(name) for name in task.metrics() or {}]
-    if measures_terms(task, run.objectives().values()):
+    if measures_terms(task, run.objectives().values(), ModelInfo.of(run.model.student)):
         return Facts(task.validation_names[0], ["loss", *run.objectives(), *metrics, "perplexity"], "loss", "min")
     return Facts(task.validation_names[0], ["loss", *metrics], task.primary_metric, task.primary_mode)
 

@@ -9,9 +9,11 @@ from torch import nn
 from ildistil.capture import ModelInfo
 from ildistil.commands._beside import beside_teacher
 from ildistil.commands._distilling import DistillingRun
+from ildistil.data.task import task_of
 from ildistil.engine.checks import named_objectives
 from ildistil.objectives import Objective
 from ildistil.stages import check_names
+from ildistil.training.checks import check_head
 from ildistil.training.distiller import Distiller
 
 __all__ = ["check_models", "main"]
@@ -28,6 +30,7 @@ def main(command: str, arguments: Sequence[str]) -> None:
     if run.model.stages:
         check_names(run.model.stages, objectives)
     check_models(objectives.values(), run.model)
+    check_head(task_of(run.datamodule), ModelInfo.of(run.model.student), list(objectives.values()))
     run.start(run.trainer.fit)
     run.report_best()
     if (compared := beside_teacher(run)) is not None:

@@ -46,7 +46,9 @@ def main(command: str, arguments: Sequence[str]) -> None:
         run.prepare()
     if task.tokenizer is not None:
         stored.check_tokenizer(tokenizer_digest(task.tokenizer))
-    rows = rows_to_store(run.datamodule, list(terms.values()), run.config.trainer.limit_val_batches != 0)
+    rows = rows_to_store(
+        run.datamodule, list(terms.values()), run.model.student, run.config.trainer.limit_val_batches != 0
+    )
     work, device = (stored, terms, run.model.student, rows), run.trainer.strategy.root_device
     if run.config.estimate:
         print(estimate(*work, device=device))

@@ -1,6 +1,7 @@
 """Text without labels, for task-agnostic distillation: packed once, drawn in an order that needs no memory."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -160,7 +161,10 @@ class Corpus(RowsDataModule):
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """Return the loader of the validation rows, if there are any; they are masked alike in every epoch."""
-        return [self.loader(Numbered(self._splits["validation"]))] if self._validates else []
+        if not self._validates:  # which Lightning takes for a mistake
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+            return []
+        return [self.loader(Numbered(self._splits["validation"]))]
 
     # Parts --------------------------------------------------------------------------------------------------------
 

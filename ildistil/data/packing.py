@@ -148,7 +148,8 @@ def pack(
             if not is_indexed(folder, intact):  # as it may be by now, where another process was waited for
                 _make(folder, plan, recipe, set(intact), processes, digest)
     _check_counts(folder, packing, source)
-    storage.write_text(address, folder.name)
+    if not address.is_file() or address.read_text(encoding="utf-8") != folder.name:  # the cache may be read-only
+        storage.write_text(address, folder.name)
     return _open(folder, packing)
 
 
@@ -217,7 +218,7 @@ def _check_space(folder: Path, plan: Plan, recipe: Recipe, finished: int) -> Non
         lengths = np.array([len(ids) for ids, _ in encoder(texts)] or [0])
         rows = lengths.sum() / recipe.body if recipe.separator is not None else np.count_nonzero(lengths)
         bodies = lengths if recipe.separator is not None else np.minimum(lengths, recipe.body)
-        row_bytes += float((bodies.sum() + special * rows) * token_bytes + 12 * rows)
+        row_bytes += float((bodies.sum() + special * rows) * token_bytes + 20 * rows)
     share = max(0, 1 - finished / plan.number)
     need = int(1.1 * plan.size * share * row_bytes / max(1, read_bytes))
     place = next(p for p in folder.parents if p.is_dir())

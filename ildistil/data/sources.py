@@ -61,7 +61,7 @@ class TextFiles:
             MissingFileError: There is no such file.
             DataError: A file can't be packed.
         """
-        return json.dumps([self.text_column, [(str(path), *stamp_of(path)) for path in self.files()]])
+        return json.dumps([self.text_column, [(str(path.resolve()), *stamp_of(path)) for path in self.files()]])
 
     def plan(self, processes: int) -> Plan:
         """Read all files once, ``processes`` at a time, and cut them into parts.
@@ -120,7 +120,9 @@ class HubText:
 
     def address(self) -> str:
         """Return what finds the packed rows again without reading the data set: its name and the like."""
-        return json.dumps([self.name, self.config, self.split, self.text_column, self.streaming])
+        folder = expanded(self.name)
+        name = str(folder.resolve()) if folder.is_dir() else self.name
+        return json.dumps([name, self.config, self.split, self.text_column, self.streaming])
 
     def plan(self, processes: int) -> Plan:
         """Load the data set, and read it once unless it is a stream.

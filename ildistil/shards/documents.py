@@ -231,7 +231,8 @@ def _check_column(path: Path, schema: Any, column: str) -> None:
         raise DataError(f"{path} has no column {column!r}. {_columns(column, schema.names)}")
     kind = str(schema.field(column).type)
     if "string" not in kind or kind.startswith(("list", "large_list", "struct", "map")):
-        raise DataError(f"{path}: column {column!r} holds {kind}, not texts. {_columns(column, schema.names)}")
+        others = [name for name in schema.names if name != column]
+        raise DataError(f"{path}: column {column!r} holds {kind}, not texts. {_columns(column, others)}")
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def pack_part(recipe: Recipe, encoder: Encoder, folder: Path, number: int, part:
     counts = dict.fromkeys(("documents", "held_out", "texts", "empty", "cut"), 0)
     with storage.replacing_folder(shard_folder(folder, number), keep=True) as draft:
         splits = SPLITS if recipe.held_out else SPLITS[:1]
-        writers = [RowWriter(draft / f"{split}.rows", recipe.dtype, recipe.word_starts) for split in splits]
+        writers = [RowWriter(draft / f"{split}.rows", recipe.dtype, recipe.word_starts, number) for split in splits]
         rows = [_SplitRows(recipe, writer) for writer in writers]
         for batch in _batches(_pieces(read(part), recipe, counts)):
             for piece, (ids, starts) in zip(batch, encoder([piece.text for piece in batch]), strict=True):

@@ -1,7 +1,8 @@
 """The format of shards: the rows of one split of one part in a file, mapped into memory, and the index of all shards.
 
-A file holds the tokens of all rows, a bit a token that says whether a word starts there (if stored), and the bounds of
-the rows in tokens (int64, from a multiple of 8 bytes). The index names how many rows and tokens each shard has.
+A file holds the tokens of all rows, a bit a token that says whether a word starts there (if stored), the bounds of the
+rows in tokens (int64, from a multiple of 8 bytes), and a checksum of each row (uint64). The index names how many rows
+and tokens each shard has.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from ildistil import storage
@@ -37,11 +39,13 @@ class RowWriter:
         path: the file.
         dtype: type of the tokens.
         word_starts: whether rows say where words start.
+        shard: number of the shard.
     """
 
-    def __init__(self, path: Path, dtype: str, word_starts: bool) -> None:
+    def __init__(self, path: Path, dtype: str, word_starts: bool, shard: int) -> None:
         self._file = path.open("wb")
-        self._dtype = np.dtype(dtype)
+        self._dtype, self._shard = np.dtype(dtype), shard
+        self._sums: list[int] = []
         self._lengths: list[NDArray[np.int64]] = []
         self._bits: list[NDArray[np.uint8]] | None = [] if word_starts else None
         self._odd = np.zeros(0, bool)
@@ -54,8 +58,13 @@ class RowWriter:
             lengths: (rows), tokens of each.
             starts: (tokens of all rows), or ``None``.
         """
-        self._file.write(tokens.astype(self._dtype, copy=False).tobytes())
+        tokens = tokens.astype(self._dtype, copy=False)
+        self._file.write(tokens.tobytes())
         self._lengths.append(lengths)
+        ends = np.cumsum(lengths).tolist()
+        for start, stop in zip([0, *ends], ends, strict=False):
+            row = None if starts is None else starts[start:stop]
+            self._sums.append(_row_sum(tokens[start:stop], row, self._shard, len(self._sums)))
         if self._bits is not None and starts is not None:
             starts = np.concatenate([self._odd, starts])
             whole = len(starts) // 8 * 8
@@ -70,14 +79,15 @@ class RowWriter:
                 file.write(np.concatenate([*self._bits, np.packbits(self._odd)]).tobytes())
             file.write(bytes(-file.tell() % 8))
             file.write(bounds.tobytes())
+            file.write(np.array(self._sums, np.uint64).tobytes())
         return {"rows": len(bounds) - 1, "tokens": int(bounds[-1])}
 
 
 class Rows:
     """Rows of tokens of one split, mapped into memory: cheap to open, and to send to other processes.
 
-    At most 256 shards are mapped at a time. Sizes are compared when a shard is first touched; checksums are not, since
-    every process would read the whole corpus for them: `pack` does that, once on a node.
+    At most 256 shards are mapped at a time. Sizes are compared when a shard is first touched, and each row with its own
+    checksum when it is read, whatever happened to the file since `pack` compared the whole corpus.
 
     Args:
         folder: What `pack` made of a corpus.
@@ -109,30 +119,44 @@ class Rows:
         return int(self._first[-1])
 
     def __getitem__(self, row: int) -> dict[str, NDArray[Any]]:
-        """Return ``input_ids`` (int64) of a row, and ``word_starts`` (bool) if they are stored."""
+        """Return ``input_ids`` (int64) of a row, and ``word_starts`` (bool) if they are stored.
+
+        Raises:
+            DataError: The row isn't what was written.
+        """
         row = int(row)
         if not -len(self) <= row < len(self):
             raise IndexError(f"row {row} of {len(self)} rows")
         row %= len(self)
         shard = int(np.searchsorted(self._first, row, side="right")) - 1
-        tokens, bits, bounds = self._shard(shard)
+        tokens, bits, bounds, sums = self._shard(shard)
         at = row - int(self._first[shard])
         start, stop = int(bounds[at]), int(bounds[at + 1])
-        found: dict[str, NDArray[Any]] = {"input_ids": tokens[start:stop].astype(np.int64)}
+        ids, starts = tokens[start:stop], None
         if bits is not None:
             unpacked = np.unpackbits(bits[start // 8 : -(-stop // 8)])
-            found["word_starts"] = unpacked[start % 8 :][: stop - start].astype(bool)
+            starts = unpacked[start % 8 :][: stop - start].astype(bool)
+        if len(ids) != self.lengths[row] or _row_sum(ids, starts, shard, at) != int(sums[at]):
+            raise DataError(
+                f"{self._path(shard)} is damaged: row {at} isn't what was written. Run again: it is made anew."
+            )
+        found: dict[str, NDArray[Any]] = {"input_ids": ids.astype(np.int64)}
+        if starts is not None:
+            found["word_starts"] = starts
         return found
 
     def __reduce__(self) -> tuple[type["Rows"], tuple[Path, str]]:
         return Rows, (self.folder, self.split)
 
+    def _path(self, shard: int) -> Path:
+        return shard_folder(self.folder, shard) / f"{self.split}.rows"
+
     def _open(self, shard: int) -> "_Arrays":
-        path = shard_folder(self.folder, shard) / f"{self.split}.rows"
-        return _arrays(path, self._rows[shard], self._tokens[shard], self._dtype, self._word_starts)
+        return _arrays(self._path(shard), self._rows[shard], self._tokens[shard], self._dtype, self._word_starts)
 
 
-_Arrays: TypeAlias = tuple[NDArray[Any], NDArray[np.uint8] | None, NDArray[np.int64]]
+# Tokens, bits of the starts of words, bounds and checksums.
+_Arrays: TypeAlias = tuple[NDArray[Any], NDArray[np.uint8] | None, NDArray[np.int64], NDArray[np.uint64]]
 
 
 def shard_folder(folder: Path, number: int) -> Path:
@@ -203,7 +227,7 @@ def _figures(folder: Path, number: int) -> Figures:
 def _lengths(folder: Path, split: str, columns: Figures, facts: Figures) -> Iterator[NDArray[np.int32]]:
     for number, (rows, tokens) in enumerate(zip(columns["rows"], columns["tokens"], strict=True)):
         path = shard_folder(folder, number) / f"{split}.rows"
-        _, _, bounds = _arrays(path, rows, tokens, np.dtype(facts["dtype"]), facts["word_starts"])
+        _, _, bounds, _ = _arrays(path, rows, tokens, np.dtype(facts["dtype"]), facts["word_starts"])
         yield np.diff(bounds).astype(np.int32)
 
 
@@ -222,9 +246,16 @@ def _arrays(path: Path, rows: int, tokens: int, dtype: np.dtype[Any], word_start
     ends = tokens * dtype.itemsize
     bits_end = ends + (-(-tokens // 8) if word_starts else 0)
     first = bits_end + -bits_end % 8
-    data = _mapped(path, first + 8 * (rows + 1))
+    last = first + 8 * (rows + 1)
+    data = _mapped(path, last + 8 * rows)
     bits = data[ends:bits_end] if word_starts else None
-    return data[:ends].view(dtype), bits, data[first:].view(np.int64)
+    return data[:ends].view(dtype), bits, data[first:last].view(np.int64), data[last:].view(np.uint64)
+
+
+def _row_sum(ids: NDArray[Any], starts: NDArray[np.bool_] | None, shard: int, row: int) -> int:
+    """Return the checksum of a row, which holds at its place alone."""
+    content = ids.data if starts is None else ids.tobytes() + starts.tobytes()
+    return xxhash.xxh3_64_intdigest(content, seed=shard << 32 | row)
 
 
 def _mapped(path: Path, size: int) -> NDArray[np.uint8]:

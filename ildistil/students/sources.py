@@ -4,7 +4,7 @@ import difflib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,7 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ildistil import storage
-from ildistil.errors import IldistilError, ModelError
+from ildistil.capture.run import model_errors
+from ildistil.capture.trial import Trial, depends_on_later_tokens, undisturbed
+from ildistil.errors import IldistilError, ModelError, ModelRunError
 from ildistil.students.initialise import init_student
 from ildistil.students.layers import changed_config
 from ildistil.students.narrow import Width
@@ -236,9 +238,28 @@ def load(
             f"The checkpoint {path!r} has no weights for {', '.join(missing[:4])}: its head would be random. Fine-tune "
             "it on the task first (ildistil finetune), or choose the head it was saved with."
         )
+    if head == "causal-lm":
+        _check_causal(path, model)
     if missing:
         rank_zero_info(f"{path} has no weights for {', '.join(missing[:4])}: they start at random.")
     return model
+
+
+def _check_causal(path: str, model: PreTrainedModel) -> None:
+    """Refuse an encoder whose tokens see those that they are to predict; most causal models have no such setting."""
+    if getattr(model.config, "is_decoder", True):
+        return
+    inputs = {"input_ids": torch.arange(8)[None, 3:]}
+    trial = Trial.of(inputs, torch.ones_like(inputs["input_ids"]))
+    sees_later = None
+    with suppress(ModelRunError), undisturbed(model), model_errors(path, inputs):  # it may want other inputs
+        sees_later = depends_on_later_tokens(lambda changed: model(**changed).logits, trial, "input_ids")
+    if sees_later:
+        raise ModelError(
+            f"The model {path!r} is an encoder: each of its tokens sees the next one, which a causal-lm head is to "
+            "predict. Set is_decoder to true in its config (config: {is_decoder: true}), which hides later tokens, or "
+            "use head: masked-lm with masked labels."
+        )
 
 
 @contextmanager

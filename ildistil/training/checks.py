@@ -17,7 +17,7 @@ from ildistil.stages import Stage, Timeline, check_names
 from ildistil.training.lifecycle import watches
 from ildistil.training.progress import ResumeCheckpoint
 
-__all__ = ["check_gaps", "check_kinds", "check_task", "check_trainer"]
+__all__ = ["check_gaps", "check_head", "check_kinds", "check_task", "check_trainer"]
 
 
 def check_kinds(student: object, teacher: object) -> None:
@@ -95,13 +95,15 @@ def check_gaps(objectives: Mapping[str, Objective], timeline: Timeline) -> None:
                 )
 
 
-def check_task(task: Task, student: ModelInfo) -> None:
+def check_task(task: Task, student: ModelInfo, objectives: Sequence[Objective] = ()) -> None:
     """Compare what the data module says of itself with the student.
 
     Raises:
-        DataError: labels or lengths don't fit.
+        DataError: labels, tokens or lengths don't fit.
         ModelError: the labels come in another order.
     """
+    check_head(task, student, objectives)
+    _check_vocabulary(task, student)
     labels, names = task.num_labels, [name.lower() for name in task.label_names or []]
     known = student.label_names
     unknown = [name for name in names if known and name not in known]
@@ -125,4 +127,32 @@ def check_task(task: Task, student: ModelInfo) -> None:
         raise DataError(
             f"The data cuts texts at max_length={longest} tokens, the student has {positions} positions. Set "
             f"max_length={positions} or less."
+        )
+
+
+def check_head(task: Task, student: ModelInfo, objectives: Sequence[Objective]) -> None:
+    """Refuse labels for another head than the student's, where a term reads what the head makes.
+
+    Raises:
+        DataError: they are for another head.
+    """
+    reads_head = any(o.weight != 0 and o.may_train_head for o in objectives)
+    if reads_head and None not in (task.head, student.head) and task.head != student.head:
+        raise DataError(
+            f"The data's labels are for a {task.head} head, and the student, a {student.name}, has a {student.head} "
+            f"one, whose loss would mean something else. Load the models with head: {task.head}, or choose labels for "
+            "the head that they have (labels: masked or next of a Corpus)."
+        )
+
+
+def _check_vocabulary(task: Task, student: ModelInfo) -> None:
+    known = student.vocabulary
+    if task.tokenizer is None or known is None:
+        return
+    word, number = max(task.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if number >= known:
+        raise DataError(
+            f"The data's tokenizer has tokens up to number {number} ({word!r}), and the models know {known:,}, from 0. "
+            "Use the tokenizer that they were trained with; for added tokens, resize their embeddings first "
+            "(model.resize_token_embeddings) and save them."
         )

@@ -145,8 +145,8 @@ class Distiller(L.LightningModule):
             self.trainer.strategy.checkpoint_io = CheckpointFiles()
         self.seeds = self.trainer.strategy.broadcast(seeds_of_run())
         task, info = task_of(self.trainer.datamodule), ModelInfo.of(self.student)  # type: ignore[attr-defined]
-        checks.check_task(task, info)
-        by_terms = measures_terms(task, self._objectives)
+        checks.check_task(task, info, self._objectives)
+        by_terms = measures_terms(task, self._objectives, info)
         self.evaluation, self.metrics = Evaluation(task, info, by_terms), nn.ModuleDict()
 
     def configure_model(self) -> None:
@@ -301,8 +301,7 @@ class Distiller(L.LightningModule):
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return row ids, labels, logits and predictions: a class, a number, or 0 and 1 for each of several labels."""
-        logits = self({key: value for key, value in batch.items() if key != "labels"}).logits
-        check_predicted(logits)
+        logits = check_predicted(self({key: value for key, value in batch.items() if key != "labels"}))
         prediction = {"logits": logits, "prediction": self.evaluation.predictions(logits)}
         return {key: batch[key] for key in ("row_id", "labels") if key in batch} | prediction
 

@@ -15,7 +15,7 @@ from ildistil.capture.run import model_errors
 from ildistil.capture.trial import Trial, predicts_next_token, undisturbed
 from ildistil.data.task import Task, set_names
 from ildistil.engine import Distillation, Terms
-from ildistil.errors import CaptureError, ConfigError, DataError, NotFiniteError
+from ildistil.errors import CaptureError, ConfigError, DataError, ModelError, NotFiniteError
 from ildistil.metrics import IGNORED, default_metrics
 from ildistil.objectives import Objective
 from ildistil.stages import Step
@@ -24,16 +24,19 @@ from ildistil.training.measures import Predictions, TermMeans
 __all__ = ["Evaluation", "batch_size", "check_predicted", "measures_terms"]
 
 
-def measures_terms(task: Task, objectives: Iterable[Objective]) -> bool:
+def measures_terms(task: Task, objectives: Iterable[Objective], student: ModelInfo) -> bool:
     """Return whether sets are measured by the terms of the training: without labels, or a head that a term trains.
 
     Args:
         task: what the data module says of itself.
         objectives: the terms.
+        student: what is known of it.
     """
     used = [objective for objective in objectives if objective.weight != 0]
-    return task.labelled is False or (
-        task.labelled is True and bool(used) and not any(objective.may_train_head for objective in used)
+    return (
+        task.labelled is False
+        or student.is_body
+        or (task.labelled is True and bool(used) and not any(objective.may_train_head for objective in used))
     )
 
 
@@ -123,7 +126,7 @@ class Evaluation:
                 "Give the Trainer the objectives as callbacks, or the rows labels."
             )
         terms, student = distillation.measure(batch, step) if by_terms else (None, None)
-        predicts = labels is not None and labelled is not False
+        predicts = labels is not None and labelled is not False and not self._student.is_body
         measures: Any = sets[name] if name in sets else None  # noqa: SIM401 (a ModuleDict has no get)
         is_new = measures is None or not measures.suits(terms)
         if is_new:
@@ -236,13 +239,21 @@ class Evaluation:
         return {key: float(value) for key, value in metrics.items() if key.split("/")[0] in self._validated}
 
 
-def check_predicted(logits: Tensor) -> None:
-    """Refuse a batch of predictions that are none.
+def check_predicted(output: Any) -> Tensor:
+    """Return the logits of a batch, and refuse those that predict nothing.
 
     Raises:
-        NotFiniteError: logits are NaN.
+        ModelError: there are none.
+        NotFiniteError: they are NaN.
     """
+    logits: Tensor | None = getattr(output, "logits", None)
+    if logits is None:
+        raise ModelError(
+            f"The student has no head that predicts: its output ({type(output).__name__}) has no logits. Export it, "
+            "and fine-tune it on a task first (ildistil finetune)."
+        )
     _refuse_nan(int(logits.isnan().flatten(1).any(1).sum()), "rows of a batch")
+    return logits
 
 
 def _refuse_nan(count: int, rows: str) -> None:

@@ -49,17 +49,12 @@ def try_first_batch(distillation: Distillation, trainer: L.Trainer) -> DryRun | 
 
 
 def _check_tokens(head: str | None, next_token: bool | None) -> None:
-    """Refuse labels of tokens that the student's loss takes for those of other positions."""
+    """Refuse next tokens that the student's loss takes for those at the same position."""
     if head == "causal-lm" and next_token is False:
         raise DataError(
             "The labels are the next tokens, and the student's loss compares its logits at a position with the token "
             "at that position: it would learn to copy. Decoders taken from an encoder-decoder (BartForCausalLM ...) "
             "are such models. Take a causal language model (GPT-2, Llama ...), or labels: masked."
-        )
-    if head == "masked-lm" and next_token is True:
-        raise DataError(
-            "The labels are masked tokens, and the student's loss compares its logits at a position with the token "
-            "after it. Take labels: next for a causal language model."
         )
 
 

@@ -7,6 +7,7 @@ import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from ildistil.capture import ModelInfo
 from ildistil.data.task import Batches, every_row, task_of
 from ildistil.data.tokenizing import tokenizer_digest
 from ildistil.objectives import Objective
@@ -33,21 +34,23 @@ def prepare_targets(
         else:
             data.setup("fit")
             task = task_of(data)
-            rows = rows_to_store(data, objectives, validates=trainer.limit_val_batches != 0)
+            rows = rows_to_store(data, objectives, student, validates=trainer.limit_val_batches != 0)
             digest = None if task.tokenizer is None else tokenizer_digest(task.tokenizer)
         teacher.prepare(objectives, student, rows, tokenizer=digest, device=trainer.strategy.root_device)
 
 
-def rows_to_store(data: Any, objectives: Sequence[Objective], validates: bool = True) -> Batches:
+def rows_to_store(data: Any, objectives: Sequence[Objective], student: nn.Module, validates: bool = True) -> Batches:
     """Return batches of every training row, and of every validation row where sets are measured by the terms.
 
     Args:
         data: a data module, set up for fitting.
         objectives: the terms.
+        student: the student.
         validates: whether there will be a validation.
     """
     task = task_of(data)
-    loaders = data.val_dataloader() if validates and measures_terms(task, objectives) else []
+    by_terms = validates and measures_terms(task, objectives, ModelInfo.of(student))
+    loaders = data.val_dataloader() if by_terms else []
     sets = loaders if isinstance(loaders, Sequence) else [loaders]
     return _Chained([task.every_row(), *map(every_row, sets)]) if sets else task.every_row()
 

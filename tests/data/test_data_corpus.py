@@ -276,7 +276,7 @@ def test_what_cannot_be_served(make: Make, folder: Path) -> None:
             make().setup(stage)
     with pytest.raises(DataError, match="nothing to validate on. Set validation_files or validation_share"):
         make().setup("validate")
-    with pytest.raises(DataError, match="too few. Raise it, or name files to validate on"):
+    with pytest.raises(DataError, match="for validation keeps 0 of 120 documents: too few"):
         make(validation_share=1e-9)
     with pytest.raises(MissingFileError, match="nothing.txt"):
         make(files=str(folder / "nothing.txt"))

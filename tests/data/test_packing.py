@@ -426,6 +426,42 @@ def test_a_damaged_index_is_made_anew(write: Any, name: str) -> None:
     assert files_of(pack(source, packing)) == before
 
 
+@pytest.mark.parametrize("word_starts", [False, True])
+def test_a_row_that_is_damaged_after_it_was_packed_is_named_when_it_is_read(write: Any, word_starts: bool) -> None:
+    source = TextFiles(write("a.txt", text_of(documents_of(30))))
+    packing = Packing(make_tokenizer(), 16, word_starts=word_starts)
+    found = pack(source, packing)
+    path = found.folder / "000000" / "train.rows"
+    whole = path.read_bytes()
+    before = [{name: values.tolist() for name, values in row.items()} for row in found.train]
+    refused = 0
+    for at in random.Random(0).sample(range(len(whole)), 60):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :])
+        rows_now = open_packed(source, packing).train
+        for number, row in enumerate(before):
+            try:
+                found_row = rows_now[number]
+            except DataError as error:
+                refused += 1
+                message = str(error)
+                assert f"000000/train.rows is damaged: row {number} isn't" in message
+            else:
+                assert {name: values.tolist() for name, values in found_row.items()} == row
+    assert refused >= 50  # a few bytes only fill up, or belong to no row
+
+
+def test_the_shard_of_another_place_is_noticed(write: Any) -> None:
+    lines = "\n".join(" ".join(PLAIN[:8]) for _ in range(12000))
+    paths = [write(name, lines.replace(PLAIN[0], word)) for name, word in (("a.txt", PLAIN[1]), ("b.txt", PLAIN[2]))]
+    source, packing = TextFiles(paths), Packing(make_tokenizer(), 16)
+    found = pack(source, packing, processes=1)
+    first, second = (found.folder / number / "train.rows" for number in ("000000", "000001"))
+    assert first.stat().st_size == second.stat().st_size
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(DataError, match="000000/train.rows is damaged: row 0 isn't what was written"):
+        open_packed(source, packing).train[0]
+
+
 def test_a_shard_that_is_cut_short_or_gone_is_named_when_it_is_read(write: Any) -> None:
     source = TextFiles(write("a.txt", text_of(documents_of(30))))
     packing = Packing(make_tokenizer(), 16)
@@ -722,3 +758,27 @@ def test_tokenizers_that_cannot_make_rows(write: Any) -> None:
     assert len(pack(source, Packing(bare, 16, packed=False)).train) == 1
     with pytest.raises(ConfigError, match="processes is 0"):
         pack(source, Packing(make_tokenizer(), 16), processes=0)
+
+
+def test_a_packed_corpus_is_found_without_writing(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, packing = TextFiles(write("a.txt", text_of(documents_of(30)))), Packing(make_tokenizer(), 16)
+    found = pack(source, packing)
+
+    def refuse(*_: object) -> None:
+        raise WriteError("read-only")
+
+    monkeypatch.setattr(packing_module.storage, "write_text", refuse)
+    assert pack(source, packing).folder == found.folder
+
+
+def test_the_same_relative_names_in_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, word in (("one", PLAIN[0]), ("two", PLAIN[1])):
+        (tmp_path / name / "texts").mkdir(parents=True)
+        (tmp_path / name / "texts" / "a.txt").write_text(f"{word}\n")
+        os.utime(tmp_path / name / "texts" / "a.txt", (1, 1))
+    sources_now = [TextFiles("texts"), HubText("texts")]
+    told = []
+    for name in ("one", "two"):
+        monkeypatch.chdir(tmp_path / name)
+        told += [each.address() for each in sources_now]
+    assert len({*told}) == 4
