@@ -131,7 +131,8 @@ class Configurations:
             with lightning_errors():
                 run.prepare()
             terms = list(named_objectives(run.objectives()).values())
-            rows = rows_to_store(run.datamodule, terms, run.config.trainer.limit_val_batches != 0)
+            validates = run.config.trainer.limit_val_batches != 0
+            rows = rows_to_store(run.datamodule, terms, run.model.student, validates)
             return estimate(run.stored, terms, run.model.student, rows).missing_bytes
 
     def _with_teacher(self, config: Config, later: Mapping[str, Config]) -> Config:

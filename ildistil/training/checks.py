@@ -17,7 +17,7 @@ from ildistil.stages import Stage, Timeline, check_names
 from ildistil.training.lifecycle import watches
 from ildistil.training.progress import ResumeCheckpoint
 
-__all__ = ["check_gaps", "check_head", "check_kinds", "check_task", "check_trainer"]
+__all__ = ["check_gaps", "check_head", "check_kinds", "check_task", "check_trainer", "check_vocabulary"]
 
 
 def check_kinds(student: object, teacher: object) -> None:
@@ -99,11 +99,10 @@ def check_task(task: Task, student: ModelInfo, objectives: Sequence[Objective] =
     """Compare what the data module says of itself with the student.
 
     Raises:
-        DataError: labels, tokens or lengths don't fit.
+        DataError: labels or lengths don't fit.
         ModelError: the labels come in another order.
     """
     check_head(task, student, objectives)
-    _check_vocabulary(task, student)
     labels, names = task.num_labels, [name.lower() for name in task.label_names or []]
     known = student.label_names
     unknown = [name for name in names if known and name not in known]
@@ -145,7 +144,12 @@ def check_head(task: Task, student: ModelInfo, objectives: Sequence[Objective]) 
         )
 
 
-def _check_vocabulary(task: Task, student: ModelInfo) -> None:
+def check_vocabulary(task: Task, student: ModelInfo) -> None:
+    """Refuse a tokenizer, which is loaded by now, with more tokens than the student knows.
+
+    Raises:
+        DataError: it has.
+    """
     known = student.vocabulary
     if task.tokenizer is None or known is None:
         return

@@ -146,6 +146,7 @@ class Distiller(L.LightningModule):
         self.seeds = self.trainer.strategy.broadcast(seeds_of_run())
         task, info = task_of(self.trainer.datamodule), ModelInfo.of(self.student)  # type: ignore[attr-defined]
         checks.check_task(task, info, self._objectives)
+        checks.check_vocabulary(task, info)
         by_terms = measures_terms(task, self._objectives, info)
         self.evaluation, self.metrics = Evaluation(task, info, by_terms), nn.ModuleDict()
 
