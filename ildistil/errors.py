@@ -7,6 +7,7 @@ and is never swallowed.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -88,6 +89,23 @@ class Stopped(IldistilError, SystemExit):  # noqa: N818 - nothing failed
 
 class WriteError(IldistilError, OSError):
     """A file that can't be written."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise a `DataError` where the operating system or the decoder refuses a file.
+
+    Raises:
+        DataError: it can't be read, or is no text in UTF-8.
+    """
+    try:
+        yield
+    except IldistilError:
+        raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}. Check its permissions and disk.") from error
 
 
 @contextmanager

@@ -7,12 +7,13 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from ildistil.capture.layers import coder_layers, coders, find_layers, layered_config, unwrapped
 from ildistil.errors import CaptureError
 
-_HEADS = {
+#: Kinds of heads, and what loads a model with one.
+HEADS: dict[Any, Any] = {
     "sequence-classification": transformers.AutoModelForSequenceClassification,
     "masked-lm": transformers.AutoModelForMaskedLM,
     "causal-lm": transformers.AutoModelForCausalLM,
@@ -126,13 +127,18 @@ def is_body(model: nn.Module) -> bool:
 
 def _head(model: nn.Module) -> str | None:
     """Return the kind of head of a model of transformers that has one kind alone."""
-    found = [head for head, auto in _HEADS.items() if _is_one_of(auto, model)]
+    found = [head for head, auto in HEADS.items() if _is_one_of(auto, model)]
     return found[0] if len(found) == 1 else None
 
 
 def _is_one_of(auto: Any, model: nn.Module) -> bool:
-    found: Any = auto._model_mapping.get(type(getattr(model, "config", None)), ())
-    return type(model) in (found if isinstance(found, tuple) else (found,))
+    return type(model) in classes_of(auto, getattr(model, "config", None))
+
+
+def classes_of(auto: Any, config: object) -> tuple[type[PreTrainedModel], ...]:
+    """Return the classes that an auto class of transformers makes for a config; usually one."""
+    found: Any = auto._model_mapping.get(type(config), ())
+    return found if isinstance(found, tuple) else (found,)
 
 
 def check_stack(model: str, stacks: Mapping[str, object], name: str | None) -> None:

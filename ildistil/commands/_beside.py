@@ -1,7 +1,5 @@
 """The shortest comparison, at the end of a training: what the best student keeps of its teacher, and what it costs."""
 
-import time
-from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import partial
 from statistics import median
@@ -17,6 +15,7 @@ from ildistil.commands._run import Run
 from ildistil.data.task import task_of
 from ildistil.errors import IldistilError
 from ildistil.study.comparison import kept_in_words
+from ildistil.study.comparison.cost import timed
 from ildistil.teachers import Teacher
 
 __all__ = ["beside_teacher"]
@@ -77,21 +76,12 @@ def _measured(run: Run, teacher: Teacher) -> tuple[float, float | None] | None:
     for number, each in enumerate(batches):
         batch = move_data_to_device(real_labels(each), device)
         with run.trainer.precision_plugin.forward_context():
-            said, seconds = _timed(partial(teacher, batch, {Tap("logits")}), device)
+            said, seconds = timed(partial(teacher, batch, {Tap("logits")}), device)
             if number < _TIMED:
                 student = partial(module.student, **module.distillation.student_inputs(batch))
-                ratios.append(seconds / _timed(student, device)[1])
+                ratios.append(seconds / timed(student, device)[1])
         metrics.update(module.evaluation.predictions(said.logits, batch["labels"]), batch["labels"], logits=said.logits)
         taken += seconds
         if number == _TIMED and taken / number * len(batches) > _MOST_SECONDS:
             return None
     return float(metrics[task.primary_metric].compute()), median(ratios[1:]) if len(ratios) > 1 else None
-
-
-def _timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    wait = torch.cuda.synchronize if device.type == "cuda" else float
-    wait()
-    started = time.perf_counter()
-    found = run()
-    wait()
-    return found, time.perf_counter() - started

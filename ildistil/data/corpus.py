@@ -12,13 +12,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ildistil.data.masking import IGNORED, Masking, check_mask_token
+from ildistil.data.masking import Masking, check_mask_token
 from ildistil.data.options import LoadingOptions
 from ildistil.data.packing import HubText, Packed, Packing, Rows, TextFiles, open_packed, pack
 from ildistil.data.permutation import Permutation
 from ildistil.data.serving import RowsDataModule
 from ildistil.data.tokenizing import Collate, padded
 from ildistil.errors import DataError
+from ildistil.metrics import IGNORED
 from ildistil.students.sources import Head
 
 Labels = Literal["masked", "next", "none"]

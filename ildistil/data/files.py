@@ -6,8 +6,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
-from ildistil.errors import DataError, IldistilError, MissingFileError
+from ildistil.errors import DataError, MissingFileError, reading
 
 #: Column name -> the values, one per row, in the file's order.
 Table = dict[str, list[Any]]
@@ -132,19 +131,6 @@ def _ending(path: Path) -> str:
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist. {files_near(path.parent)}")
     return ending
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what the operating system and the decoder refuse into a `DataError`."""
-    try:
-        yield
-    except IldistilError:
-        raise
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}. Check its permissions and disk.") from error
 
 
 def _tsv(path: Path) -> Table:

@@ -6,10 +6,10 @@ from typing import Any
 
 import datasets
 
-from ildistil.data.files import Source, expanded, file_source, files_near, find_table, reading, similar
+from ildistil.data.files import Source, expanded, file_source, files_near, find_table, similar
 from ildistil.data.labelled import LabelledText
 from ildistil.data.options import LoadingOptions
-from ildistil.errors import DataError, MissingFileError
+from ildistil.errors import DataError, MissingFileError, reading
 
 HUB_REPOSITORY = "nyu-mll/glue"
 

@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ildistil.data.hashing import U64, draw, keys, uniform
 from ildistil.errors import DataError
+from ildistil.metrics import IGNORED
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-IGNORED = -100
 # Of the tokens to predict, these shares are replaced by the mask token and by a random token; the rest is kept.
 _MASKED, _RANDOM = 0.8, 0.1
 

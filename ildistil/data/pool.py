@@ -115,7 +115,7 @@ class _Worker:
         return answer
 
     def close(self) -> None:
-        """Let the process end, and wait for it."""
+        """Close the pipes, at which the process ends, and wait for it."""
         for pipe in (self._tasks, self._answers):
             with contextlib.suppress(OSError):  # what it didn't read
                 pipe.close()

@@ -14,8 +14,8 @@ from typing import Any
 import datasets
 import xxhash
 
-from ildistil.data.files import expanded, files_near, quoted, reading, similar
-from ildistil.errors import DataError, IldistilError, MissingFileError
+from ildistil.data.files import expanded, files_near, quoted, similar
+from ildistil.errors import DataError, IldistilError, MissingFileError, reading
 from ildistil.shards.documents import ENDINGS, Part, Texts, checked, cut, row_name, scan, stamp_of
 
 # Parts grow with a corpus of more than 4 GiB, so that there are no more than some thousand shards.

@@ -12,7 +12,7 @@ from typing import IO, Any, TypeAlias
 
 import xxhash
 
-from ildistil.errors import DataError, IldistilError, MissingFileError
+from ildistil.errors import DataError, MissingFileError, reading
 
 __all__ = ["ENDINGS", "Document", "Part", "Texts", "checked", "cut", "read", "row_name", "scan", "stamp_of"]
 
@@ -254,11 +254,10 @@ def _check_unchanged(part: Part) -> None:
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turn what the operating system refuses into an error of this library."""
-    try:
-        yield
-    except IldistilError:
-        raise
-    except FileNotFoundError as error:
-        raise MissingFileError(f"{path} does not exist any more. Put it back, or take it off the list.") from error
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}. Check its permissions and disk.") from error
+    with reading(path):
+        try:
+            yield
+        except FileNotFoundError as error:
+            if isinstance(error, MissingFileError):
+                raise
+            raise MissingFileError(f"{path} does not exist any more. Put it back, or take it off the list.") from error

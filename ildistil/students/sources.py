@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 import torch
 import transformers
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from ildistil import storage
+from ildistil.capture.info import HEADS, classes_of
 from ildistil.capture.run import model_errors
 from ildistil.capture.trial import Trial, depends_on_later_tokens, undisturbed
 from ildistil.errors import IldistilError, ModelError, ModelRunError
@@ -27,12 +28,7 @@ __all__ = ["ModelSource", "StudentOptions", "load", "pretrained"]
 
 Head = Literal["sequence-classification", "masked-lm", "causal-lm", "none"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-_AUTO: dict[Head, str] = {
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "masked-lm": "AutoModelForMaskedLM",
-    "causal-lm": "AutoModelForCausalLM",
-    "none": "AutoModel",
-}
+_AUTO: dict[Head, Any] = {**HEADS, "none": AutoModel}
 
 
 class ModelSource(ABC):
@@ -210,7 +206,7 @@ def load(
         )
     try:
         with _quiet():  # what is missing is looked at below
-            model, info = getattr(transformers, _AUTO[head]).from_pretrained(
+            model, info = _AUTO[head].from_pretrained(
                 path, config=settings, dtype=getattr(torch, dtype), weights_only=True, trust_remote_code=False,
                 ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
@@ -297,9 +293,7 @@ def _config(path: str) -> PreTrainedConfig:
 
 
 def _classes(head: Head, config: PreTrainedConfig) -> tuple[type[PreTrainedModel], ...]:
-    """The model classes of a config with a head; usually one."""
-    found: Any = getattr(transformers, _AUTO[head])._model_mapping.get(type(config), ())
-    return found if isinstance(found, tuple) else (found,)
+    return classes_of(_AUTO[head], config)
 
 
 def _without_random_weights(path: str) -> PreTrainedModel:

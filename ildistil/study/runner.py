@@ -211,7 +211,7 @@ class _Runner:
                 signal.signal(each, handler)
 
     def _stop(self) -> None:
-        """Tell the runs to save and end, and wait for them."""
+        """Signal the runs to save and end, and wait for them."""
         self.say(f"Stopping: {len(self.children)} runs are saved. The same command goes on from there.")
         for pid in self.children:
             os.kill(pid, signal.SIGTERM)

@@ -210,7 +210,7 @@ class ResumeCheckpoint(Checkpoint):
 
 
 def _link(file: Path, name: Path) -> None:
-    """Give a file a second name, in the place of what has it; where there are no links, a new name."""
+    """Link a file under a second name, in the place of what has it; rename it where there are no links."""
     draft = name.with_name(f".{name.name}{storage.DRAFT}link")
     with writing(name):
         draft.unlink(missing_ok=True)

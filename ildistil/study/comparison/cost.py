@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from ildistil.capture.inputs import model_inputs
 from ildistil.study.comparison.content import Cost, Speed
 from ildistil.study.comparison.outputs import Outputs, Reading
 
-__all__ = ["SIZES", "bytes_on_disk", "costs", "joined", "peak_memory", "speeds"]
+__all__ = ["SIZES", "bytes_on_disk", "costs", "joined", "peak_memory", "speeds", "timed"]
+
+T = TypeVar("T")
 
 #: Batch sizes that are timed.
 SIZES = (1, 32)
@@ -88,13 +90,13 @@ def speeds(
     """
     for number in range(_WARM_UP):
         for run in runs:
-            _timed(run, number, device)
+            timed(partial(run, number), device)
     times: list[list[float]] = [[] for _ in runs]
     started, rounds = time.perf_counter(), 0
     while rounds < _FEWEST or (rounds < _MOST and time.perf_counter() - started < seconds):
         for turn in range(len(runs)):
             model = (turn + rounds) % len(runs)
-            times[model].append(_timed(runs[model], rounds, device))
+            times[model].append(timed(partial(runs[model], rounds), device)[1])
         rounds += 1
     taken = np.array(times)
     middle, high = np.quantile(taken, [0.5, 0.95], axis=1)
@@ -104,12 +106,13 @@ def speeds(
     return [Speed(batch_size, rounds, *column) for column in columns]
 
 
-def _timed(run: Callable[[int], object], number: int, device: torch.device) -> float:
+def timed(run: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """Return what a call returns, and the seconds that it takes on a device."""
     _wait(device)
     started = time.perf_counter()
-    run(number)
+    found = run()
     _wait(device)
-    return time.perf_counter() - started
+    return found, time.perf_counter() - started
 
 
 def _wait(device: torch.device) -> None:
